@@ -1,0 +1,88 @@
+"""The rows of the plan table: what became of each layer, and why."""
+
+from __future__ import annotations
+
+import math
+
+from torch_mlir import ir
+
+from fpcompiler.ir.build import global_of
+from fpcompiler.ir.program import Program
+from fpcompiler.ir.torch_ops import operator_name, text_of
+from fpcompiler.ir.types import QuantizedType, TensorType, quantized_type, tensor_type
+from fpcompiler.passes.layers import weight_of
+from fpcompiler.plan import LayerRow
+
+
+def layer_rows(program: Program) -> tuple[LayerRow, ...]:
+    """Return one row for each layer of a program at stage ``lowered``, in program order.
+
+    A layer that runs several times has one row.
+    """
+    rows: dict[str, LayerRow] = {}
+    with program.context():
+        for op in program.operations():
+            if op.name == "fpq.scaled_gemm":
+                row = _quantized_row(op, program)
+            elif "fpq.kept" in op.attributes:
+                row = _kept_row(op)
+            else:
+                continue
+            rows.setdefault(row.name, row)
+    return tuple(rows.values())
+
+
+def _quantized_row(op: ir.Operation, program: Program) -> LayerRow:
+    weight = quantized_type(op.operands[1])
+    assert weight is not None
+    return LayerRow(
+        name=text_of(op.attributes["layer"]),
+        op=text_of(op.attributes["fpq.op"]),
+        shape=_sizes(weight),
+        weight=str(weight.operand),
+        activation=_activation_text(op.operands[0]),
+        kernel=text_of(op.attributes["kernel"]),
+        reason=text_of(op.attributes["reason"]),
+        bytes_before=ir.IntegerAttr(op.attributes["fpq.bytes_before"]).value,
+        bytes_after=_stored_bytes(op.operands[1], program),
+        quantized=True,
+        rule=text_of(op.attributes["fpq.rule"]),
+    )
+
+
+def _stored_bytes(weight: ir.Value, program: Program) -> int:
+    names = [global_of(value) for value in weight.owner.operands]
+    return sum(program.weights[name].nbytes for name in names if name)
+
+
+def _activation_text(x: ir.Value) -> str:
+    quantized, plain = quantized_type(x), tensor_type(x)
+    if quantized is not None:
+        return str(quantized.operand)
+    assert plain is not None
+    return plain.element
+
+
+def _kept_row(op: ir.Operation) -> LayerRow:
+    value = weight_of(op)
+    assert value is not None
+    weight = tensor_type(value)
+    assert weight is not None
+    size = math.prod(_sizes(weight)) * weight.dtype.itemsize
+    return LayerRow(
+        name=text_of(op.attributes["fpq.layer"]),
+        op=operator_name(op).split(".")[2],
+        shape=_sizes(weight),
+        weight=weight.element,
+        activation=weight.element,
+        kernel="torch",
+        reason=text_of(op.attributes["fpq.kept"]),
+        bytes_before=size,
+        bytes_after=size,
+        quantized=False,
+        rule=text_of(op.attributes["fpq.rule"]),
+    )
+
+
+def _sizes(kind: QuantizedType | TensorType) -> tuple[int, ...]:
+    return tuple(size or 0 for size in kind.shape)

@@ -1,0 +1,130 @@
+"""How fast weights are quantized and packed, and packed weights decoded.
+
+Each candidate alternates with ``copy_`` of the fp32 tensor, which moves the bytes and does nothing
+else, and medians are compared. Run it with ``python examples/benchmarks/packing.py``; it prints a
+table and writes ``results/packing.json`` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fpcompiler import numerics
+from fpcompiler.operand import Operand
+
+OPERANDS = (
+    "f4E2M1FN@row:f32",
+    "f4E2M1FN@row:f32/block32:f8E8M0FNU:ceil",
+    "f4E2M1FN@row:f32/block32:f8E8M0FNU",
+    "f4E2M1FN@tensor:f32/block16:f8E4M3FN",
+    "f6E2M3FN@block32:f8E8M0FNU",
+)
+DECODED = ("f4E2M1FN", "f6E2M3FN", "f8E4M3FN")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(
+    candidate: Callable[[], object], copy: Callable[[], object], rounds: int, device: torch.device
+) -> tuple[float, float]:
+    """Return the median seconds of a candidate and of the copy it alternates with."""
+    candidate()
+    copy()
+    pairs = [(seconds(candidate, device), seconds(copy, device)) for _ in range(rounds)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def measure(size: int, rounds: int, threads: int, device: torch.device) -> list[dict[str, object]]:
+    torch.set_num_threads(threads)
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    target = torch.empty_like(weight)
+
+    def copy() -> None:
+        target.copy_(weight)
+
+    def quantizing(operand: Operand) -> Callable[[], object]:
+        return lambda: numerics.quantize_packed(weight, operand)
+
+    def decoding(name: str) -> Callable[[], object]:
+        operand = Operand.parse(f"{name}@row:f32")
+        packed, _ = numerics.quantize_packed(weight, operand)
+        return lambda: numerics.decode_packed(packed, operand.format, size, out=target)
+
+    work = {f"quantize+pack {text}": quantizing(Operand.parse(text)) for text in OPERANDS}
+    work |= {f"decode {name}": decoding(name) for name in DECODED}
+    rows: list[dict[str, object]] = []
+    for name, candidate in work.items():
+        taken, copied = compare(candidate, copy, rounds, device)
+        rows.append(
+            {
+                "name": name,
+                "threads": threads,
+                "seconds": taken,
+                "copy_seconds": copied,
+                "fp32_gigabytes_per_second": 4e-9 * size * size / taken,
+                "gigavalues_per_second": 1e-9 * size * size / taken,
+                "times_the_copy": taken / copied,
+            }
+        )
+        print(
+            f"{name:58} {threads} threads {taken * 1e3:8.2f} ms {4e-9 * size**2 / taken:8.2f} GB/s "
+            f"{taken / copied:6.1f} x copy_"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "packing.json"
+    )
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    rows = [
+        row for n in options.threads for row in measure(options.size, options.rounds, n, device)
+    ]
+    report = {
+        "device": device_name(device),
+        "cores": os.cpu_count(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "shape": [options.size, options.size],
+        "rounds": options.rounds,
+        "results": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

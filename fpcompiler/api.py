@@ -1,0 +1,225 @@
+"""``fpcompiler.compile`` and ``fpcompiler.load``: the only code that knows the whole way.
+
+Loading needs no compiler, so everything that does is imported inside of ``compile``.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fpcompiler.artifact import Artifact, Golden
+from fpcompiler.errors import OptionError
+from fpcompiler.options import Options
+from fpcompiler.plan import Plan
+from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.inputs import bind
+from fpcompiler.runtime.model import CompiledModel
+from fpcompiler.runtime.model import load as load
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from fpcompiler.capture import CapturedProgram
+    from fpcompiler.passes import Pass, Pipeline
+    from fpcompiler.scheme import Scheme
+
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+GOLDEN_SIZE = 16
+"""Sizes that may vary are cut to this in the recorded call, to keep artifacts small."""
+
+
+def compile(
+    model: nn.Module | ExportedProgram,
+    scheme: Scheme | str | Mapping[str, Any] | os.PathLike[str] = "w4a6",
+    *,
+    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    target: str = "reference",
+    dynamic: Any = "auto",
+    pipeline: str | Pipeline | None = None,
+    dump_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compile a model.
+
+    With example inputs or calibration data (or an ExportedProgram) the model is compiled at once;
+    without, on the first call, for the inputs of that call. The model itself is not changed.
+
+    Args:
+        model: Any module that ``torch.export.export`` accepts, Hugging Face models included, or an
+            ExportedProgram.
+        scheme: Which formats the layers get: a name (``"w4a6"``), the exact text of a scheme, a
+            recipe (a mapping, or the path of a YAML or JSON file), or a Scheme.
+        example_inputs: Positional arguments of an example call.
+        example_kwargs: Keyword arguments of an example call.
+        calibration: Batches: each a tensor, a tuple of arguments or a dict of keyword arguments.
+            The passes of this version need none beyond the first, which then is the example call.
+        target: What the program runs on, see ``fpcompiler targets``.
+        dynamic: Which sizes may vary, see :func:`fpcompiler.capture.capture`; ``"auto"``: batch and
+            sequence lengths, where the model allows it.
+        pipeline: Passes to run instead of those that the scheme and the target ask for.
+        dump_dir: A folder that gets the program after each pass, what the pass changed, and what
+            it did to the numbers.
+        progress: Wraps an iterable of long work for a progress bar: ``progress(items, n, label)``.
+
+    Raises:
+        FormatError: If the scheme means nothing.
+        TargetError: If the target is unknown, or cannot run a layer.
+        CaptureError: If torch.export cannot turn the model into a graph.
+        NumericsError: If a weight holds NaN or infinity; the message names the layer.
+    """
+    from fpcompiler.scheme import Scheme as SchemeClass
+    from fpcompiler.target import lookup
+
+    parsed = SchemeClass.of(scheme)
+    lookup(target)
+    job = _Job(model, parsed, target, dynamic, pipeline, _dump_folder(dump_dir), progress)
+    example = _example(example_inputs, example_kwargs, calibration)
+    if example is None and isinstance(model, nn.Module):
+        return CompiledModel.deferred(job.build, scheme=str(parsed), dumps=job.dump_dir)
+    args, kwargs = example or ((), {})
+    return CompiledModel(job.build(args, kwargs), dumps=job.dump_dir)
+
+
+class _Job:
+    """One compilation, ready to run as soon as there is an example call."""
+
+    def __init__(
+        self,
+        model: nn.Module | ExportedProgram,
+        scheme: Scheme,
+        target: str,
+        dynamic: Any,
+        pipeline: str | tuple[Pass, ...] | None,
+        dump_dir: Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model = model
+        self.scheme = scheme
+        self.target = target
+        self.dynamic = dynamic
+        self.pipeline = pipeline
+        self.dump_dir = dump_dir
+        self.progress = progress
+
+    def build(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Artifact:
+        """Capture the model with an example call and compile it."""
+        from fpcompiler import ir, passes
+        from fpcompiler.codegen import emit_plan
+        from fpcompiler.passes.layers import name_layers
+
+        captured = self._capture(args, kwargs)
+        program = ir.import_program(captured.exported)
+        name_layers(program)
+        pipeline = self._pipeline()
+        batch = _flat_inputs(captured, args, kwargs)
+        observers = []
+        if self.dump_dir:
+            probe = passes.Probe(program, batch) if batch is not None else None
+            observers.append(passes.Dumper(self.dump_dir, program, pipeline, probe))
+        passes.run_pipeline(program, pipeline, observers=observers, progress=self.progress)
+        plan, tensors = emit_plan(
+            program, captured.signature, captured.placeholders, captured.symbols
+        )
+        self._warn_unmatched(plan)
+        return Artifact(
+            plan=plan,
+            tensors=tensors,
+            scheme=str(self.scheme),
+            pipeline=passes.pipeline_text(pipeline),
+            targets=(self.target,),
+            golden=_record(plan, tensors, batch),
+            graph=ir.print_program(program),
+            recipe={"scheme": self.scheme.to_recipe(), "notes": list(captured.notes)},
+        )
+
+    def _warn_unmatched(self, plan: Plan) -> None:
+        for rule in self.scheme.unmatched_rules([row.name for row in plan.layers]):
+            warnings.warn(
+                f"The rule {str(rule)!r} of the scheme matches no layer; plan() lists their names.",
+                stacklevel=2,
+            )
+
+    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CapturedProgram:
+        from fpcompiler.capture import capture, from_exported
+
+        if isinstance(self.model, nn.Module):
+            return capture(self.model, args, kwargs, dynamic=self.dynamic)
+        return from_exported(self.model)
+
+    def _pipeline(self) -> tuple[Pass, ...]:
+        from fpcompiler.passes import default_pipeline, parse_pipeline
+
+        if self.pipeline is None:
+            return default_pipeline(str(self.scheme), self.target)
+        return parse_pipeline(self.pipeline) if isinstance(self.pipeline, str) else self.pipeline
+
+
+def _dump_folder(dump_dir: str | os.PathLike[str] | None) -> Path | None:
+    if dump_dir is not None:
+        return Path(dump_dir)
+    root = Options.from_env().dump
+    if root is None:
+        return None
+    number = 1
+    while (root / f"compile-{number:03}").exists():
+        number += 1
+    return root / f"compile-{number:03}"
+
+
+def _example(
+    inputs: tuple[Any, ...] | Tensor | None,
+    kwargs: Mapping[str, Any] | None,
+    calibration: Iterable[Any] | None,
+) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+    """Return the example call, from the examples or from the first calibration batch."""
+    if inputs is not None or kwargs is not None:
+        args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
+        return args, dict(kwargs or {})
+    if calibration is None:
+        return None
+    batch = next(iter(calibration), None)
+    if batch is None:
+        raise OptionError("the calibration data is empty; give at least one batch.")
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
+
+
+def _flat_inputs(
+    captured: CapturedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, ...] | None:
+    """Return the tensors of the example call in the order of the plan; None if there is none."""
+    if not args and not kwargs:
+        return None
+    return tuple(bind(captured.signature, args, kwargs))
+
+
+def _record(
+    plan: Plan, tensors: Mapping[str, Tensor], batch: tuple[Tensor, ...] | None
+) -> tuple[Golden, ...]:
+    """Run the program once on a small version of the example call, and keep what it gave."""
+    if batch is None:
+        return ()
+    inputs = tuple(
+        _cut(tensor, placeholder.shape, plan).clone()
+        for tensor, placeholder in zip(batch, plan.placeholders, strict=True)
+    )
+    outputs = Executor(plan, tensors).run_leaves(inputs)
+    return (Golden(inputs, tuple(t for t in outputs if isinstance(t, Tensor))),)
+
+
+def _cut(tensor: Tensor, shape: tuple[int | str, ...], plan: Plan) -> Tensor:
+    for axis, size in enumerate(shape):
+        if isinstance(size, str) and size in plan.symbols:
+            least = max(plan.symbols[size].min, GOLDEN_SIZE)
+            tensor = tensor.narrow(axis, 0, min(least, tensor.shape[axis]))
+    return tensor

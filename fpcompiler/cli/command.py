@@ -1,0 +1,34 @@
+"""What a command of the command line is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["Command", "OK", "FAILED"]
+
+OK: Final = 0
+"""Exit code of a command that did what was asked."""
+FAILED: Final = 1
+"""Exit code after an error, and of a verification that failed. A wrong call exits with 2."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: What the user types.
+        summary: One line for the list of commands.
+        example: Lines to copy, shown by ``--help``.
+        add_arguments: Declares the arguments.
+        run: Does the work and returns the exit code. It imports what it needs itself.
+    """
+
+    name: str
+    summary: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]

@@ -1,0 +1,105 @@
+"""``fpcompiler compile``: from a model to an artifact."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fpcompiler.cli.command import OK, Command
+from fpcompiler.cli.output import print_json, progress
+from fpcompiler.cli.source import load_source
+from fpcompiler.cli.tensors import read_inputs
+from fpcompiler.errors import OptionError
+
+if TYPE_CHECKING:
+    from fpcompiler.runtime.model import CompiledModel
+
+__all__ = ["COMMAND"]
+
+_EXAMPLE: Final = """\
+  fpcompiler compile ./my-llama --scheme w4a6 -o my-llama.fpc
+  fpcompiler compile model.pt2 --scheme 'w4a6; *.down_proj: w4a8' -o model.fpc
+  fpcompiler compile my_package.models:build --recipe recipe.yaml -o model.fpc
+
+A SOURCE function takes nothing and returns (model, example_inputs)."""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a .pt2 file, a local Hugging Face folder, or package.module:function",
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the artifact")
+    scheme = parser.add_mutually_exclusive_group()
+    scheme.add_argument(
+        "--scheme", default="w4a6", help="name or exact text of a scheme; by default w4a6"
+    )
+    scheme.add_argument("--recipe", metavar="FILE", help="the scheme as a .yaml or .json file")
+    parser.add_argument("--inputs", metavar="FILE", help="the example call as .safetensors or .npz")
+    parser.add_argument("--target", default="reference", help="by default reference")
+    parser.add_argument("--dump-dir", metavar="DIR", help="write the program after each pass there")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    compiled = _compile(args)
+    compiled.save(args.output)
+    plan, size = compiled.plan(), Path(args.output).stat().st_size
+    _warn_of_rules_without_layers(compiled)
+    dumps = str(compiled.dumps) if compiled.dumps else None
+    if args.json:
+        print_json({"artifact": args.output, "bytes": size, "dumps": dumps, **plan.to_json()})
+        return OK
+    from fpcompiler.runtime.tables import size_text
+
+    quantized = sum(row.quantized for row in plan.rows)
+    print(f"{args.output}: {size_text(size)}")
+    print(f"scheme: {compiled.scheme}")
+    print(f"layers: {quantized} of {len(plan.rows)} quantized; weights of all: ", end="")
+    print(f"{size_text(plan.bytes_before)} -> {size_text(plan.bytes_after)}")
+    if dumps:
+        print(f"dumps: {dumps}")
+    return OK
+
+
+def _compile(args: argparse.Namespace) -> CompiledModel:
+    # What is cheap to check comes first: loading a model and torch takes a while.
+    from fpcompiler.scheme import Scheme
+    from fpcompiler.target import lookup
+
+    scheme = Scheme.from_recipe(args.recipe) if args.recipe else Scheme.of(args.scheme)
+    lookup(args.target)
+    if not Path(args.output).absolute().parent.is_dir():
+        raise OptionError(f"the folder of {args.output} does not exist.")
+
+    with progress("loading the model"):
+        from fpcompiler import api
+
+        inputs = read_inputs(args.inputs) if args.inputs else None
+        source = load_source(args.source, inputs)
+    with progress("compiling") as track:
+        return api.compile(
+            source.model,
+            scheme,
+            example_inputs=source.inputs.args,
+            example_kwargs=dict(source.inputs.kwargs),
+            target=args.target,
+            dump_dir=args.dump_dir,
+            progress=track,
+        )
+
+
+def _warn_of_rules_without_layers(compiled: CompiledModel) -> None:
+    from fpcompiler.scheme import Scheme
+
+    names = [row.name for row in compiled.plan().rows]
+    for pattern in Scheme.parse(compiled.scheme).unmatched_rules(names):
+        print(f"warning: no layer matches the rule for {pattern!r}", file=sys.stderr)
+
+
+COMMAND: Final = Command(
+    "compile", "compile a model and save it as an artifact", _EXAMPLE, _add_arguments, _run
+)

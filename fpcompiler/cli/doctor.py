@@ -1,0 +1,161 @@
+"""``fpcompiler doctor``: what is installed here, what it is for, and how to get what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from fpcompiler.cli.command import FAILED, OK, Command
+from fpcompiler.cli.output import print_json, print_table
+
+__all__ = ["COMMAND", "Check"]
+
+_CUDA_FOLDERS: Final = ("/usr/local/cuda/bin",)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked for.
+
+    Attributes:
+        name: What.
+        ok: Whether it is there and usable.
+        found: Its version, or what is wrong.
+        enables: What fpcompiler does with it.
+        fix: The command or step that provides it.
+        required: Whether nothing works without it.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    enables: str
+    fix: str
+    required: bool = False
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    checks = [_python(), _torch(), *_packages(), _compiler(), _nvcc(), _gpu()]
+    if args.json:
+        print_json([asdict(check) for check in checks])
+    else:
+        rows = [
+            (c.name, "ok" if c.ok else "missing", c.found, c.enables, "" if c.ok else c.fix)
+            for c in checks
+        ]
+        print_table("this machine", ("what", "", "found", "what it is for", "how to get it"), rows)
+    return OK if all(check.ok for check in checks if check.required) else FAILED
+
+
+def _python() -> Check:
+    return Check(
+        "Python", sys.version_info >= (3, 11), platform.python_version(), "everything",
+        "install Python 3.11 or newer", required=True,
+    )  # fmt: skip
+
+
+def _torch() -> Check:
+    version = _version("torch")
+    match = re.match(r"(\d+)\.(\d+)", version)
+    new_enough = match is not None and (int(match[1]), int(match[2])) >= (2, 11)
+    return Check(
+        "torch", new_enough, version or "not installed", "everything",
+        "pip install 'torch>=2.11'", required=True,
+    )  # fmt: skip
+
+
+def _packages() -> list[Check]:
+    rows = (
+        ("torch-mlir", "torch_mlir.ir", "compiling models; loading needs none of it",
+         "pip install 'fpcompiler[compiler]'"),
+        ("transformers", "transformers", "models from Hugging Face folders",
+         "pip install 'fpcompiler[models]'"),
+    )  # fmt: skip
+    return [_package(*row) for row in rows]
+
+
+def _package(name: str, module: str, enables: str, fix: str) -> Check:
+    version = _version(name)
+    if not version:
+        return Check(name, False, "not installed", enables, fix)
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        return Check(name, False, f"{version}, does not import: {error}", enables, fix)
+    return Check(name, True, version, enables, fix)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _compiler() -> Check:
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    return _tool(
+        "C++ compiler", found, r"^.*$", "native CPU kernels (none in this version)",
+        "install g++, for instance: apt-get install g++",
+    )  # fmt: skip
+
+
+def _nvcc() -> Check:
+    folders = (Path(folder) / "nvcc" for folder in _CUDA_FOLDERS)
+    found = shutil.which("nvcc") or next((str(path) for path in folders if path.exists()), None)
+    return _tool(
+        "nvcc", found, r"release [\d.]+", "CUDA kernels (none in this version)",
+        "install the CUDA toolkit 13, with its bin folder on PATH",
+    )  # fmt: skip
+
+
+def _tool(name: str, path: str | None, pattern: str, enables: str, fix: str) -> Check:
+    if path is None:
+        return Check(name, False, "not found on PATH", enables, fix)
+    try:
+        result = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return Check(name, False, f"{path} does not run: {error}", enables, fix)
+    match = re.search(pattern, result.stdout, re.MULTILINE)
+    return Check(name, True, f"{match[0] if match else 'version unknown'} ({path})", enables, fix)
+
+
+def _gpu() -> Check:
+    enables, fix = "running models on CUDA", "use a machine with an NVIDIA GPU and a CUDA torch"
+    if importlib.util.find_spec("torch") is None:
+        return Check("GPU", False, "torch is missing", enables, fix)
+    import torch
+
+    if not torch.cuda.is_available():
+        build = "a CPU build of torch" if torch.version.cuda is None else "torch sees no GPU"
+        return Check("GPU", False, build, enables, fix)
+    names = [
+        "{} (sm_{}{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
+    return Check("GPU", True, ", ".join(names), enables, fix)
+
+
+COMMAND: Final = Command(
+    "doctor",
+    "show what is installed, what it is for, and how to get what is missing",
+    "  fpcompiler doctor",
+    _add_arguments,
+    _run,
+)

@@ -1,0 +1,72 @@
+"""``fpcompiler inspect``: what an artifact holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fpcompiler.cli.command import OK, Command
+from fpcompiler.cli.output import print_json, print_rich, print_table
+
+if TYPE_CHECKING:
+    from fpcompiler.artifact import Artifact
+
+__all__ = ["COMMAND"]
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="an artifact")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fpcompiler import artifact as artifacts
+    from fpcompiler.runtime.tables import PlanTable
+
+    artifact = artifacts.read(args.file)
+    plan = PlanTable(artifact.plan.layers, artifact.scheme)
+    facts = _facts(artifact, Path(args.file).stat().st_size)
+    if args.json:
+        print_json({**facts, "inputs": _inputs(artifact), "plan": plan.to_json()})
+        return OK
+    print_table(args.file, ("", ""), [(name, _text(value)) for name, value in facts.items()])
+    rows = [(name, dtype, " x ".join(map(str, shape))) for name, dtype, shape in _inputs(artifact)]
+    print_table("inputs", ("name", "dtype", "shape"), rows)
+    print_rich(plan)
+    return OK
+
+
+def _facts(artifact: Artifact, size: int) -> dict[str, Any]:
+    return {
+        "scheme": artifact.scheme,
+        "targets": list(artifact.targets),
+        "pipeline": artifact.pipeline,
+        "packages": dict(artifact.packages),
+        "bytes": size,
+        "weight_bytes": sum(tensor.nbytes for tensor in artifact.tensors.values()),
+        "steps": len(artifact.plan.steps),
+        "recorded_calls": len(artifact.golden),
+    }
+
+
+def _inputs(artifact: Artifact) -> list[tuple[str, str, list[int | str]]]:
+    return [(p.name, p.dtype, list(p.shape)) for p in artifact.plan.placeholders]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+COMMAND: Final = Command(
+    "inspect",
+    "show the scheme, the plan and the sizes of an artifact",
+    "  fpcompiler inspect model.fpc\n"
+    "  fpcompiler inspect model.fpc --json | jq '.plan.rows[].name'",
+    _add_arguments,
+    _run,
+)

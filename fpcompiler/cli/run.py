@@ -1,0 +1,115 @@
+"""``fpcompiler run``: run an artifact on inputs from a file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, Final
+
+from fpcompiler.cli.command import OK, Command
+from fpcompiler.cli.output import print_json, print_table, progress
+from fpcompiler.cli.tensors import Inputs, file_kind, named_tensors, read_inputs, write_tensors
+from fpcompiler.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fpcompiler.artifact import Artifact
+
+__all__ = ["COMMAND"]
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="an artifact")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--inputs", metavar="FILE", help="the call as .safetensors or .npz")
+    inputs.add_argument(
+        "--random",
+        action="store_true",
+        help="make up a call like the recorded one: random numbers, its integers shuffled",
+    )
+    parser.add_argument("--output", metavar="FILE", help="the results as .safetensors or .npz")
+    parser.add_argument("--device", default="cpu", help="by default cpu")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fpcompiler.runtime.model import load
+
+    if args.output:
+        file_kind(args.output)  # Before the work, not after it.
+    with progress("running"):
+        compiled = load(args.file, _device(args.device))
+        inputs = read_inputs(args.inputs) if args.inputs else _made_up_call(compiled.artifact)
+        inputs = inputs.to(compiled.device)
+        result = compiled(*inputs.args, **inputs.kwargs)
+    if args.output:
+        write_tensors(args.output, result)
+    outputs = [_describe(name, tensor) for name, tensor in named_tensors(result)]
+    if args.json:
+        print_json(outputs)
+    else:
+        print_table("outputs", tuple(outputs[0]), [list(output.values()) for output in outputs])
+    return OK
+
+
+def _device(text: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise OptionError(f"{text!r} is no device; write cpu, cuda or cuda:0.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError("torch sees no GPU here; fpcompiler doctor tells more.")
+    return device
+
+
+def _made_up_call(artifact: Artifact) -> Inputs:
+    """Return a call with the shapes of the recorded one, the same at each run."""
+    import torch
+
+    from fpcompiler.tree import leaf_paths, unflatten
+
+    if not artifact.golden:
+        raise OptionError("no call was recorded in this artifact; give one with --inputs.")
+    generator = torch.Generator().manual_seed(0)
+    leaves = [_like(tensor, generator) for tensor in artifact.golden[0].inputs]
+    kwargs: dict[str, Any] = {}
+    for parameter in artifact.plan.signature.parameters:
+        if parameter.spec is not None:
+            count = len(leaf_paths(parameter.spec))
+            kwargs[parameter.name] = unflatten(parameter.spec, leaves[:count])
+            leaves = leaves[count:]
+    return Inputs((), kwargs)
+
+
+def _like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    import torch
+
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+    # Token numbers, positions and masks have ranges that only the recorded values tell.
+    order = torch.randperm(tensor.numel(), generator=generator)
+    return tensor.flatten()[order].reshape(tensor.shape)
+
+
+def _describe(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    values = tensor.detach().double()
+    return {
+        "name": name,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "mean": values.mean().item() if tensor.numel() else 0.0,
+        "largest": values.abs().amax().item() if tensor.numel() else 0.0,
+    }
+
+
+COMMAND: Final = Command(
+    "run",
+    "run an artifact on inputs from a file",
+    "  fpcompiler run model.fpc --inputs in.safetensors --output out.safetensors\n"
+    "  fpcompiler run model.fpc --random\n\n"
+    "Tensors named 0, 1, ... (or arg0, arr_0) are positional arguments, others are passed by name.",
+    _add_arguments,
+    _run,
+)

@@ -1,0 +1,44 @@
+"""MLIR contexts with every dialect that a program needs."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from fpcompiler.errors import DependencyError
+
+if TYPE_CHECKING:
+    from torch_mlir import ir
+
+
+def require_torch_mlir() -> None:
+    """Check that the compiler's dependency is installed.
+
+    Raises:
+        DependencyError: If it is not; the message names the command that installs it.
+    """
+    if importlib.util.find_spec("torch_mlir") is None:
+        raise DependencyError(
+            "Compiling needs the package torch-mlir, which is not installed. Run: "
+            "pip install 'fpcompiler[compiler]'. (Loading and running artifacts does not need it.)"
+        )
+
+
+def new_context() -> ir.Context:
+    """Return a context with the torch, torch_c, ml_program, func and fpq dialects loaded."""
+    from torch_mlir import ir
+    from torch_mlir.dialects import torch as torch_dialect
+    from torch_mlir.passmanager import PassManager
+
+    from fpcompiler.ir.dialect import Fpq
+
+    context = ir.Context()
+    # Verifiers written in Python hold the interpreter lock: threads would only wait for it.
+    context.enable_multithreading(False)
+    torch_dialect.register_dialect(context)
+    with context, ir.Location.unknown():
+        Fpq.load()
+        # torch_c is registered but loaded only by a pass that depends on it.
+        loader = PassManager.parse("builtin.module(torch-func-backend-type-conversion)")
+        loader.run(ir.Module.create().operation)
+    return context

@@ -1,0 +1,249 @@
+"""The ``fpq`` dialect: quantized values as types, and the operations on them.
+
+===================  ==============================================================================
+``fpq.quantize``     tensor -> quantized; computes scales and codes of the values it is given
+``fpq.dequantize``   quantized -> tensor
+``fpq.assemble``     codes and scales (stored weights) -> quantized
+``fpq.linear``       ``x @ w.T + bias``; x is a tensor or quantized, w quantized
+``fpq.scaled_gemm``  an ``fpq.linear`` for which a target and a kernel have been chosen
+===================  ==============================================================================
+
+Every shape, format and scale is checked by the verifiers after each pass.
+"""
+
+# No "from __future__ import annotations": the dialect is built from the annotations as objects.
+# mypy: disable-error-code="call-arg, name-defined, misc"
+from typing import Any, Final
+
+from torch_mlir import ir
+from torch_mlir.dialects.ext import Dialect, Operand, Pure, Result
+
+from fpcompiler.errors import FormatError
+from fpcompiler.ir.types import (
+    QuantizedType,
+    Shape,
+    TensorType,
+    element_text,
+    quantized_type,
+    ranked_text,
+    tensor_type,
+)
+from fpcompiler.operand import Granularity
+
+
+class Fpq(Dialect, name="fpq"):
+    """Floating-point quantization."""
+
+
+class FloatType(Fpq.Type, name="float"):
+    """The element type of a format that MLIR itself does not have: ``!fpq.float<"f4E1M2FN">``."""
+
+    spelling: ir.StringAttr
+
+
+class Quantized(Fpq.Type, name="quantized"):
+    """Codes with scales: ``!fpq.quantized<tensor<8x64xf4E2M1FN>, "row:f32/block32:f8E8M0FNU">``."""
+
+    payload: ir.TypeAttr
+    scales: ir.StringAttr
+
+
+class VerifyError(Exception):
+    """Raised inside a verifier; its message becomes the diagnostic."""
+
+
+def _checked(op: ir.OpView, check: Any) -> bool:
+    """Run a check; turn its error into a diagnostic at the operation, as MLIR wants it."""
+    try:
+        check(op.operation)
+    except (VerifyError, FormatError) as error:
+        op.operation.location.emit_error(f"'{op.operation.name}' op {error}")
+        return False
+    return True
+
+
+def _tensor(value: ir.Value, what: str) -> TensorType:
+    found = tensor_type(value)
+    if found is None:
+        raise VerifyError(f"{what} must be a ranked !torch.vtensor, not {value.type}")
+    return found
+
+
+def _quantized(value: ir.Value, what: str) -> QuantizedType:
+    found = quantized_type(value)
+    if found is None:
+        raise VerifyError(f"{what} must be !fpq.quantized, not {value.type}")
+    return found
+
+
+def _same_shape(a: Shape, b: Shape, what: str) -> None:
+    fits = len(a) == len(b) and all(x == y or None in (x, y) for x, y in zip(a, b, strict=True))
+    if not fits:
+        raise VerifyError(f"{what}: shape {_text(a)} is not {_text(b)}")
+
+
+def _text(shape: Shape) -> str:
+    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+
+
+def scale_shapes(kind: QuantizedType) -> tuple[Shape, ...]:
+    """Return the shape of the scales of each level of a quantized type.
+
+    Raises:
+        VerifyError: If the contracted axis is not known, so that blocks cannot be counted.
+    """
+    shapes: list[Shape] = []
+    for level in kind.operand.levels:
+        if level.granularity is Granularity.TENSOR:
+            shapes.append((1,) * len(kind.shape))
+        elif level.granularity is not Granularity.BLOCK:
+            shapes.append((*kind.shape[:-1], 1))
+        elif kind.shape[-1] is None:
+            raise VerifyError(f"level {level} needs a last axis of known size")
+        else:
+            shapes.append((*kind.shape[:-1], -(-kind.shape[-1] // level.block)))
+    return tuple(shapes)
+
+
+SCALE_SLOTS: Final = ("outer", "block")
+"""The operands of ``fpq.assemble`` that hold scales, in order."""
+
+
+def scale_slots(kind: QuantizedType) -> tuple[str, ...]:
+    """Return which of :data:`SCALE_SLOTS` holds the scales of each level."""
+    return tuple(
+        "block" if level.granularity is Granularity.BLOCK else "outer"
+        for level in kind.operand.levels
+    )
+
+
+def scale_texts(kind: QuantizedType) -> tuple[str, ...]:
+    """Return the builtin tensor type of the scales of each level, as text."""
+    return tuple(
+        ranked_text(shape, "f32" if level.spec is None else element_text(level.spec))
+        for shape, level in zip(scale_shapes(kind), kind.operand.levels, strict=True)
+    )
+
+
+def _check_quantize(op: ir.Operation) -> None:
+    source = _tensor(op.operands[0], "input")
+    result = _quantized(op.results[0], "result")
+    if not source.shape:
+        raise VerifyError("input has no axis to quantize along")
+    if source.element not in ("f64", "f32", "f16", "bf16"):
+        raise VerifyError(f"input must hold floating-point values, not {source.element}")
+    _same_shape(result.shape, source.shape, "result")
+    scale_shapes(result)
+
+
+def _check_dequantize(op: ir.Operation) -> None:
+    source = _quantized(op.operands[0], "input")
+    _same_shape(_tensor(op.results[0], "result").shape, source.shape, "result")
+
+
+def _check_assemble(op: ir.Operation) -> None:
+    result = _quantized(op.results[0], "result")
+    texts = dict(zip(scale_slots(result), scale_texts(result), strict=True))
+    expected = (result.payload, *(texts.get(slot, "!torch.none") for slot in SCALE_SLOTS))
+    found = tuple(str(value.type) for value in op.operands)
+    if found != expected:
+        raise VerifyError(f"operands {', '.join(found)} are not {', '.join(expected)}")
+
+
+def _check_linear(op: ir.Operation) -> None:
+    weight = _quantized(op.operands[1], "weight")
+    x = quantized_type(op.operands[0]) or _tensor(op.operands[0], "input")
+    result = _tensor(op.results[0], "result")
+    if len(weight.shape) != 2 or None in weight.shape:
+        raise VerifyError(f"weight must be [N, K] with known sizes, not {_text(weight.shape)}")
+    if not x.shape or x.shape[-1] != weight.shape[1]:
+        raise VerifyError(
+            f"the contracted axes differ: input {_text(x.shape)}, weight {_text(weight.shape)}"
+        )
+    _same_shape(result.shape, (*x.shape[:-1], weight.shape[0]), "result")
+    bias = tensor_type(op.operands[2])
+    if bias is not None:
+        _same_shape(bias.shape, (weight.shape[0],), "bias")
+    if isinstance(x, QuantizedType):
+        _check_granularities(x, weight)
+
+
+def _check_granularities(x: QuantizedType, weight: QuantizedType) -> None:
+    for kind, wrong, what in ((x, Granularity.ROW, "input"), (weight, Granularity.TOKEN, "weight")):
+        for level in kind.operand.levels:
+            if level.granularity is wrong:
+                raise VerifyError(f"{what} cannot have a scale per {wrong.value}: {kind.operand}")
+
+
+class QuantizeOp(Fpq.Operation, name="quantize", traits=[Pure]):
+    """``fpq.quantize``: compute the scales and codes of a tensor."""
+
+    input: Operand[Any]
+    result: Result[Quantized]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check shapes, formats and scale levels."""
+        return _checked(op, _check_quantize)
+
+
+class DequantizeOp(Fpq.Operation, name="dequantize", traits=[Pure]):
+    """``fpq.dequantize``: the values that codes and scales stand for."""
+
+    input: Operand[Quantized]
+    result: Result[Any]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check that the shapes are equal."""
+        return _checked(op, _check_dequantize)
+
+
+class AssembleOp(Fpq.Operation, name="assemble", traits=[Pure]):
+    """``fpq.assemble``: a quantized value from stored codes and the scales of each level.
+
+    A level that the type does not have is ``torch.constant.none``: the dialect's variadic operands
+    would all have to be of one type.
+    """
+
+    codes: Operand[Any]
+    outer_scale: Operand[Any]
+    block_scale: Operand[Any]
+    result: Result[Quantized]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check that codes and scales have the types that the result needs."""
+        return _checked(op, _check_assemble)
+
+
+class LinearOp(Fpq.Operation, name="linear", traits=[Pure]):
+    """``fpq.linear``: ``x @ w.T + bias``, the name of the layer as an attribute."""
+
+    input: Operand[Any]
+    weight: Operand[Quantized]
+    bias: Operand[Any]
+    layer: ir.StringAttr
+    result: Result[Any]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check the contracted axis, the result and the bias."""
+        return _checked(op, _check_linear)
+
+
+class ScaledGemmOp(Fpq.Operation, name="scaled_gemm", traits=[Pure]):
+    """``fpq.scaled_gemm``: a linear layer with the kernel that runs it, and why that one."""
+
+    input: Operand[Any]
+    weight: Operand[Quantized]
+    bias: Operand[Any]
+    layer: ir.StringAttr
+    kernel: ir.StringAttr
+    reason: ir.StringAttr
+    result: Result[Any]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check the contracted axis, the result and the bias."""
+        return _checked(op, _check_linear)

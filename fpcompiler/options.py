@@ -1,0 +1,152 @@
+"""Settings from the environment; nothing else in fpcompiler reads it.
+
+============  =====================================================================================
+FPC_DUMP      A folder: every compilation writes its dumps to a new folder inside.
+FPC_LOGS      What is logged to stderr: a level (``debug``), parts (``passes,capture``: those at
+              debug), or parts with levels (``passes=info``), separated by commas.
+FPC_CACHE     The folder of compiled kernels; by default ``fpcompiler`` in the user's cache folder.
+FPC_PROGRESS  ``1`` always shows progress bars, ``0`` never; by default on a terminal only.
+============  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TextIO
+
+from fpcompiler.errors import OptionError
+
+__all__ = ["Options", "LOG_LEVELS", "LOG_PARTS", "configure_logging"]
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+"""Levels that ``FPC_LOGS`` knows."""
+
+LOG_PARTS: Final = (
+    "api", "artifact", "capture", "cli", "codegen", "ir", "numerics", "passes", "runtime",
+)  # fmt: skip
+"""Parts of fpcompiler that log; each is the logger ``fpcompiler.<part>``."""
+
+_VARIABLES: Final = ("FPC_DUMP", "FPC_LOGS", "FPC_CACHE", "FPC_PROGRESS")
+_PROGRESS: Final = {"": None, "auto": None, "1": True, "0": False}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings from the environment.
+
+    Attributes:
+        dump: The folder that gets the dumps of every compilation, or None for no dumps.
+        logs: The level of each part that logs; the part ``""`` is all of fpcompiler.
+        cache: The folder of compiled kernels.
+        progress: Whether progress bars are shown; None: on a terminal only.
+    """
+
+    dump: Path | None = None
+    logs: Mapping[str, str] = field(default_factory=dict, hash=False)
+    cache: Path = field(default_factory=lambda: _default_cache({}))
+    progress: bool | None = None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:
+        """Return the settings of an environment.
+
+        Args:
+            environ: The variables; by default those of this process.
+
+        Raises:
+            OptionError: If a value is unusable, or the name of a variable is mistyped.
+        """
+        env = os.environ if environ is None else environ
+        _refuse_mistyped(env)
+        progress = env.get("FPC_PROGRESS", "").strip().lower()
+        if progress not in _PROGRESS:
+            raise OptionError(f"FPC_PROGRESS={progress!r}: it is 1, 0 or auto.")
+        dump = _folder("FPC_DUMP", env.get("FPC_DUMP", ""))
+        cache = _folder("FPC_CACHE", env.get("FPC_CACHE", "")) or _default_cache(env)
+        return cls(dump, _parse_logs(env.get("FPC_LOGS", "")), cache, _PROGRESS[progress])
+
+    @property
+    def debug(self) -> bool:
+        """Whether everything is logged, so that errors show where they were raised."""
+        return self.logs.get("") == "debug"
+
+    def shows_progress(self, stream: TextIO) -> bool:
+        """Return whether progress bars are shown on a stream."""
+        return stream.isatty() if self.progress is None else self.progress
+
+
+def _refuse_mistyped(env: Mapping[str, str]) -> None:
+    # Only near misses: other programs may have variables that start with FPC_ as well.
+    for name in env:
+        near = difflib.get_close_matches(name, _VARIABLES, n=1, cutoff=0.8)
+        if near and name.startswith("FPC_") and name not in _VARIABLES:
+            raise OptionError(
+                f"the environment has {name}; did you mean {near[0]}? "
+                f"Variables: {', '.join(_VARIABLES)}."
+            )
+
+
+def _folder(name: str, text: str) -> Path | None:
+    if not text:
+        return None
+    path = Path(text).expanduser()
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"{name}={text!r} is a file; it must be a folder, or a new name.")
+    return path
+
+
+def _default_cache(env: Mapping[str, str]) -> Path:
+    base = env.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "fpcompiler"
+
+
+def _parse_logs(text: str) -> dict[str, str]:
+    entries = (entry.strip().lower() for entry in text.split(","))
+    return dict(_parse_log(entry) for entry in entries if entry)
+
+
+def _parse_log(entry: str) -> tuple[str, str]:
+    part, equals, level = entry.partition("=")
+    if not equals and part in LOG_LEVELS:
+        return "", part
+    level = level if equals else "debug"
+    for value, known, what in ((part, LOG_PARTS, "part"), (level, LOG_LEVELS, "level")):
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise OptionError(
+                f"FPC_LOGS: {value!r} is no {what}; {hint}{what.title()}s: {', '.join(known)}."
+            )
+    return part, level
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """The handler that :func:`configure_logging` installs, so that it finds its own again."""
+
+
+def configure_logging(options: Options, stream: TextIO | None = None) -> None:
+    """Log what the options ask for to a stream; with no levels set, change nothing.
+
+    A second call replaces what the first one set.
+
+    Args:
+        options: The settings.
+        stream: Where to; stderr by default.
+    """
+    root = logging.getLogger("fpcompiler")
+    for old in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
+        root.removeHandler(old)
+    for part in ("", *LOG_PARTS):
+        level = options.logs.get(part)
+        name = f"fpcompiler.{part}" if part else "fpcompiler"
+        logging.getLogger(name).setLevel(level.upper() if level else logging.NOTSET)
+    if options.logs:
+        handler = _Handler(stream or sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        root.addHandler(handler)

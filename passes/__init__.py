@@ -1,0 +1,58 @@
+"""Passes: one a file, each named as in a pipeline text.
+
+To write one, copy the smallest (``normalize.py``), give it a name, and pass it to
+:func:`parse_pipeline` or :func:`run_pipeline`; ``examples/add_a_pass.py`` shows all of it.
+"""
+
+from __future__ import annotations
+
+from fpcompiler.ir.printer import print_program
+from fpcompiler.ir.program import parse_program
+from fpcompiler.ir.weights import Weights
+from fpcompiler.passes.base import Pass, PassContext, rewrite
+from fpcompiler.passes.dump import Dumper
+from fpcompiler.passes.manager import PassResult, run_pipeline
+from fpcompiler.passes.numerics import Probe
+from fpcompiler.passes.pipeline import (
+    PASSES,
+    Pipeline,
+    default_pipeline,
+    parse_pipeline,
+    pass_text,
+    pipeline_text,
+)
+
+
+def opt(text: str, pipeline: str, weights: Weights | None = None) -> str:
+    """Run a pipeline on MLIR text, such as a dump, and return the text of the result.
+
+    Args:
+        text: A module with a function ``main``.
+        pipeline: The passes, as :func:`parse_pipeline` reads them.
+        weights: Values of the globals, for passes that read them.
+
+    Raises:
+        IRError: If the text is not valid, or a pass needs weights that are not given.
+        PassError: If the pipeline is malformed or does not fit the stage of the program.
+    """
+    program = parse_program(text, weights)
+    run_pipeline(program, parse_pipeline(pipeline))
+    return print_program(program)
+
+
+__all__ = [
+    "PASSES",
+    "Pass",
+    "PassContext",
+    "PassResult",
+    "Pipeline",
+    "Dumper",
+    "Probe",
+    "default_pipeline",
+    "opt",
+    "parse_pipeline",
+    "pass_text",
+    "pipeline_text",
+    "rewrite",
+    "run_pipeline",
+]

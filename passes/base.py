@@ -1,0 +1,90 @@
+"""What a pass is.
+
+A pass is a frozen dataclass: its options are its fields, so it compares, prints and parses. It
+keeps no state; whatever it learns goes into the program or the :class:`PassContext`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
+
+from torch_mlir import ir
+
+from fpcompiler.ir.program import Program, Stage
+
+Item = TypeVar("Item")
+
+
+def _no_progress(items: Iterable[Item], total: int, label: str) -> Iterable[Item]:
+    return items
+
+
+@dataclass
+class PassContext:
+    """What a pass may report while it runs.
+
+    Attributes:
+        statistics: Counts by name, shown in the pass table: ``context.count("layers quantized")``.
+        progress: Wraps an iterable for a progress bar: ``progress(items, total, label)``.
+    """
+
+    statistics: Counter[str] = field(default_factory=Counter)
+    progress: Callable[[Iterable[Item], int, str], Iterable[Item]] = _no_progress
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Add to a statistic."""
+        self.statistics[what] += number
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One step from program to program.
+
+    Class attributes:
+        name: How the pass is called in a pipeline text; also the name of its file.
+        requires: The stage that the program must be at; None: any.
+        ensures: The stage that the program is at afterwards; None: unchanged.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[Stage | None] = None
+    ensures: ClassVar[Stage | None] = None
+
+    @abstractmethod
+    def run(self, program: Program, context: PassContext) -> None:
+        """Change the program in place. The module's context is current."""
+
+
+def rewrite(
+    program: Program,
+    names: Sequence[str],
+    pattern: Callable[[ir.Operation], Sequence[ir.Value] | None],
+) -> int:
+    """Apply a pattern to every operation with one of the names, in program order.
+
+    The pattern may create operations: the insertion point is before the matched operation and the
+    location is its own. It returns the values that replace the results, or None for no match.
+
+    Returns:
+        How many operations matched.
+    """
+    matched = 0
+    for op in program.operations(*names):
+        with ir.InsertionPoint(op), op.location:
+            values = pattern(op)
+        if values is None:
+            continue
+        for old, new in zip(op.results, values, strict=True):
+            old.replace_all_uses_with(new)
+        op.erase()
+        matched += 1
+    return matched
+
+
+def has_no_uses(op: ir.Operation) -> bool:
+    """Return whether nothing reads the results of an operation."""
+    return all(next(iter(result.uses), None) is None for result in op.results)

@@ -1,0 +1,101 @@
+"""Dumps: what every pass did, as files that a person reads and ``fpcompiler opt`` runs again."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+
+from fpcompiler.ir.printer import print_program
+from fpcompiler.ir.program import Program
+from fpcompiler.passes.base import Pass
+from fpcompiler.passes.manager import PassResult
+from fpcompiler.passes.numerics import Probe
+from fpcompiler.passes.pipeline import Pipeline, pass_text, pipeline_text
+
+
+class Dumper:
+    """Writes a folder of dumps while a pipeline runs.
+
+    ===========================  ===================================================================
+    ``00-captured.mlir``         the program before the first pass
+    ``03-insert-quantize.mlir``  the program after the third pass, if the pass changed something
+    ``03-insert-quantize.diff``  what it changed
+    ``numerics.json``            output and per-layer SQNR after each such pass, on the probe batch
+    ``timing.json``              seconds and statistics of every pass
+    ``pipeline.txt``             the pipeline, as ``fpcompiler opt -p`` reads it
+    ``05-lower-gemm.failed.mlir``  the input of a pass that failed
+    ===========================  ===================================================================
+    """
+
+    def __init__(
+        self, folder: Path, program: Program, pipeline: Pipeline, probe: Probe | None = None
+    ) -> None:
+        self.folder = folder
+        self.probe = probe
+        self._number = 0
+        self._text = print_program(program)
+        self._results: list[PassResult] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in [*folder.glob("[0-9][0-9]-*.mlir"), *folder.glob("[0-9][0-9]-*.diff")]:
+            old.unlink()
+        self._write("pipeline.txt", pipeline_text(pipeline) + "\n")
+        self._last = self._dump(program.stage.label, self._text, "")
+
+    def before(self, program: Program, item: Pass) -> None:
+        """Count the pass."""
+        self._number += 1
+
+    def after(self, program: Program, item: Pass, result: PassResult) -> None:
+        """Write the program if the pass changed it."""
+        self._results.append(result)
+        self._write_timing()
+        text = print_program(program)
+        if text == self._text:
+            return
+        diff = difflib.unified_diff(
+            self._text.splitlines(keepends=True),
+            text.splitlines(keepends=True),
+            self._last,
+            f"{self._number:02}-{item.name}.mlir",
+            n=1,
+        )
+        self._write(f"{self._number:02}-{item.name}.diff", "".join(diff))
+        self._last = self._dump(item.name, text, pass_text(item))
+        self._text = text
+        if self.probe:
+            self.probe.measure(program, f"{self._number:02}-{item.name}")
+            self._write("numerics.json", json.dumps(self.probe.to_json(), indent=1) + "\n")
+
+    def failed(self, program: Program, item: Pass, error: BaseException) -> None:
+        """Write what the failing pass was given, and name the file in the error."""
+        name = f"{self._number:02}-{item.name}.failed.mlir"
+        self._write(name, self._header(pass_text(item)) + self._text)
+        error.add_note(
+            f"its input is in {self.folder / name}; to run it again: "
+            f"fpcompiler opt {self.folder / name} -p '{pass_text(item)}'"
+        )
+
+    def _dump(self, name: str, text: str, item: str) -> str:
+        file = f"{self._number:02}-{name}.mlir"
+        self._write(file, self._header(item) + text)
+        return file
+
+    def _header(self, item: str) -> str:
+        """Return comment lines that tell how the text was made from the dump before it."""
+        return f"// fpcompiler opt {self._last} -p '{item}'\n" if item else ""
+
+    def _write_timing(self) -> None:
+        rows = [
+            {
+                "pass": result.text,
+                "seconds": round(result.seconds, 4),
+                "verify_seconds": round(result.verify_seconds, 4),
+                "statistics": dict(result.statistics),
+            }
+            for result in self._results
+        ]
+        self._write("timing.json", json.dumps(rows, indent=1) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text, encoding="utf-8")

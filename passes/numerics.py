@@ -1,0 +1,96 @@
+"""What each pass did to the numbers: the program is executed after it and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fpcompiler.ir.program import Program
+from fpcompiler.ir.raise_to_fx import raise_to_fx
+from fpcompiler.numerics import metrics
+
+
+class Probe:
+    """Runs a program on one batch after each pass and compares it with the captured program.
+
+    Attributes:
+        rows: One for each measured program: name, SQNR in dB of each output, SQNR of each layer.
+    """
+
+    def __init__(self, program: Program, inputs: Sequence[Tensor]) -> None:
+        """Run the captured program.
+
+        Args:
+            program: The program as captured.
+            inputs: The batch, one tensor for each argument of ``main``.
+        """
+        self._inputs = tuple(inputs)
+        self._outputs, self._layers = _execute(program, self._inputs)
+        self.rows: list[dict[str, Any]] = []
+
+    def measure(self, program: Program, name: str) -> None:
+        """Run a program and add a row."""
+        outputs, layers = _execute(program, self._inputs)
+        pairs = zip(self._outputs, outputs, strict=True)
+        self.rows.append(
+            {
+                "after": name,
+                "outputs_sqnr_db": [_sqnr(reference, value) for reference, value in pairs],
+                "layers_sqnr_db": {
+                    layer: _sqnr(self._layers[layer], value)
+                    for layer, value in layers.items()
+                    if layer in self._layers and self._layers[layer].shape == value.shape
+                },
+            }
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the rows with the shapes of the batch; an infinite SQNR is written as null."""
+        return {
+            "probe": [list(tensor.shape) for tensor in self._inputs],
+            "note": "null: bit-equal to the captured program",
+            "passes": self.rows,
+        }
+
+
+def _sqnr(reference: Tensor, value: Tensor) -> float | None:
+    if torch.equal(reference, value):
+        return None
+    return round(metrics.sqnr_db(reference, value), 3)
+
+
+class _Recorder(fx.Interpreter):
+    """Executes a graph and keeps the output of each layer (of its last call)."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.layers: dict[str, Tensor] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if "layer" in node.meta and isinstance(result, Tensor):
+            self.layers[node.meta["layer"]] = result
+        return result
+
+
+def _execute(
+    program: Program, inputs: tuple[Tensor, ...]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Run a program from its initial state, which is left unchanged."""
+    module = raise_to_fx(program)
+    for name, buffer in list(module.named_buffers()):
+        if _is_written(module, name):
+            setattr(module, name, buffer.clone())
+    recorder = _Recorder(module)
+    with torch.no_grad():
+        outputs = recorder.run(*inputs)
+    return [value for value in outputs if isinstance(value, Tensor)], recorder.layers
+
+
+def _is_written(module: fx.GraphModule, name: str) -> bool:
+    loads = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == name]
+    writes = (user.target is torch.ops.aten.copy_.default for n in loads for user in n.users)
+    return any(writes)

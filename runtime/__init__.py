@@ -1,0 +1,1 @@
+"""Runs compiled models: no part of the compiler is imported, and no code from an artifact runs."""

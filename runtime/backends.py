@@ -1,0 +1,68 @@
+"""The backends: what runs the ``fpc`` operators of a step, chosen by the step's ``kernel``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+from torch import Tensor
+
+from fpcompiler.errors import ArtifactError
+from fpcompiler.plan import Step
+from fpcompiler.runtime.operators import resolve
+
+
+class Backend(Protocol):
+    """Something that can run the ``fpc`` operators."""
+
+    @property
+    def name(self) -> str:
+        """What ``Step.kernel`` says."""
+
+    def bind(self, step: Step, constants: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """Return the function that is called with the step's arguments at each run.
+
+        Args:
+            step: The step. A backend may prepare here what depends only on constants.
+            constants: The constants of the plan by value name, on the executor's device.
+
+        Raises:
+            ArtifactError: If the backend cannot run this step.
+        """
+
+
+@dataclass(frozen=True)
+class ReferenceBackend:
+    """Plain torch, on any device; see :mod:`fpcompiler.runtime.reference`."""
+
+    name: str = "reference"
+
+    def bind(self, step: Step, constants: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """Return the operator itself."""
+        return resolve(step.op)
+
+
+_ROWS: Final[tuple[Backend, ...]] = (ReferenceBackend(),)
+
+BACKENDS: Final[Mapping[str, Backend]] = MappingProxyType({row.name: row for row in _ROWS})
+"""Every backend by name."""
+
+
+def bind(step: Step, constants: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """Return what runs a step: an aten or scalar function, or what its backend gives.
+
+    Raises:
+        ArtifactError: If the operator or the backend is unknown or refused.
+    """
+    if not step.op.startswith("fpc."):
+        return resolve(step.op)
+    name = step.kernel or "reference"
+    if name not in BACKENDS:
+        raise ArtifactError(
+            f"The plan wants the kernel {name!r} for {step.layer or step.op}; this fpcompiler has "
+            f"{', '.join(BACKENDS)}. Install the version that wrote the artifact, or compile for "
+            "another target."
+        )
+    return BACKENDS[name].bind(step, constants)

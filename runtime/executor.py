@@ -1,0 +1,220 @@
+"""Runs a plan: an interpreter over its steps. No code is generated or evaluated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fpcompiler.artifact.container import ALIGNMENT
+from fpcompiler.errors import ArtifactError, FpcompilerError, RunError, describe_layer
+from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime import backends, inputs, operators
+from fpcompiler.tree import unflatten
+
+Observer: TypeAlias = Callable[[Step, Tensor], None]
+"""Called after each step that belongs to a layer and has one tensor as its result."""
+
+_STEP_ERRORS: Final = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What torch operators and Python arithmetic raise."""
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    """A step, ready to run.
+
+    ``spread``: the results are the items of what ``function`` returns. ``frees``: the values that
+    no later step reads.
+    """
+
+    function: operators.Function
+    args: list[Any]
+    kwargs: dict[str, Any]
+    outs: tuple[str, ...]
+    spread: bool
+    frees: tuple[str, ...]
+    step: Step
+
+
+class Executor:
+    """A plan and its tensors on a device.
+
+    Args:
+        plan: The program.
+        tensors: The tensors that the plan names. Constants are used where they are if they are
+            on the device already; nothing writes to them.
+        device: Where to run.
+
+    Raises:
+        ArtifactError: If the plan uses an operator or a kernel that is unknown or refused, or a
+            tensor that does not exist.
+    """
+
+    def __init__(
+        self, plan: Plan, tensors: Mapping[str, Tensor], device: str | torch.device = "cpu"
+    ) -> None:
+        self.plan = plan
+        self.device = torch.device(device)
+        self._constants = {
+            name: _aligned(_tensor(tensors, key).to(self.device))
+            for name, key in plan.constants.items()
+        }
+        self._initial = {name: _tensor(tensors, key) for name, key in plan.state.items()}
+        self._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
+        self._code = _assemble(plan, self._constants, self.device)
+        self._names = inputs.leaf_names(plan.signature)
+        self._shared = _shared_values(plan, self._code)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program on the arguments of the model's ``forward``.
+
+        Raises:
+            RunError: If the arguments do not fit, or a step fails.
+            NumericsError: If a value to quantize is NaN or infinite.
+        """
+        return self.observed(None, *args, **kwargs)
+
+    def observed(self, observe: Observer | None, *args: Any, **kwargs: Any) -> Any:
+        """Run, and show the result of each step that belongs to a layer to ``observe``.
+
+        Raises:
+            RunError: If the arguments do not fit, or a step fails.
+            NumericsError: If a value to quantize is NaN or infinite.
+        """
+        leaves = inputs.bind(self.plan.signature, args, kwargs)
+        outputs = self.run_leaves(leaves, observe)
+        return unflatten(self.plan.signature.outputs, outputs)
+
+    def run_leaves(self, leaves: Sequence[Tensor], observe: Observer | None = None) -> list[Any]:
+        """Run on tensors, one per placeholder; return one value per leaf of the outputs.
+
+        Raises:
+            RunError: If the tensors do not fit, or a step fails.
+            NumericsError: If a value to quantize is NaN or infinite.
+        """
+        inputs.check(self.plan, self._names, leaves, self.device)
+        with torch.no_grad():
+            values = dict(self._constants)
+            values.update(self._state)
+            for placeholder, leaf in zip(self.plan.placeholders, leaves, strict=True):
+                values[placeholder.name] = leaf
+            self._run_steps(values, observe)
+            outputs = [self._own(out, values) for out in self.plan.outputs]
+            updates = [(name, self._own(value, values)) for value, name in self.plan.stores]
+            for name, update in updates:
+                self._state[name].copy_(update)
+        return outputs
+
+    def fresh(self) -> Executor:
+        """Return an executor of the same program that has a state of its own, the initial one."""
+        other = copy.copy(self)
+        other._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
+        return other
+
+    def reset(self) -> None:
+        """Bring the state (KV caches) back to what the artifact holds."""
+        for name, initial in self._initial.items():
+            self._state[name].copy_(initial)
+
+    def _run_steps(self, values: dict[str, Any], observe: Observer | None) -> None:
+        index = 0
+        try:
+            for index, instruction in enumerate(self._code):  # noqa: B007  (read in the handler)
+                args = operators.fill(instruction.args, values)
+                kwargs = {k: operators.fill(v, values) for k, v in instruction.kwargs.items()}
+                result = instruction.function(*args, **kwargs)
+                if instruction.spread:
+                    values.update(zip(instruction.outs, result, strict=True))
+                else:
+                    values[instruction.outs[0]] = result
+                if observe is not None and instruction.step.layer and isinstance(result, Tensor):
+                    observe(instruction.step, result)
+                for name in instruction.frees:
+                    del values[name]
+        except FpcompilerError:
+            raise
+        except _STEP_ERRORS as error:
+            raise _step_error(self._code[index].step, index, error) from error
+
+    def _own(self, out: object, values: Mapping[str, Any]) -> Any:
+        """Return an output; if it may share memory with a constant or the state, a copy of it."""
+        if not isinstance(out, str):
+            return out
+        value = values[out]
+        return value.clone() if out in self._shared and isinstance(value, Tensor) else value
+
+
+def _step_error(step: Step, index: int, error: BaseException) -> RunError:
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    return RunError(
+        f"{describe_layer(step.layer)}: step {index} ({step.op}) failed: {first[0]} If the inputs "
+        "are right, run `fpcompiler verify` on the artifact and compile the model again."
+    )
+
+
+def _tensor(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in tensors:
+        raise ArtifactError(
+            f"The plan names the tensor {key!r}, which the artifact does not hold. The artifact is "
+            "damaged; compile the model again."
+        )
+    return tensors[key]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor as it is in a loaded artifact, so that both give the same bits.
+
+    A matrix product may add in another order when an operand is not aligned or not contiguous.
+    """
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def _assemble(
+    plan: Plan, constants: Mapping[str, Tensor], device: torch.device
+) -> tuple[_Instruction, ...]:
+    frees = _frees(plan)
+    code = []
+    for index, step in enumerate(plan.steps):
+        code.append(
+            _Instruction(
+                function=backends.bind(step, constants),
+                args=[operators.decode(arg, device) for arg in step.args],
+                kwargs={k: operators.decode(v, device) for k, v in step.kwargs.items()},
+                outs=step.outs,
+                spread=len(step.outs) > 1 or step.op == "fpc.quantize",
+                frees=tuple(frees.get(index, ())),
+                step=step,
+            )
+        )
+    return tuple(code)
+
+
+def _frees(plan: Plan) -> dict[int, list[str]]:
+    """Return the values that are not needed after a step; those of the result always are."""
+    lasts: dict[str, int] = {}
+    for index, step in enumerate(plan.steps):
+        lasts.update(dict.fromkeys([*step.outs, *step.uses()], index))
+    kept = {out for out in plan.outputs if isinstance(out, str)} | {v for v, _ in plan.stores}
+    frees: dict[int, list[str]] = {}
+    for name, index in lasts.items():
+        if name not in kept:
+            frees.setdefault(index, []).append(name)
+    return frees
+
+
+def _shared_values(plan: Plan, code: Sequence[_Instruction]) -> frozenset[str]:
+    """Return the values that may share memory with a constant or the state."""
+    shared = {*plan.constants, *plan.state}
+    for instruction in code:
+        if operators.aliases(instruction.function) and not shared.isdisjoint(
+            instruction.step.uses()
+        ):
+            shared.update(instruction.outs)
+    return frozenset(shared)

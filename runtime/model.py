@@ -1,0 +1,192 @@
+"""The compiled model: what ``fpcompiler.compile`` and ``fpcompiler.load`` return."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import nn
+
+from fpcompiler.artifact import Artifact, read, save
+from fpcompiler.errors import RunError
+from fpcompiler.runtime.compare import Batch, call_arguments, compare
+from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.tables import CompareTable, PlanTable, VerifyReport
+from fpcompiler.runtime.verify import verify
+
+Build: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], Artifact]
+"""Captures and compiles a model for the arguments of a call."""
+
+
+@final
+class CompiledModel:
+    """A compiled model; call it like the model it was compiled from.
+
+    Args:
+        artifact: What to run.
+        device: Where to run it.
+        dumps: The folder with the dumps of the compilation, or None.
+        source: The file that the artifact was read from, or None.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        device: str | torch.device = "cpu",
+        dumps: Path | None = None,
+        source: Path | None = None,
+    ) -> None:
+        self._artifact: Artifact | None = artifact
+        self._executor: Executor | None = Executor(artifact.plan, artifact.tensors, device)
+        self._build: Build | None = None
+        self._scheme = artifact.scheme
+        self._device = torch.device(device)
+        self._source = source
+        self.dumps = dumps
+
+    @classmethod
+    def deferred(
+        cls,
+        build: Build,
+        *,
+        scheme: str = "",
+        device: str | torch.device = "cpu",
+        dumps: Path | None = None,
+    ) -> CompiledModel:
+        """Return a model that is captured and compiled by its first call.
+
+        Args:
+            build: Called once, with the arguments of that call.
+            scheme: Exact text of the scheme.
+            device: Where to run.
+            dumps: The folder that will hold the dumps, or None.
+        """
+        model = cls.__new__(cls)
+        model._artifact, model._executor, model._build = None, None, build
+        model._scheme, model._device, model._source = scheme, torch.device(device), None
+        model.dumps = dumps
+        return model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on the arguments of its ``forward``.
+
+        Raises:
+            RunError: If the arguments do not fit, or a step fails.
+            NumericsError: If a value to quantize is NaN or infinite.
+        """
+        executor = self._executor
+        if executor is None:
+            executor = self._compile(args, kwargs)
+        return executor.run(*args, **kwargs)
+
+    @property
+    def scheme(self) -> str:
+        """Exact text of the scheme; it parses back to the scheme."""
+        return self._scheme
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    @property
+    def artifact(self) -> Artifact:
+        """All that :meth:`save` writes.
+
+        Raises:
+            RunError: If the model has not been called yet, so that nothing is compiled.
+        """
+        if self._artifact is None:
+            raise RunError(
+                "This model is captured by its first call, which has not happened yet. Call it "
+                "once, or pass example_inputs to compile()."
+            )
+        return self._artifact
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to a file, which :func:`load` reads without any of its classes.
+
+        The file appears at once and complete, or not at all.
+
+        Raises:
+            ArtifactError: If the file cannot be written.
+            RunError: If the model has not been called yet.
+        """
+        save(path, self.artifact)
+
+    def plan(self) -> PlanTable:
+        """Return what became of each layer: format, kernel, why, and bytes before and after.
+
+        Raises:
+            RunError: If the model has not been called yet.
+        """
+        return PlanTable(self.artifact.plan.layers, self._scheme)
+
+    def compare(self, model: nn.Module, batches: Iterable[Batch]) -> CompareTable:
+        """Compare with the eager model: SQNR, cosine and largest error per layer and output.
+
+        Args:
+            model: The model that was compiled.
+            batches: Calls: each a tensor, a tuple of arguments, or a dict of keyword arguments. If
+                nothing is compiled yet, the first one is what the model is captured with.
+
+        Raises:
+            OptionError: If there are no batches, or one is of another type.
+            RunError: If a batch does not fit.
+        """
+        batches = list(batches)
+        if self._executor is None and batches:
+            self._compile(*call_arguments(batches[0]))
+        return compare(self._ready(), model, batches)
+
+    def verify(self) -> VerifyReport:
+        """Check the file it came from, its scales and shapes, and replay its recorded calls.
+
+        Raises:
+            RunError: If the model has not been called yet.
+        """
+        return verify(self.artifact, self._ready(), self._source)
+
+    def reset(self) -> None:
+        """Bring the state (KV caches) back to the initial one."""
+        if self._executor is not None:
+            self._executor.reset()
+
+    def __repr__(self) -> str:
+        """Return one line with the scheme and the number of layers."""
+        if self._artifact is None:
+            return f"CompiledModel({self._scheme!r}, captured by the first call)"
+        return f"CompiledModel({self._scheme!r}, {len(self._artifact.plan.layers)} layers)"
+
+    def _ready(self) -> Executor:
+        if self._executor is None:
+            self._executor = Executor(self.artifact.plan, self.artifact.tensors, self._device)
+        return self._executor
+
+    def _compile(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:
+        if torch.compiler.is_compiling():
+            raise RunError(
+                "This model is captured by its first call, which cannot happen inside of "
+                "torch.compile. Call it once before, or pass example_inputs to compile()."
+            )
+        assert self._build is not None
+        self._artifact = self._build(args, kwargs)
+        self._scheme = self._artifact.scheme
+        self._build = None  # It holds the eager model, whose weights are not needed any more.
+        return self._ready()
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CompiledModel:
+    """Load a compiled model from a file that :meth:`CompiledModel.save` wrote.
+
+    Neither the class of the model nor any part of the compiler is imported, and no code from the
+    file runs. Weights are mapped from the file, so loading takes little memory.
+
+    Raises:
+        ArtifactError: If the file is no artifact, or is damaged or from another version.
+    """
+    return CompiledModel(read(path), device=device, source=Path(path).absolute())

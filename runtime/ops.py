@@ -1,0 +1,134 @@
+"""The operators of compiled models, ``torch.ops.fpc``; importing this module registers them.
+
+Each has a fake implementation, so that torch.compile and torch.export see through it. None writes
+to its arguments, and none returns a view of them. Operands travel as text (see
+:mod:`fpcompiler.operand`), because an operator's arguments are tensors, numbers and texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fpcompiler.errors import NumericsError, describe_layer
+from fpcompiler.numerics import dequantize, pack, packed_bytes, quantize
+from fpcompiler.operand import Granularity, Operand, ScaleLevel
+from fpcompiler.runtime import reference
+
+QUANTIZE: Final = "(Tensor x, str operand, str layer) -> Tensor[]"
+"""Values to ``[codes, *scales]``."""
+
+DEQUANTIZE: Final = "(Tensor[] value, str operand, ScalarType dtype) -> Tensor"
+"""``[codes, *scales]`` to values."""
+
+LINEAR: Final = (
+    "(Tensor[] x, Tensor[] w, Tensor? bias, str x_operand, str w_operand, int k, "
+    "ScalarType dtype, str layer) -> Tensor"
+)
+"""See :func:`fpcompiler.runtime.reference.linear`; ``x_operand`` is empty if not quantized."""
+
+PACK: Final = "(Tensor codes, int bits) -> Tensor"
+"""Codes, one per byte, to packed bytes along the last axis."""
+
+
+def scale_shape(shape: Sequence[int], level: ScaleLevel) -> tuple[int, ...]:
+    """Return the shape of a level's scales for values of a shape; sizes may be symbolic."""
+    if level.granularity is Granularity.TENSOR:
+        return (1,) * len(shape)
+    blocks = (shape[-1] + level.block - 1) // level.block if level.block else 1
+    return (*shape[:-1], blocks)
+
+
+def _quantize(x: Tensor, operand: str, layer: str) -> list[Tensor]:
+    codes, scales = quantize(x, Operand.parse(operand), layer=layer)
+    return [codes, *scales]
+
+
+def _fake_quantize(x: Tensor, operand: str, layer: str) -> list[Tensor]:
+    results = [x.new_empty(x.shape, dtype=torch.uint8)]
+    for level in Operand.parse(operand).levels:
+        dtype = torch.float32 if level.is_real else torch.uint8
+        results.append(x.new_empty(scale_shape(x.shape, level), dtype=dtype))
+    return results
+
+
+def _dequantize(value: Sequence[Tensor], operand: str, dtype: torch.dtype) -> Tensor:
+    codes, *scales = value
+    return dequantize(codes, tuple(scales), Operand.parse(operand), dtype)
+
+
+def _fake_dequantize(value: Sequence[Tensor], operand: str, dtype: torch.dtype) -> Tensor:
+    return value[0].new_empty(value[0].shape, dtype=dtype)
+
+
+def _linear(
+    x: Sequence[Tensor],
+    w: Sequence[Tensor],
+    bias: Tensor | None,
+    x_operand: str,
+    w_operand: str,
+    k: int,
+    dtype: torch.dtype,
+    layer: str,
+) -> Tensor:
+    activation = Operand.parse(x_operand) if x_operand else None
+    weight = Operand.parse(w_operand)
+    _check_linear(x, w, activation, weight, k, layer)
+    return reference.linear(x, w, bias, activation, weight, k, dtype)
+
+
+def _fake_linear(
+    x: Sequence[Tensor],
+    w: Sequence[Tensor],
+    bias: Tensor | None,
+    x_operand: str,
+    w_operand: str,
+    k: int,
+    dtype: torch.dtype,
+    layer: str,
+) -> Tensor:
+    return x[0].new_empty((*x[0].shape[:-1], w[0].shape[0]), dtype=dtype)
+
+
+def _check_linear(
+    x: Sequence[Tensor],
+    w: Sequence[Tensor],
+    activation: Operand | None,
+    weight: Operand,
+    k: int,
+    layer: str,
+) -> None:
+    levels = len(activation.levels) if activation else 0
+    if x[0].shape[-1] != k or len(x) != 1 + levels:
+        raise NumericsError(
+            f"{describe_layer(layer)}: expected activations [..., {k}] with {levels} scales, "
+            f"got {list(x[0].shape)} with {len(x) - 1}."
+        )
+    size = packed_bytes(k, weight.format.storage_bits)
+    if w[0].ndim != 2 or w[0].shape[1] != size or len(w) != 1 + len(weight.levels):
+        raise NumericsError(
+            f"{describe_layer(layer)}: expected a packed weight [N, {size}] with "
+            f"{len(weight.levels)} scales, got {list(w[0].shape)} with {len(w) - 1}."
+        )
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    return pack(codes, bits).clone()  # 8-bit codes pack to themselves: never return an argument
+
+
+def _fake_pack(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], packed_bytes(codes.shape[-1], bits)))
+
+
+for _name, _schema, _run, _fake in (
+    ("fpc::quantize", QUANTIZE, _quantize, _fake_quantize),
+    ("fpc::dequantize", DEQUANTIZE, _dequantize, _fake_dequantize),
+    ("fpc::linear", LINEAR, _linear, _fake_linear),
+    ("fpc::pack", PACK, _pack, _fake_pack),
+):
+    torch.library.define(_name, _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(_name, "default", _run)
+    torch.library.register_fake(_name, _fake)

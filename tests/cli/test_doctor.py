@@ -1,0 +1,74 @@
+"""``fpcompiler doctor``: honest about what is there, and helpful about what is not."""
+
+import importlib.metadata
+import json
+import platform
+
+import pytest
+
+from fpcompiler.cli import doctor
+from fpcompiler.cli.main import main
+
+
+@pytest.fixture
+def checks(capsys):
+    def run():
+        code = main(["doctor", "--json"])
+        return code, {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+
+    return run
+
+
+def test_it_finds_what_these_tests_run_with(checks) -> None:
+    code, rows = checks()
+    assert code == 0
+    assert rows["Python"]["found"] == platform.python_version()
+    assert rows["torch"]["found"] == importlib.metadata.version("torch")
+    assert rows["torch-mlir"]["ok"]
+    assert all(row["enables"] and row["fix"] for row in rows.values())
+
+
+def test_a_missing_package_comes_with_the_command_that_installs_it(checks, monkeypatch) -> None:
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "torch-mlir" else real(name))
+    code, rows = checks()
+    assert code == 0, "loading works without the compiler"
+    assert not rows["torch-mlir"]["ok"]
+    assert rows["torch-mlir"]["fix"] == "pip install 'fpcompiler[compiler]'"
+
+
+@pytest.mark.parametrize("version", ["", "2.10.1", "nightly"])
+def test_an_unusable_torch_fails(checks, monkeypatch, version) -> None:
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "torch" else real(name))
+    code, rows = checks()
+    assert code == 1
+    assert not rows["torch"]["ok"]
+
+
+def test_a_package_that_does_not_import_is_not_ok() -> None:
+    check = doctor._package("numpy", "numpy.no_such_module", "x", "y")
+    assert not check.ok
+    assert "does not import" in check.found
+
+
+def test_tools_that_are_missing_or_broken(tmp_path) -> None:
+    assert doctor._tool("t", None, ".*", "x", "y").found == "not found on PATH"
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    check = doctor._tool("nvcc", str(broken), ".*", "x", "y")
+    assert not check.ok
+    assert "does not run" in check.found
+    broken.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    assert doctor._tool("nvcc", str(broken), r"release [\d.]+", "x", "y").found.startswith(
+        "release 13.0"
+    )
+
+
+def test_the_table_names_the_fix_of_what_is_missing(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "_CUDA_FOLDERS", ())
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "apt-get install g++" in text

