@@ -108,12 +108,15 @@ class _Emitter:
         tensor = getattr(self.module, str(node.target))
         name = self._name(node)
         self.names[node] = name
-        self.loads[name] = self._tensor_key(key, tensor, shared=not _is_written(node))
+        if _is_written(node):
+            # The captured model goes on writing to its own buffer.
+            tensor = tensor.clone()
+        self.loads[name] = self._tensor_key(key, tensor)
 
-    def _tensor_key(self, key: str, tensor: Tensor, *, shared: bool) -> str:
+    def _tensor_key(self, key: str, tensor: Tensor) -> str:
         """Store a tensor under a key, unless the same memory is stored already."""
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if shared and tensor.numel() and place in self._keys:
+        if tensor.numel() and place in self._keys:
             return self._keys[place]
         self._keys[place] = key
         self.tensors[key] = tensor

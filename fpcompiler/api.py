@@ -5,6 +5,8 @@ Loading needs no compiler, so everything that does is imported inside of ``compi
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -149,11 +151,13 @@ class _Job:
             )
 
     def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CapturedProgram:
+        from torch.export import ExportedProgram
+
         from fpcompiler.capture import capture, from_exported
 
-        if isinstance(self.model, nn.Module):
-            return capture(self.model, args, kwargs, dynamic=self.dynamic)
-        return from_exported(self.model)
+        if isinstance(self.model, ExportedProgram):
+            return from_exported(self.model)
+        return capture(self.model, args, kwargs, dynamic=self.dynamic)
 
     def _pipeline(self) -> tuple[Pass, ...]:
         from fpcompiler.passes import default_pipeline, parse_pipeline
@@ -169,10 +173,13 @@ def _dump_folder(dump_dir: str | os.PathLike[str] | None) -> Path | None:
     root = Options.from_env().dump
     if root is None:
         return None
-    number = 1
-    while (root / f"compile-{number:03}").exists():
-        number += 1
-    return root / f"compile-{number:03}"
+    for number in itertools.count(1):
+        folder = root / f"compile-{number:03}"
+        with contextlib.suppress(FileExistsError):
+            # Made at once: another compilation must not choose it before this one writes to it.
+            folder.mkdir(parents=True)
+            break
+    return folder
 
 
 def _example(

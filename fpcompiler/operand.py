@@ -7,7 +7,7 @@ The text form is what is printed, stored in artifacts, and used as a type parame
     f4E2M1FN@tensor:f32/block16:f8E4M3FN      NVFP4
     f6E2M3FN@block32:f8E8M0FNU:floor          with a scale rounding other than the default
 
-A value is ``decode(code)`` times the product of its scales. The last axis (K) is the contracted one;
+A value is ``decode(code)`` times the product of its scales. A GEMM contracts the last axis (K), and
 blocks lie along it.
 """
 

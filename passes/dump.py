@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from pathlib import Path
 
 from fpcompiler.ir.printer import print_program
@@ -71,10 +72,8 @@ class Dumper:
         """Write what the failing pass was given, and name the file in the error."""
         name = f"{self._number:02}-{item.name}.failed.mlir"
         self._write(name, self._header(pass_text(item)) + self._text)
-        error.add_note(
-            f"its input is in {self.folder / name}; to run it again: "
-            f"fpcompiler opt {self.folder / name} -p '{pass_text(item)}'"
-        )
+        path, text = shlex.quote(str(self.folder / name)), shlex.quote(pass_text(item))
+        error.add_note(f"its input is kept; to run it again: fpcompiler opt {path} -p {text}")
 
     def _dump(self, name: str, text: str, item: str) -> str:
         file = f"{self._number:02}-{name}.mlir"
@@ -83,7 +82,7 @@ class Dumper:
 
     def _header(self, item: str) -> str:
         """Return comment lines that tell how the text was made from the dump before it."""
-        return f"// fpcompiler opt {self._last} -p '{item}'\n" if item else ""
+        return f"// fpcompiler opt {self._last} -p {shlex.quote(item)}\n" if item else ""
 
     def _write_timing(self) -> None:
         rows = [

@@ -19,9 +19,10 @@ from fpcompiler.passes.base import Pass, PassContext, has_no_uses
 class FoldConstants(Pass):
     """Replace operations on globals and constants by new globals that hold their results.
 
-    Only the last operation of such a chain is replaced, the others then have no use. A result that
-    is larger than everything it was computed from stays an operation unless it is small: an
-    expanded mask would cost more to store than to compute.
+    Only the last operation of such a chain is replaced, the others then have no use; where that is
+    a transposed or expanded view, it stays, and what it views is replaced. A result that is larger
+    than everything it was computed from stays an operation unless it is small: it would cost more
+    to store than to compute.
 
     Attributes:
         max_growth: How many values more than its inputs a folded result may have.
@@ -55,11 +56,17 @@ class FoldConstants(Pass):
         value = evaluator.evaluate(op)
         if not isinstance(value, torch.Tensor) or value.numel() > sources + self.max_growth:
             return
+        if not value.is_contiguous():
+            # A view costs nothing, and products of a copy may differ in the last bit.
+            for producer in evaluator.producers(op):
+                if tensor_type(producer.results[0]) and not evaluator.is_leaf(producer):
+                    self._fold(program, producer, evaluator, context)
+            return
         kind = tensor_type(op.results[0])
         assert kind is not None
         name = program.weights.unused_name(evaluator.name_for(op))
         # A view would keep the whole tensor it was taken from alive.
-        program.weights[name] = value.detach().clone().contiguous()
+        program.weights[name] = value.detach().clone()
         text = build.torch_global_text(value)
         build.declare_global(program.module.operation, name, text)
         with ir.InsertionPoint(op):

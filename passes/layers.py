@@ -78,12 +78,21 @@ def _transposed(weight: ir.Value) -> ir.Value:
     return build.aten("transpose.int", [weight, build.constant(0), build.constant(1)], result)
 
 
+def _refuse_bias(bias: ir.Value, outputs: int | None) -> str:
+    kind = tensor_type(bias)
+    fits = kind is None or kind.shape == (outputs,)
+    return "" if fits else "what is added is not a bias with one number for each output"
+
+
 def _linear(op: ir.Operation) -> Gemm:
     return Gemm(op.operands[0], op.operands[1], op.operands[2], _type(op.results[0]), _same)
 
 
 def _refuse_linear(op: ir.Operation) -> str:
-    return "" if len(_type(op.operands[1]).shape) == 2 else "the weight is not a matrix"
+    shape = _type(op.operands[1]).shape
+    if len(shape) != 2:
+        return "the weight is not a matrix"
+    return _refuse_bias(op.operands[2], shape[0])
 
 
 def _matmul(op: ir.Operation) -> Gemm:
@@ -104,10 +113,10 @@ def _addmm(op: ir.Operation) -> Gemm:
 
 
 def _refuse_addmm(op: ir.Operation) -> str:
-    if len(_type(op.operands[0]).shape) != 1:
-        return "what is added is not a bias of one axis"
     factors = [constant_value(op.operands[i].owner.operation) for i in (3, 4)]
-    return "" if factors == [1, 1] else f"beta and alpha are {factors[0]} and {factors[1]}, not 1"
+    if factors != [1, 1]:
+        return f"beta and alpha are {factors[0]} and {factors[1]}, not 1"
+    return _refuse_bias(op.operands[0], _type(op.operands[2]).shape[1])
 
 
 def _numbers(value: ir.Value) -> list[int]:
@@ -207,13 +216,20 @@ KINDS: Final = {
 }
 """Every kind of layer by the name of its operation."""
 
+_PADDING: Final = "padding given as a text has no GEMM form yet; give it as numbers"
+
 KEPT: Final = {
     "torch.aten.embedding": (0, "an embedding is a table, not a GEMM"),
+    "torch.aten.conv1d.padding": (1, _PADDING),
+    "torch.aten.conv2d.padding": (1, _PADDING),
     "torch.aten.conv3d": (1, "there is no GEMM form of this convolution yet"),
+    "torch.aten.conv3d.padding": (1, "there is no GEMM form of this convolution yet"),
     "torch.aten.conv_transpose1d": (1, "a transposed convolution has no GEMM form yet"),
     "torch.aten.conv_transpose2d.input": (1, "a transposed convolution has no GEMM form yet"),
     "torch.aten.convolution": (1, "there is no GEMM form of this convolution yet"),
-    "torch.transformers.grouped_mm_fallback": (1, "a grouped GEMM of experts is not supported yet"),
+    "torch.aten.bmm": (1, "a GEMM with a weight for each batch is not supported yet"),
+    "torch.aten.baddbmm": (2, "a GEMM with a weight for each batch is not supported yet"),
+    "torch.aten._grouped_mm": (1, "a grouped GEMM of experts is not supported yet"),
 }
 """Operations with weights that are never quantized: position of the weight, and why."""
 

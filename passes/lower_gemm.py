@@ -50,8 +50,9 @@ def _lower(op: ir.Operation, target: targets.Target) -> Sequence[ir.Value]:
     assert weight is not None
     reason = target.supports(weight.operand, x.operand if x else None)
     if reason:
+        source = place_of(op).source
         raise TargetError(
-            f"{describe_layer(layer)} ({place_of(op).source}) cannot run on {target.name}: {reason}.\n"
+            f"{describe_layer(layer)}{f' ({source})' if source else ''} cannot run on {reason}.\n"
             f"Choose another scheme for it (the rule '{layer}: skip' keeps it in high precision) "
             "or another target (see: fpcompiler targets)."
         )

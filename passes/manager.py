@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch_mlir import ir
 from torch_mlir.passmanager import PassManager
 
-from fpcompiler.errors import FpcompilerError, PassError
+from fpcompiler.errors import PassError
 from fpcompiler.ir.program import Program, Stage, describe_diagnostics
 from fpcompiler.passes.base import Pass, PassContext
 from fpcompiler.passes.pipeline import Pipeline, pass_text
@@ -59,9 +59,10 @@ def run_pipeline(
     """Run passes over a program, in place, checking the program after each.
 
     Raises:
-        PassError: If a pass needs another stage than the program will be at (checked before the
-            first pass runs), or leaves an invalid program.
-        FpcompilerError: Whatever a pass raises, with a note that names the pass.
+        PassError: If a pass needs another stage than the program will be at; this is checked before
+            the first pass runs.
+        IRError: If a pass leaves an invalid program.
+        Exception: Whatever a pass raises, with a note that names the pass.
     """
     check_stages(program.stage, tuple(pipeline))
     results = []
@@ -70,7 +71,7 @@ def run_pipeline(
             observer.before(program, item)
         try:
             result = _run(program, item, progress)
-        except FpcompilerError as error:
+        except Exception as error:  # a pass of a user can raise anything, and it goes on up
             error.add_note(f"while running the pass {pass_text(item)}")
             for observer in observers:
                 observer.failed(program, item, error)

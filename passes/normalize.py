@@ -16,7 +16,6 @@ from fpcompiler.passes.base import Pass, PassContext, rewrite
 _ASSERTIONS: Final = (
     "torch.aten._assert_tensor_metadata",
     "torch.aten._assert_scalar",
-    "torch.symbolic_int",
     "torch.bind_symbolic_shape",
 )
 

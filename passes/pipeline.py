@@ -105,11 +105,12 @@ class _Parser:
         self.position = 0
 
     def pipeline(self) -> Pipeline:
-        result = []
+        if self._peek() is None:
+            return ()
+        result = [self._pass()]
         while self._peek() is not None:
+            self._expect(",")
             result.append(self._pass())
-            if self._peek() is not None:
-                self._expect(",")
         return tuple(result)
 
     def _peek(self) -> str | None:
@@ -142,6 +143,8 @@ class _Parser:
         while self._peek() != "}":
             key, _ = self._next()
             self._expect("=")
+            if key in options:
+                raise PassError(f"the pipeline {self.text!r} gives the option {key!r} twice")
             options[key] = self._next()[0]
         self._expect("}")
         return options

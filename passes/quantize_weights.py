@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch_mlir import ir
@@ -17,7 +17,7 @@ from fpcompiler.ir.program import Program, Stage
 from fpcompiler.ir.types import QuantizedType, quantized_type
 from fpcompiler.passes.base import Pass, PassContext
 
-_CLIPS = {"max": numerics.quantize, "mse": numerics.quantize}
+_CLIPS: Final = ("max", "mse")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ class QuantizeWeights(Pass):
         kind = quantized_type(op.results[0])
         assert kind is not None
         layer = _layer_of(op)
-        quantize = _CLIPS[self.clip]
-        codes, scales = quantize(tensor, kind.operand, layer=layer)
-        packed = numerics.pack(codes, kind.operand.format.storage_bits)
+        clipped = numerics.clip(tensor, kind.operand, layer=layer) if self.clip == "mse" else tensor
+        packed, scales = numerics.quantize_packed(clipped, kind.operand, layer=layer)
         with ir.InsertionPoint(op), op.location:
             operands = _store(program, layer, kind, (packed, *scales))
             assembled = AssembleOp(*operands, op.results[0].type).result

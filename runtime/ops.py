@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fpcompiler.errors import NumericsError, describe_layer
-from fpcompiler.numerics import dequantize, pack, packed_bytes, quantize
+from fpcompiler.numerics import dequantize, pack, packed_bytes, quantize, unpack
 from fpcompiler.operand import Granularity, Operand, ScaleLevel
 from fpcompiler.runtime import reference
 
@@ -32,6 +32,9 @@ LINEAR: Final = (
 
 PACK: Final = "(Tensor codes, int bits) -> Tensor"
 """Codes, one per byte, to packed bytes along the last axis."""
+
+UNPACK: Final = "(Tensor packed, int bits, int k) -> Tensor"
+"""The inverse: ``k`` codes a row."""
 
 
 def scale_shape(shape: Sequence[int], level: ScaleLevel) -> tuple[int, ...]:
@@ -123,11 +126,20 @@ def _fake_pack(codes: Tensor, bits: int) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], packed_bytes(codes.shape[-1], bits)))
 
 
+def _unpack(packed: Tensor, bits: int, k: int) -> Tensor:
+    return unpack(packed, bits, k).clone()
+
+
+def _fake_unpack(packed: Tensor, bits: int, k: int) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], k))
+
+
 for _name, _schema, _run, _fake in (
     ("fpc::quantize", QUANTIZE, _quantize, _fake_quantize),
     ("fpc::dequantize", DEQUANTIZE, _dequantize, _fake_dequantize),
     ("fpc::linear", LINEAR, _linear, _fake_linear),
     ("fpc::pack", PACK, _pack, _fake_pack),
+    ("fpc::unpack", UNPACK, _unpack, _fake_unpack),
 ):
     torch.library.define(_name, _schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(_name, "default", _run)

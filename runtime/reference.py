@@ -7,7 +7,8 @@ With ``x = decode(x codes) * x block scale`` and ``w`` likewise, both fp32::
 where the outer scale is the real one over the tensor, token or row. It stays outside of the sum
 because hardware applies it there, in the epilogue; and because the products of codes alone are
 integers times a power of two, whose sum is exact in fp32 whatever the order of the additions.
-Every other backend is checked against this one.
+Every other backend is checked against this one. It takes torch's fp32 product as it is by default:
+``torch.set_float32_matmul_precision`` must be left at ``highest``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fpcompiler.numerics import dequantize, unpack
+from fpcompiler.numerics import dequantize, dequantize_packed
 from fpcompiler.operand import Operand
 
 CHUNK_VALUES = 1 << 20
@@ -61,11 +62,9 @@ def linear(
     return y.view(*x[0].shape[:-1], w[0].shape[0])
 
 
-def elements(codes: Tensor, scales: Sequence[Tensor], operand: Operand) -> Tensor:
-    """Return the fp32 values inside of the outer scale: ``decode(codes) * block scale``."""
-    if operand.block is None:
-        return dequantize(codes, (), Operand(operand.format))
-    return dequantize(codes, (scales[-1],), Operand(operand.format, (operand.block,)))
+def elements(operand: Operand) -> Operand:
+    """Return the operand without its outer scale: what is summed are values of this one."""
+    return Operand(operand.format, (operand.block,) if operand.block else ())
 
 
 def _activation(
@@ -73,19 +72,26 @@ def _activation(
 ) -> tuple[Tensor, Tensor | None]:
     if operand is None:
         return x[0].reshape(-1, k).to(torch.float32), None
-    values = elements(x[0], x[1:], operand).view(-1, k)
+    inner = (x[-1],) if operand.block else ()
+    values = dequantize(x[0], inner, elements(operand)).view(-1, k)
     return values, x[1].reshape(-1, 1) if operand.outer else None
 
 
 def _weight_chunks(
     w: Sequence[Tensor], operand: Operand, k: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield some rows, their elements as fp32, and their outer scale, ``[1, rows or 1]``."""
+    """Yield some rows, their elements as fp32, and their outer scale, ``[1, rows or 1]``.
+
+    The elements are in memory that the next ones overwrite.
+    """
     packed, *scales = w
-    step = max(1, CHUNK_VALUES // max(1, k))
-    for start in range(0, packed.shape[0], step):
+    step = min(max(1, CHUNK_VALUES // max(1, k)), len(packed))
+    memory = torch.empty(step, k, dtype=torch.float32, device=packed.device)
+    for start in range(0, len(packed), step or 1):
         rows = slice(start, start + step)
         # A scale of one row is the tensor's; it belongs to every chunk.
         own = [s[rows] if s.shape[0] == packed.shape[0] else s for s in scales]
-        codes = unpack(packed[rows], operand.format.storage_bits, k)
-        yield rows, elements(codes, own, operand), own[0].T if operand.outer else None
+        chunk = packed[rows]
+        inner = (own[-1],) if operand.block else ()
+        values = dequantize_packed(chunk, inner, elements(operand), k, out=memory[: len(chunk)])
+        yield rows, values, own[0].T if operand.outer else None

@@ -1,7 +1,8 @@
 """How fast weights are quantized and packed, and packed weights decoded.
 
 Each candidate alternates with ``copy_`` of the fp32 tensor, which moves the bytes and does nothing
-else, and medians are compared. Run it with ``python examples/benchmarks/packing.py``; it prints a
+else, and medians are compared: of processor time with one thread, of the clock with more (for
+which the machine must be idle). Run it with ``python examples/benchmarks/packing.py``; it prints a
 table and writes ``results/packing.json`` beside this file.
 """
 
@@ -41,21 +42,28 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor()
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
+def seconds(work: Callable[[], object], device: torch.device, processor: bool) -> float:
+    """Return the time that work takes: by the clock, or of the processor if others use it too."""
+    clock = time.process_time if processor else time.perf_counter
+    start = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def compare(
     candidate: Callable[[], object], copy: Callable[[], object], rounds: int, device: torch.device
 ) -> tuple[float, float]:
     """Return the median seconds of a candidate and of the copy it alternates with."""
+    # One thread is timed by the processor, which counts no waiting for other programs.
+    processor = device.type == "cpu" and torch.get_num_threads() == 1
     candidate()
     copy()
-    pairs = [(seconds(candidate, device), seconds(copy, device)) for _ in range(rounds)]
+    pairs = [
+        (seconds(candidate, device, processor), seconds(copy, device, processor))
+        for _ in range(rounds)
+    ]
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 

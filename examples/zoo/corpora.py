@@ -6,6 +6,7 @@ import bz2
 import html
 import re
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +34,17 @@ _MEDIA = r"\[\[(?:File|Image|Category|[a-z\-]{2,12}):(?:[^\[\]]|\[\[[^\[\]]*\]\]
 _TAIL = r"\n==+ *(?:See also|References|External links|Notes|Further reading|Bibliography)"
 
 
-def wikipedia() -> list[str]:
-    """Return the text of 96 English Wikipedia articles, without markup, tables and references."""
+def wikipedia() -> Iterator[str]:
+    """Yield the text of 96 English Wikipedia articles, without markup, tables and references."""
     with bz2.open(packages.WIKIPEDIA.path(), "rt", encoding="utf8") as file:
         dump = file.read()
-    pages = re.findall(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", dump, re.DOTALL)
-    articles = [
-        _plain_text(html.unescape(body))
-        for title, body in pages
-        if ":" not in title and not body.lstrip().lower().startswith("#redirect")
-    ]
-    return [article for article in articles if len(article) > 500]
+    for page in re.finditer(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", dump, re.DOTALL):
+        title, body = page.groups()
+        if ":" in title or body.lstrip().lower().startswith("#redirect"):
+            continue
+        article = _plain_text(html.unescape(body))
+        if len(article) > 500:
+            yield article
 
 
 def _plain_text(source: str) -> str:

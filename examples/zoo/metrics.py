@@ -6,7 +6,6 @@ artifact are measured by the same code.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 
@@ -21,20 +20,23 @@ Forward = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def perplexity(forward: Forward, ids: Tensor, context: int = 512) -> float:
-    """Return exp of the mean negative log-likelihood of the tokens ``ids`` [tokens].
+def token_losses(forward: Forward, ids: Tensor, context: int = 512) -> Tensor:
+    """Return the negative log-likelihood of each predicted token of ``ids`` [tokens], in fp64.
 
     The text is cut into windows of ``context`` tokens that do not overlap, each seen alone; the
     first token of a window is not predicted.
     """
-    total, count = 0.0, 0
-    for window in ids.split(context):
-        if len(window) < 2:
-            continue
+    windows = [window for window in ids.split(context) if len(window) > 1]
+    losses = []
+    for window in windows:
         logits = forward(window[None])[0, :-1]
-        total += float(nnf.cross_entropy(logits.double(), window[1:], reduction="sum"))
-        count += len(window) - 1
-    return math.exp(total / count)
+        losses.append(nnf.cross_entropy(logits.double(), window[1:], reduction="none"))
+    return torch.cat(losses)
+
+
+def perplexity(forward: Forward, ids: Tensor, context: int = 512) -> float:
+    """Return exp of the mean of :func:`token_losses`."""
+    return float(token_losses(forward, ids, context).mean().exp())
 
 
 @torch.no_grad()

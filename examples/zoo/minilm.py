@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from examples.zoo import corpora, packages
-
-Encode = Callable[[Tensor, Tensor], Tensor]
-"""Token ids and mask [batch, tokens] to the last hidden states [batch, tokens, width]."""
+from examples.zoo import corpora, packages, runs
 
 
 def load() -> BertModel:
@@ -48,15 +45,15 @@ def batch(texts: Sequence[str], longest: int = 256) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-@torch.no_grad()
-def embed(encode: Encode, texts: Sequence[str], batch_size: int = 25) -> Tensor:
-    """Return unit vectors [texts, 384]: the mean of the hidden states of a text's tokens."""
-    vectors = []
-    for start in range(0, len(texts), batch_size):
-        ids, mask = batch(texts[start : start + batch_size])
-        hidden = encode(ids, mask) * mask[..., None]
-        vectors.append(nnf.normalize(hidden.sum(1) / mask.sum(1, keepdim=True)))
-    return torch.cat(vectors)
+def inputs(texts: Sequence[str]) -> dict[str, Tensor]:
+    """Return what :func:`examples.zoo.runs.run_minilm` reads."""
+    ids, mask = batch(texts)
+    return {"ids": ids, "mask": mask}
+
+
+def embed(model: Callable[..., Any], texts: Sequence[str]) -> Tensor:
+    """Return the unit vectors [texts, 384] that the model, eager or compiled, gives some texts."""
+    return runs.run_minilm({"model": model}, inputs(texts))["vectors"]
 
 
 def example_inputs() -> tuple[Tensor, Tensor]:

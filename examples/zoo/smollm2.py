@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from examples.zoo import corpora, packages
+from examples.zoo import corpora, gguf_file, packages
 
 _CONTROL_TOKEN = 3
 _NAMES = {
@@ -38,25 +37,28 @@ def load() -> LlamaForCausalLM:
     Raises:
         DependencyError: If the package is missing.
     """
-    reader = GGUFReader(packages.SMOLLM2.path())
-    config = _config(_fields(reader))
+    file = gguf_file.read(packages.SMOLLM2.path())
+    config = _config(file.fields)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     weights = {}
-    for stored in reader.tensors:
-        weight = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type), np.float32))
-        kind = stored.name.removesuffix(".weight").rpartition(".")[2]
+    for stored, weight in file.tensors.items():
+        kind = stored.removesuffix(".weight").rpartition(".")[2]
         if kind in heads:
             weight = _undo_rope_permutation(weight, heads[kind])
-        weights[_name(stored.name)] = weight
+        weights[_name(stored)] = weight
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(weights)
+    # Without memory at first: random weights that are thrown away would take seconds.
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
     return model.eval()
 
 
 def tokenizer() -> Tokenizer:
     """Return the byte-level BPE tokenizer; like the model's own it adds no start token."""
-    fields = _fields(GGUFReader(packages.SMOLLM2.path()))
+    fields = gguf_file.read_fields(packages.SMOLLM2.path())
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -80,9 +82,13 @@ def tokens(count: int) -> Tensor:
     Raises:
         ValueError: If the text is shorter.
     """
-    # A token is about 5 characters; only a part of the text has to be tokenized.
-    text = "\n\n".join(corpora.wikipedia())[: 16 * count]
-    ids = torch.tensor(tokenizer().encode(text).ids)
+    text = ""
+    # A token is more than 3 characters, so that only a part of the text has to be tokenized.
+    for article in corpora.wikipedia():
+        text += article + "\n\n"
+        if len(text) > 8 * count:
+            break
+    ids = torch.tensor(tokenizer().encode(text[: 8 * count]).ids)
     if len(ids) < count:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than {count}")
     return ids[:count]
@@ -91,10 +97,6 @@ def tokens(count: int) -> Tensor:
 def example_inputs() -> tuple[Tensor]:
     """Return two sequences of real text: ``input_ids`` [2, 64]."""
     return (tokens(128).reshape(2, 64),)
-
-
-def _fields(reader: GGUFReader) -> dict[str, Any]:
-    return {name: field.contents() for name, field in reader.fields.items()}
 
 
 def _config(fields: dict[str, Any]) -> LlamaConfig:

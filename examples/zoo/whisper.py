@@ -7,8 +7,9 @@ Transcribing runs the encoder once and the decoder once per token, so the two ar
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,16 +17,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from examples.zoo import corpora, packages
+from examples.zoo import packages, runs
 
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 _START = ("<|startoftranscript|>", "<|notimestamps|>")
 _END = "<|endoftext|>"
 
-Encode = Callable[[Tensor], Tensor]
-"""Log-mel features [batch, 80, 3000] to encoder states [batch, 1500, 384]."""
-Decode = Callable[[Tensor, Tensor], Tensor]
-"""Token ids [batch, tokens] and encoder states to logits [batch, tokens, vocabulary]."""
+Program: TypeAlias = Callable[..., Any]
+"""One half of the model, eager or compiled."""
 
 
 class Encoder(nn.Module):
@@ -83,22 +82,29 @@ def features(samples: Tensor) -> Tensor:
     return result.input_features
 
 
-@torch.no_grad()
-def transcribe(encode: Encode, decode: Decode, samples: Tensor, longest: int = 64) -> str:
-    """Return the text of some speech [samples] at 16 kHz, always taking the likeliest token."""
+def inputs(clips: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return what :func:`examples.zoo.runs.run_whisper` reads, for clips [samples] at 16 kHz."""
     words = tokenizer()
     end = words.token_to_id(_END)
-    special = [i for token, i in words.get_vocab().items() if token.startswith("<|") and i != end]
-    ids = [words.token_to_id(token) for token in _START]
-    states = encode(features(samples))
-    for _ in range(longest):
-        logits = decode(torch.tensor([ids]), states)[0, -1].clone()
-        logits[special] = -torch.inf
-        token = int(logits.argmax())
-        if token == end:
-            break
-        ids.append(token)
-    return words.decode(ids).strip()
+    special = {i for token, i in words.get_vocab().items() if token.startswith("<|")} - {end}
+    return {
+        "features": torch.cat([features(clip) for clip in clips]),
+        "start": torch.tensor([words.token_to_id(token) for token in _START]),
+        "end": torch.tensor(end),
+        "special": torch.tensor(sorted(special)),
+    }
+
+
+def texts(transcripts: Tensor) -> list[str]:
+    """Return the texts of tokens [clips, tokens]."""
+    words = tokenizer()
+    return [words.decode(ids.tolist()).strip() for ids in transcripts]
+
+
+def transcribe(encoder: Program, decoder: Program, clips: Sequence[Tensor]) -> list[str]:
+    """Return the texts of clips of speech [samples] at 16 kHz, eager or compiled."""
+    parts = {"encoder": encoder, "decoder": decoder}
+    return texts(runs.run_whisper(parts, inputs(clips))["transcripts"])
 
 
 def example_inputs() -> tuple[Tensor]:
@@ -171,8 +177,9 @@ def _config(stored: dict[str, np.ndarray]) -> WhisperConfig:
 
 
 def _layer_count(stored: dict[str, np.ndarray], side: str) -> int:
-    return sum(name.startswith(f"{side}/layer_") and name.endswith("ffn/linear_0/bias")
-               for name in stored)
+    return sum(
+        name.startswith(f"{side}/layer_") and name.endswith("ffn/linear_0/bias") for name in stored
+    )
 
 
 def _state_dict(stored: dict[str, np.ndarray], config: WhisperConfig) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
@@ -15,8 +16,7 @@ FORMAT: Final = "fpcompiler artifact"
 FORMAT_VERSION: Final = 1
 """Version of the file format; a reader refuses a newer one."""
 
-UNKNOWN: Final = "unknown"
-_PACKAGES: Final = ("torch", "numpy", "torch-mlir", "transformers")
+_PACKAGES: Final = ("fpcompiler", "torch", "numpy", "torch-mlir", "transformers")
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,8 @@ def _read_sum(name: str, entry: Any) -> Sum:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that take part in a compilation."""
-    found = {"python": platform.python_version(), "fpcompiler": version_of("fpcompiler")}
-    found |= {name: version_of(name) for name in _PACKAGES}
-    return {name: version for name, version in found.items() if version != UNKNOWN}
-
-
-def version_of(package: str) -> str:
-    """Return the version of an installed package, or ``unknown`` (a checkout, not installed)."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return UNKNOWN
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -19,7 +19,7 @@ from fpcompiler.artifact import foreign, jsonfile, tensors
 from fpcompiler.artifact.check import check
 from fpcompiler.artifact.container import Buffer, Entry, Writer, check_layout, read_directory
 from fpcompiler.artifact.damage import DamagedFileError
-from fpcompiler.artifact.manifest import Manifest, Sum, package_versions, version_of
+from fpcompiler.artifact.manifest import Manifest, Sum, package_versions
 from fpcompiler.errors import ArtifactError
 from fpcompiler.plan import Plan
 
@@ -102,6 +102,9 @@ def save(path: str | os.PathLike[str], artifact: Artifact) -> None:
 def read(path: str | os.PathLike[str]) -> Artifact:
     """Read an artifact. Its tensors are views of the file, mapped into memory.
 
+    A program that writes into the file in place while it is in use changes the tensors; to replace
+    it, write another file and rename it, as :func:`save` does.
+
     Raises:
         ArtifactError: If the file is not a whole and unchanged artifact of this format version.
     """
@@ -117,7 +120,7 @@ def _write(file: BinaryIO, artifact: Artifact) -> None:
     for name, pieces in _members(artifact):
         writer.add(name, pieces)
     manifest = Manifest(
-        version_of("fpcompiler"),
+        package_versions().get("fpcompiler", "checkout, not installed"),
         artifact.scheme,
         artifact.pipeline,
         artifact.packages,

@@ -81,7 +81,7 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     except TypeError as error:
         raise CaptureError(
             f"The example inputs do not fit {type(model).__name__}.forward: {error}.\n"
-            f"Fix: pass the arguments that forward{signature} needs."
+            f"Fix: give the arguments without a default: {', '.join(_written(signature))}."
         ) from error
     named = list(_named_values(signature, bound.arguments))
     order = [name for name, _ in named]
@@ -128,6 +128,12 @@ def _cache_off(
         return {}
     by_position = parameters.index("use_cache") < len(args)
     return {} if by_position or "use_cache" in kwargs else {"use_cache": False}
+
+
+def _written(signature: inspect.Signature) -> Iterator[str]:
+    """Yield each parameter without its annotation."""
+    for declared in signature.parameters.values():
+        yield str(declared.replace(annotation=inspect.Parameter.empty))
 
 
 def _named_values(

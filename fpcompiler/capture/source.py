@@ -13,10 +13,9 @@ from typing import Final
 import torch
 from torch import nn
 
-import fpcompiler
 from fpcompiler.errors import describe_layer
 
-_TRACERS: Final = tuple(Path(folder) for folder in (*torch.__path__, *fpcompiler.__path__))
+_TRACERS: Final = (*map(Path, torch.__path__), Path(__file__).parents[1])
 _STANDARD_LIBRARY: Final = Path(sysconfig.get_path("stdlib"))
 """Frames from these say nothing about the model."""
 

@@ -39,9 +39,20 @@ class ConstantEvaluator:
 
     def is_constant(self, op: ir.Operation) -> bool:
         """Whether an operation depends on globals and constants only and can be computed."""
-        if op not in self._constant:
-            self._constant[op] = self._decide(op)
+        pending = [op]
+        while pending:  # not recursive: what an operation depends on can be the whole program
+            known = self._constant
+            missing = [other for other in self.producers(pending[-1]) if other not in known]
+            if not missing:
+                last = pending.pop()
+                known[last] = self._decide(last)
+            pending += missing
         return self._constant[op]
+
+    def producers(self, op: ir.Operation) -> list[ir.Operation]:
+        """Return the operations that an operation reads; arguments of the function have none."""
+        owners = (value.owner for value in op.operands)
+        return [owner.operation for owner in owners if not isinstance(owner, ir.Block)]
 
     def _decide(self, op: ir.Operation) -> bool:
         if op.name == "ml_program.global_load":
@@ -50,10 +61,9 @@ class ConstantEvaluator:
             return False
         if any(word in op.name for word in _IMPURE):
             return False
-        return all(
-            not isinstance(value.owner, ir.Block) and self.is_constant(value.owner.operation)
-            for value in op.operands
-        )
+        if any(isinstance(value.owner, ir.Block) for value in op.operands):
+            return False
+        return all(self._constant[producer] for producer in self.producers(op))
 
     def source_values(self, op: ir.Operation) -> int:
         """Return how many values the globals hold that a constant operation depends on."""
@@ -62,6 +72,9 @@ class ConstantEvaluator:
 
     def name_for(self, op: ir.Operation) -> str:
         """Return a name for the result: after the one global it comes from, or the operation."""
+        itself = global_of(op.results[0])
+        if itself is not None:
+            return itself
         names = sorted({name for name in (global_of(value) for value in self._cone(op)) if name})
         step = op.name.removeprefix("torch.aten.").split(".")[0]
         return f"{names[0]}.{step}" if len(names) == 1 else f"folded.{step}"

@@ -105,8 +105,10 @@ def import_program(exported: ExportedProgram) -> Program:
             importer.import_program(exported, func_name="main")
         except (NotImplementedError, TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise CaptureError(
-                f"The exported graph could not be brought into MLIR: {error}. Look for the "
-                "operation it names in the model; control flow and sparse tensors do not compile."
+                f"The exported graph could not be brought into MLIR: {_first_words(error)}.\n"
+                "Fix: look for the operation it names in the model; control flow and sparse tensors "
+                "do not compile. Arithmetic on sizes other than + - * // goes away with fixed sizes "
+                "(dynamic=None)."
             ) from error
         text = importer.module.operation.get_asm(enable_debug_info=True, use_local_scope=True)
         named = _name_arguments(_anonymous_constants(text), exported.graph_signature.user_inputs)
@@ -114,6 +116,12 @@ def import_program(exported: ExportedProgram) -> Program:
     program.stage = Stage.CAPTURED
     program.verify()
     return program
+
+
+def _first_words(error: Exception) -> str:
+    """Return the first line of an importer's error, without addresses and dumps of nodes."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r" at 0x\w+|, \{.*|^FIX ME: ", "", line)
 
 
 def _anonymous_constants(text: str) -> str:

@@ -166,8 +166,12 @@ class _Raiser:
         kind, result = quantized_type(op.operands[0]), tensor_type(op.results[0])
         assert kind is not None
         assert result is not None
+        parts = args[0]
+        if op.operands[0].owner.name == "fpq.assemble":
+            shape = (parts[0], kind.operand.format.storage_bits, kind.shape[-1])
+            parts = [self._call(torch.ops.fpc.unpack.default, shape), *parts[1:]]
         return self._call(
-            torch.ops.fpc.dequantize.default, (args[0], str(kind.operand), result.dtype)
+            torch.ops.fpc.dequantize.default, (parts, str(kind.operand), result.dtype)
         )
 
     def _linear(self, op: ir.Operation, args: list[Any]) -> fx.Node:

@@ -1,9 +1,16 @@
 """The arithmetic of quantization: tensors in, tensors out; on CPU and CUDA, without a graph."""
 
+from fpcompiler.numerics.clip import clip
 from fpcompiler.numerics.metrics import cosine, max_error, sqnr_db
 from fpcompiler.numerics.packing import decode_packed, pack, packed_bytes, unpack
 from fpcompiler.numerics.rounding import decode, encode, round_to
-from fpcompiler.numerics.scaling import dequantize, expand_scale, quantize, quantize_packed
+from fpcompiler.numerics.scaling import (
+    dequantize,
+    dequantize_packed,
+    expand_scale,
+    quantize,
+    quantize_packed,
+)
 
 __all__ = [
     "round_to",
@@ -13,9 +20,11 @@ __all__ = [
     "unpack",
     "packed_bytes",
     "decode_packed",
+    "clip",
     "quantize",
     "quantize_packed",
     "dequantize",
+    "dequantize_packed",
     "expand_scale",
     "sqnr_db",
     "cosine",

@@ -64,3 +64,13 @@ class Blocks:
             torch.bitwise_and(value.view(torch.int32), 0x7FFF_FFFF, out=bits)
             torch.amax(bits, -1, keepdim=True, out=largest[part])
         return largest
+
+    def new_sums(self) -> Tensor:
+        """Return memory for a sum over each block, fp64 ``[R, blocks, 1]``."""
+        shape = (self.rows.shape[0], self.count, 1)
+        return torch.empty(shape, dtype=torch.float64, device=self.rows.device)
+
+    def add_up(self, terms: Tensor, out: Tensor) -> None:
+        """Write the sum of the fp32 terms of each block to ``out``, added in fp64."""
+        wide = self.scratch.take("wide", terms.shape, torch.float64).copy_(terms)
+        torch.sum(wide, -1, keepdim=True, out=out)

@@ -5,6 +5,7 @@ A scale is ``[R or 1, blocks or 1, 1]``: an axis that it is shared over has leng
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Final
 
 import torch
@@ -35,7 +36,7 @@ def real_scale(amax: Tensor, operand: Operand) -> Tensor:
     spec = operand.block.spec if operand.block else None
     if spec is not None and spec.zero:
         largest, least = largest * spec.max, least / spec.smallest
-    return _one_if_zero((amax / largest).clamp_(min=least), amax)
+    return _one_if_zero(_divide(amax, largest).clamp_(min=least), amax)
 
 
 def block_scale(blocks: Blocks, amax: Tensor, outer: Tensor | None, operand: Operand) -> Tensor:
@@ -50,14 +51,15 @@ def block_scale(blocks: Blocks, amax: Tensor, outer: Tensor | None, operand: Ope
     level = operand.block
     assert level is not None
     assert level.spec is not None
-    pair = _e4m3_pair if level.spec.zero else _power_pair
-    low, high = pair(amax, outer, operand.format, level)
+    low, high = (_e4m3_pair if level.spec.zero else _power_pair)(amax, outer, operand.format, level)
     if level.rounding is ScaleRounding.MSE:
-        errors = [
-            _squared_error(blocks, s if outer is None else s * outer, operand.format)
-            for s in (low, high)
-        ]
-        low = torch.where(errors[0] < errors[1], low, high)
+        total_low, total_high = (s if outer is None else s * outer for s in (low, high))
+        if level.spec.zero:
+            error_high = _squared_error(blocks, total_high, operand.format)
+            gain = error_high - _squared_error(blocks, total_low, operand.format)
+        else:
+            gain = _gain_of_half(blocks, total_low, operand.format)
+        low = torch.where(gain > 0, low, high)
     return _one_if_zero(low, amax)
 
 
@@ -124,9 +126,14 @@ def _e4m3_pair(
 def _ratio(amax: Tensor, outer: Tensor | None, element: FloatSpec) -> Tensor:
     """Return ``amax / (max * outer)``: the scale that puts the largest value at ``max``."""
     if outer is None:
-        return amax / element.max
+        return _divide(amax, element.max)
     # With the largest fp32 number in the row the product can be half a unit beyond it.
     return amax / (outer * element.max).clamp_(max=torch.finfo(torch.float32).max)
+
+
+def _divide(value: Tensor, number: float) -> Tensor:
+    """Return ``value / number``. On CUDA, PyTorch multiplies by the inverse of a Python number."""
+    return value / value.new_full((), number)
 
 
 def _least_power(amax: Tensor, outer: Tensor | None) -> Tensor:
@@ -141,25 +148,47 @@ def _power_below(value: Tensor) -> Tensor:
     return (value.view(torch.int32) & EXPONENT_MASK).view(torch.float32)
 
 
-def _squared_error(blocks: Blocks, total: Tensor, element: FloatSpec) -> Tensor:
-    """Return the squared error of each block, fp64 ``[R, blocks, 1]``.
+def _gain_of_half(blocks: Blocks, total: Tensor, element: FloatSpec) -> Tensor:
+    """Return how much smaller the squared error of each block is than with a scale twice as large.
 
-    Errors are squared in units of ``total``, where they neither overflow nor underflow, and added
-    in fp64, so that the order of the sum does not decide between two scales.
+    In units of ``total`` the numbers of the larger scale are those of the format with a bias one
+    less, so one quotient ``y`` serves both. With ``l`` and ``h`` the numbers that ``y`` is rounded
+    to, ``(y - h)**2 - (y - l)**2 = (h - l) * (h + l - 2 * y)``, of which little is rounded.
+
+    Returns:
+        fp64 ``[R, blocks, 1]``, in units of ``total**2``.
     """
-    squares = torch.empty(
-        (blocks.rows.shape[0], blocks.count, 1), dtype=torch.float64, device=total.device
-    )
+    doubled = dataclasses.replace(element, bias=element.bias - 1)
+    gain = blocks.new_sums()
     scratch, quotients = blocks.scratch, Quotient(total)
     for part in blocks.parts():
         value = blocks.load(part)
-        quotient = scratch.take("quotient", value.shape, torch.float32)
-        quotients.into(quotient, value, part)
-        error = scratch.take("rounded", value.shape, torch.float32)
-        round_into(error, quotient, element, scratch)
-        wide = scratch.take("wide", value.shape, torch.float64)
-        wide.copy_(error.sub_(quotient).square_())
-        torch.sum(wide, -1, keepdim=True, out=squares[part])
+        buffers = [
+            scratch.take(name, value.shape, torch.float32) for name in ("y", "l", "h", "sum")
+        ]
+        y, rounded, coarse, both = buffers
+        quotients.into(y, value, part)
+        round_into(rounded, y, element, scratch)
+        round_into(coarse, y, doubled, scratch)
+        torch.add(coarse, rounded, out=both).sub_(y, alpha=2)
+        blocks.add_up(coarse.sub_(rounded).mul_(both), gain[part])
+    return gain
+
+
+def _squared_error(blocks: Blocks, total: Tensor, element: FloatSpec) -> Tensor:
+    """Return the squared error of each block, fp64 ``[R, blocks, 1]``.
+
+    Errors are squared in units of ``total``, where they neither overflow nor underflow.
+    """
+    squares = blocks.new_sums()
+    scratch, quotients = blocks.scratch, Quotient(total)
+    for part in blocks.parts():
+        value = blocks.load(part)
+        y = scratch.take("y", value.shape, torch.float32)
+        rounded = scratch.take("l", value.shape, torch.float32)
+        quotients.into(y, value, part)
+        round_into(rounded, y, element, scratch)
+        blocks.add_up(rounded.sub_(y).square_(), squares[part])
     return squares.mul_(total.double().square_())
 
 

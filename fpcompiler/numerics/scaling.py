@@ -22,7 +22,7 @@ from torch import Tensor
 from fpcompiler.errors import NumericsError, describe_layer
 from fpcompiler.formats import FloatSpec
 from fpcompiler.numerics.blocks import Blocks
-from fpcompiler.numerics.packing import pack_into, packed_bytes
+from fpcompiler.numerics.packing import decode_packed, pack_into, packed_bytes
 from fpcompiler.numerics.rounding import decode, encode, encode_into
 from fpcompiler.numerics.scales import EXPONENT_MASK, Quotient, block_scale, real_scale
 from fpcompiler.numerics.scratch import Scratch
@@ -86,6 +86,35 @@ def dequantize(
     if operand.levels:
         scale_(value, scales, operand)
     return value.to(dtype)
+
+
+def dequantize_packed(
+    packed: Tensor,
+    scales: tuple[Tensor, ...],
+    operand: Operand,
+    k: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the same as ``dequantize(unpack(packed), ...)``, without the codes in between.
+
+    Args:
+        packed: uint8 ``[..., packed_bytes(k, bits)]``.
+        scales: As returned by :func:`quantize_packed`.
+        operand: Element format and scale levels.
+        k: Codes in a row.
+        out: Optional memory for the result: fp32 ``[..., k]``, contiguous.
+
+    Returns:
+        fp32 ``[..., k]``.
+
+    Raises:
+        NumericsError: If something does not fit the operand or ``k``.
+    """
+    value = decode_packed(packed, operand.format, k, out=out)
+    if operand.levels:
+        scale_(value, scales, operand)
+    return value
 
 
 def scale_(value: Tensor, scales: tuple[Tensor, ...], operand: Operand) -> None:
@@ -196,7 +225,7 @@ def _encode_blocks(
     scratch, k = blocks.scratch, blocks.rows.shape[1]
     for part in blocks.parts():
         value = blocks.load(part)
-        quotient = scratch.take("quotient", value.shape, torch.float32)
+        quotient = scratch.take("y", value.shape, torch.float32)
         if quotients is None:
             quotient.copy_(value)
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 _CPU_CHUNK = 1 << 18
 _CUDA_CHUNK = 1 << 22
-_BYTES_PER_VALUE = 40
+_BYTES_PER_VALUE = 48
 """What quantization takes at most; the system does not give pages that are not touched."""
 
 

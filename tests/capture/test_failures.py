@@ -217,7 +217,7 @@ def test_a_result_with_keys_that_are_no_texts() -> None:
 def test_missing_and_superfluous_example_inputs() -> None:
     message = message_for(nn.Bilinear(2, 2, 2), normal(2, 2))
     assert "do not fit Bilinear.forward: missing a required argument: 'input2'" in message
-    assert "forward(input1" in message
+    assert "Fix: give the arguments without a default: input1, input2." in message
     assert "too many positional arguments" in message_for(nn.ReLU(), normal(2), normal(2))
     assert "unexpected keyword argument 'z'" in message_for(nn.ReLU(), normal(2), kwargs={"z": 1})
 

@@ -82,9 +82,7 @@ class Quantizer:
         name, _, levels = text.partition("@")
         outer, block, scale, rounding = "", 0, "f32", ""
         for level in levels.split("/"):
-            kind, size, form, mode = re.fullmatch(
-                r"([a-z]+)(\d*):(\w+)(?::(\w+))?", level
-            ).groups()
+            kind, size, form, mode = re.fullmatch(r"([a-z]+)(\d*):(\w+)(?::(\w+))?", level).groups()
             if kind == "block":
                 block, scale = int(size), form
                 rounding = mode or ("mse" if form == "f8E8M0FNU" else "rne")
@@ -216,14 +214,16 @@ class FakeConvTranspose(nn.Module):
         sizes = [
             (size - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1
             for size, stride, pad, dilation, kernel in zip(
-                x.shape[-2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size,
+                x.shape[-2:],
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                layer.kernel_size,
                 strict=True,
             )
         ]
         columns = self.linear(x.flatten(2).transpose(1, 2)).transpose(1, 2)
-        y = nnf.fold(
-            columns, sizes, layer.kernel_size, layer.dilation, layer.padding, layer.stride
-        )
+        y = nnf.fold(columns, sizes, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         return y if layer.bias is None else y + layer.bias.view(-1, 1, 1)
 
 

@@ -137,9 +137,12 @@ def _nearest_scale(ratio, operand, grid) -> np.float32:
     return max(value, grid[0])
 
 
-def _error(block, outer, scale, operand) -> float:
+def _error(block, outer, scale, operand) -> float | Fraction:
     total = np.float32(outer * scale)
     quotients = [np.float32(v / total) for v in block]
     values = [operand.format.value(nearest_code(float(q), operand.format)) for q in quotients]
+    if operand.block.format == "f8E8M0FNU":
+        errors = [Fraction(v) - Fraction(float(q)) for v, q in zip(values, quotients, strict=True)]
+        return sum(e * e for e in errors) * Fraction(float(total)) ** 2
     errors = [np.float32(v) - q for v, q in zip(values, quotients, strict=True)]
     return math.fsum(float(np.float32(e * e)) for e in errors) * float(total) ** 2

@@ -10,6 +10,7 @@ import torch
 
 from fpcompiler.formats import FORMATS, FloatSpec
 from fpcompiler.numerics import decode, decode_packed, dequantize, encode, pack, quantize, round_to
+from fpcompiler.numerics.rounding import value_table
 from fpcompiler.operand import Operand
 from tests.numerics.test_scaling import OPERANDS, difficult
 
@@ -72,6 +73,13 @@ def test_codes(spec: FloatSpec) -> None:
     with flushing():
         got = results()
     assert all(map(same_bits, got, expected))
+
+
+@pytest.mark.parametrize("spec", FORMATS.values(), ids=str)
+def test_tables_that_are_first_needed_in_the_mode(spec: FloatSpec) -> None:
+    expected = value_table(spec)
+    with flushing():
+        assert same_bits(value_table(spec), expected)
 
 
 def test_some_codes_of_subnormal_numbers_are_not_zero() -> None:

@@ -14,6 +14,7 @@ from fpcompiler.formats import FORMATS
 from fpcompiler.numerics import (
     decode,
     dequantize,
+    dequantize_packed,
     expand_scale,
     pack,
     quantize,
@@ -198,6 +199,20 @@ def test_quantize_packed_is_quantize_and_pack(text: str) -> None:
         packed, same = quantize_packed(x, operand)
         assert torch.equal(packed, pack(codes, operand.format.storage_bits))
         assert all(map(torch.equal, scales, same))
+
+
+@pytest.mark.parametrize("text", OPERANDS)
+def test_dequantize_packed_is_unpack_and_dequantize(text: str) -> None:
+    operand = Operand.parse(text)
+    for x in (gaussian(3, 75), gaussian(2, 5, 64), gaussian(7), torch.empty(2, 0)):
+        k = x.shape[-1]
+        codes, scales = quantize(x, operand)
+        packed = pack(codes, operand.format.storage_bits)
+        expected = dequantize(codes, scales, operand)
+        assert torch.equal(dequantize_packed(packed, scales, operand, k), expected)
+        out = torch.empty(x.shape)
+        assert dequantize_packed(packed, scales, operand, k, out=out) is out
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("text", OPERANDS)

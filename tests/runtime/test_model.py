@@ -9,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 
-import fpcompiler.runtime.model as model_module
 from fpcompiler.artifact import Golden
 from fpcompiler.errors import ArtifactError, RunError
 from fpcompiler.runtime.model import CompiledModel, load
@@ -242,7 +241,3 @@ def test_loading_in_a_new_process_imports_no_compiler(compiled, path):
     total, modules = done.stdout.splitlines()
     assert float.fromhex(total) == compiled(X)["logits"].double().sum().item()
     assert modules == "[]"
-
-
-def test_the_runtime_reads_its_module_from_the_package():
-    assert model_module.__name__ == "fpcompiler.runtime.model"

@@ -1,0 +1,121 @@
+"""What the examples print: steps with their seconds, tables, and errors that name the next step."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from fpcompiler.errors import FpcompilerError
+from fpcompiler.options import Options
+from fpcompiler.runtime.tables import CompareTable
+
+PIPE_WIDTH = 110
+"""Columns when the output goes into a file."""
+
+out = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that all examples have."""
+    result = argparse.ArgumentParser(
+        description=(description or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    result.add_argument("--scheme", default="w4a6", help="a name, or the exact text of a scheme")
+    result.add_argument("--folder", type=Path, default=Path("demo"), help="where files are written")
+    return result
+
+
+def artifact(folder: Path, model: str, scheme: str) -> Path:
+    """Return the path of an artifact, in a folder that exists then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{model}-{scheme if re.fullmatch('[a-z0-9_-]+', scheme) else 'custom'}.fpc"
+
+
+def bytes_before_and_after(model: nn.Module, *artifacts: Path) -> tuple[str, str]:
+    """Return the bytes of a model's parameters, shared ones once, and of its artifacts."""
+    before = sum(p.numel() * p.element_size() for p in model.parameters())
+    return f"{before:,}", f"{sum(path.stat().st_size for path in artifacts):,}"
+
+
+def heading(text: str) -> None:
+    out.print()
+    out.print(Text(text, style="bold"))
+
+
+@contextlib.contextmanager
+def step(text: str) -> Iterator[None]:
+    """Show a spinner while the block runs, on a terminal only, and then the seconds it took."""
+    start = time.perf_counter()
+    if Options.from_env().shows_progress(sys.stderr):
+        with Console(stderr=True).status(f"{text} ..."):
+            yield
+    else:
+        yield
+    out.print(Text.assemble(f"  {text:<70}", (f"{time.perf_counter() - start:6.1f} s", "dim")))
+    sys.stdout.flush()
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> None:
+    """Print rows; the first ``left`` columns are texts, the others are aligned to the right."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=True)
+    for index, header in enumerate(headers):
+        justify: Any = "left" if index < left else "right"
+        result.add_column(header, justify=justify, overflow="fold")
+    for row in rows:
+        result.add_row(*(Text(str(cell)) for cell in row))
+    out.print(result)
+
+
+def layer_summary(compared: CompareTable, worst: int = 3) -> None:
+    """Print the SQNR of the layers: the spread, and the worst of them."""
+    rows = [row for row in compared.rows if row.kind == "layer" and row.sqnr_db is not None]
+    ratios = {row.name: row.sqnr_db for row in rows if row.sqnr_db is not None}
+    lowest = sorted(ratios, key=ratios.__getitem__)[:worst]
+    lines = [
+        (f"median of {len(ratios)} layers", f"{statistics.median(ratios.values()):.1f}"),
+        ("best", f"{max(ratios.values()):.1f}"),
+        *((f"worst: {name}", f"{ratios[name]:.1f}") for name in lowest),
+        *(
+            (f"result: {row.name}", f"{row.sqnr_db:.1f}")
+            for row in compared.rows
+            if row.kind == "output" and row.sqnr_db is not None
+        ),
+    ]
+    left_out = len(compared.rows) - len(rows) - sum(r.kind == "output" for r in compared.rows)
+    if left_out:
+        lines.append((f"not compared: {left_out} layers", ""))
+    table(("output of", "SQNR dB"), lines)
+
+
+def exit_with(main: Callable[[], int]) -> None:
+    """Run a script; what a user can mend ends it with a message and exit code 1."""
+    try:
+        sys.exit(main())
+    except FpcompilerError as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        package = {"skimage": "scikit-image", "PIL": "pillow"}.get(error.name or "", error.name)
+        sys.exit(f"error: the Python package {package} is missing. Run: pip install {package}")
+
+
+def cli() -> str:
+    """Return how the command line is called here."""
+    command = Path(sys.executable).with_name("fpcompiler")
+    if not command.exists():
+        return "python -m fpcompiler"
+    here = Path.cwd()
+    return str(command.relative_to(here) if command.is_relative_to(here) else command)

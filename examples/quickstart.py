@@ -1,0 +1,255 @@
+"""Compile a real language model to FP4 weights and FP6 activations, and see what that does to it.
+
+    python examples/quickstart.py            # the same as: make demo
+
+The model is SmolLM2-135M-Instruct. It is compiled with dumps of every pass, saved as one file, and
+run from that file in a new process, which knows neither the model's code nor the compiler. Nothing
+is calibrated: weights and activations are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+import fpcompiler
+from examples import console
+from examples.zoo import metrics
+from fpcompiler.runtime.tables import size_text
+
+PROMPT = "The three most important inventions of the nineteenth century were"
+COMPILER_MODULES = (
+    "torch_mlir", "transformers", "gguf", "tokenizers",
+    "fpcompiler.capture", "fpcompiler.ir", "fpcompiler.passes", "fpcompiler.scheme",
+)  # fmt: skip
+SHOWN_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of the eager and of the compiled model alike."""
+
+    perplexity: float
+    sentence: list[int]
+    perplexity_seconds: float
+    sentence_seconds: float
+
+
+@torch.no_grad()
+def measure(forward: metrics.Forward, ids: Tensor, prompt: Tensor, count: int) -> Measured:
+    """Return the perplexity of ``ids``, and ``prompt`` with the ``count`` likeliest tokens."""
+    start = time.perf_counter()
+    perplexity = metrics.perplexity(forward, ids)
+    middle = time.perf_counter()
+    sentence = metrics.generate_greedy(forward, prompt, count)
+    end = time.perf_counter()
+    return Measured(perplexity, sentence.tolist(), middle - start, end - middle)
+
+
+def in_new_process(artifact: str) -> int:
+    """Measure an artifact: what to run comes in as JSON, what was measured goes out as JSON."""
+    task = json.load(sys.stdin)
+    model = fpcompiler.load(artifact)
+    ids, prompt = torch.tensor(task["ids"]), torch.tensor(task["prompt"])
+    measured = measure(lambda window: model(window).logits, ids, prompt, task["count"])
+    imported = [name for name in COMPILER_MODULES if name in sys.modules]
+    print(json.dumps({"measured": asdict(measured), "imported": imported}))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--scheme", default="w4a6")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where files are written")
+    parser.add_argument("--quick", action="store_true", help="less text, and no dumps")
+    parser.add_argument("--in-new-process", metavar="ARTIFACT", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.in_new_process:
+        return in_new_process(options.in_new_process)
+    return demonstrate(options.scheme, options.folder, options.quick)
+
+
+def demonstrate(scheme: str, folder: Path, quick: bool) -> int:
+    """Compile, save and run the model; return the exit code."""
+    started = time.perf_counter()
+    console.heading(f"SmolLM2-135M, a LLaMA of 30 layers, compiled to {scheme}")
+    with console.step("load the model and 1,536 tokens of Wikipedia" if not quick else "load"):
+        from examples.zoo import smollm2
+
+        model, words = smollm2.load(), smollm2.tokenizer()
+        ids, prompt = smollm2.tokens(256 if quick else 1536), torch.tensor(words.encode(PROMPT).ids)
+    count = 4 if quick else 24
+
+    def eager(window: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=window, use_cache=False).logits
+        return logits
+
+    with console.step("measure it as it is, in fp32"):
+        before = measure(eager, ids, prompt, count)
+    folder.mkdir(parents=True, exist_ok=True)
+    dumps, path = folder / "dumps", folder / f"smollm2-{scheme_name(scheme)}.fpc"
+    with console.step(f"compile it to {scheme}" + ("" if quick else ", with dumps of every pass")):
+        compiled = fpcompiler.compile(
+            model, scheme, example_inputs=(ids[:128].reshape(2, 64),),
+            dump_dir=None if quick else dumps,
+        )  # fmt: skip
+        compiled.save(path)
+    with console.step(f"run {path} in a new process"):
+        task = {"ids": ids.tolist(), "prompt": prompt.tolist(), "count": count}
+        result = run_in_new_process(path, task)
+        after = Measured(**result["measured"])
+    with console.step(f"fpcompiler verify {path}"):
+        report = fpcompiler.load(path).verify()
+
+    if not quick:
+        show_passes(dumps)
+    show_plan(compiled)
+    fp32_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    show_result(before, after, len(ids), fp32_bytes, path.stat().st_size)
+    show_sentences(words, before.sentence, after.sentence, len(prompt))
+    if result["imported"]:
+        console.out.print(f"The new process imported {', '.join(result['imported'])}.")
+    else:
+        console.out.print("The new process imported no compiler, no torch-mlir, no transformers.")
+    console.heading("fpcompiler verify")
+    console.table(("check", "result", "detail"), [list(asdict(r).values()) for r in report.rows], 3)
+    show_files(path, None if quick else dumps)
+    console.out.print(f"\n{time.perf_counter() - started:.0f} s in total.")
+    return 0 if report.ok else 1
+
+
+def scheme_name(scheme: str) -> str:
+    """Return a scheme as a part of a file name."""
+    return scheme if scheme.replace("-", "").isalnum() else "custom"
+
+
+def run_in_new_process(path: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """Run this script on an artifact and return what it printed."""
+    command = [sys.executable, __file__, "--in-new-process", str(path)]
+    done = subprocess.run(
+        command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise fpcompiler.FpcompilerError(f"the new process ended with {done.returncode}, see above")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def show_passes(dumps: Path) -> None:
+    numerics = json.loads((dumps / "numerics.json").read_text())
+    timing = json.loads((dumps / "timing.json").read_text())
+    seconds = [f"{row['seconds'] + row['verify_seconds']:.2f}" for row in timing]
+    rows = []
+    for row in numerics["passes"]:
+        number = int(row["after"].partition("-")[0])
+        layers = {k: v for k, v in row["layers_sqnr_db"].items() if v is not None}
+        logits = [v for v in row["outputs_sqnr_db"] if v is not None]
+        rows.append(
+            (
+                row["after"],
+                seconds[number - 1],
+                f"{min(logits):.1f} dB" if logits else "bit-equal",
+                f"{statistics.median(layers.values()):.1f} dB" if layers else "bit-equal",
+                f"{min(layers.values()):.1f} dB" if layers else "bit-equal",
+            )
+        )
+    console.heading("What each pass did to the numbers: signal to noise, against the model")
+    console.table(("after pass", "seconds", "logits", "median layer", "worst layer"), rows)
+
+
+def show_plan(compiled: fpcompiler.CompiledModel) -> None:
+    plan = compiled.plan()
+    kept = [row for row in plan.rows if not row.quantized]
+    shown = [*plan.rows[:SHOWN_LAYERS], *(row for row in kept if row not in plan.rows[:SHOWN_LAYERS])]
+    rows = [
+        (
+            row.name.removeprefix("model."),
+            "x".join(map(str, row.shape)),
+            row.weight.partition("@")[0],
+            row.activation.partition("@")[0],
+            size_text(row.bytes_before),
+            size_text(row.bytes_after),
+        )
+        for row in shown
+    ]
+    rows.append((f"... {len(plan.rows) - len(shown)} more", "", "", "", "", ""))
+    sizes = size_text(plan.bytes_before), size_text(plan.bytes_after)
+    rows.append((f"all {len(plan.rows)} layers", "", "", "", *sizes))
+    console.heading("The plan")
+    console.out.print(f"  {compiled.scheme}", soft_wrap=True, style="dim", markup=False)
+    console.table(("layer", "shape", "weights", "activations", "before", "after"), rows, 4)
+    quantized = [row for row in plan.rows if row.quantized]
+    before, after = (sum(getattr(row, f"bytes_{side}") for row in quantized) for side in SIDES)
+    console.out.print(
+        f"  The {len(quantized)} quantized layers take {after:,} bytes: {after / before:.3f} of "
+        f"fp32, {2 * after / before:.3f} of bf16. Why each layer is as it is: compiled.plan()"
+    )
+
+
+SIDES = ("before", "after")
+
+
+def show_result(before: Measured, after: Measured, tokens: int, size: int, stored: int) -> None:
+    console.heading("Before and after")
+    console.table(
+        ("", "fp32, eager", "compiled, new process"),
+        [
+            (f"perplexity of {tokens:,} tokens", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}"),
+            ("bytes of the model", f"{size:,}", f"{stored:,}"),
+            ("seconds for the perplexity", f"{before.perplexity_seconds:.1f}",
+             f"{after.perplexity_seconds:.1f}"),
+            ("seconds for the sentence", f"{before.sentence_seconds:.1f}",
+             f"{after.sentence_seconds:.1f}"),
+        ],
+    )  # fmt: skip
+    console.out.print(
+        "  The reference backend is plain torch: it defines the result, and is slower than fp32."
+    )
+
+
+def show_sentences(words: Any, before: list[int], after: list[int], start: int) -> None:
+    console.heading("The likeliest continuation, token by token (without a KV cache)")
+    for name, ids in (("fp32", before), ("compiled", after)):
+        text = " ".join(words.decode(ids[start:]).split())
+        console.out.print(f"  [dim]{name:9}[/] {PROMPT} ", end="")
+        console.out.print(text, style="bold", markup=False)
+    console.out.print()
+
+
+def show_files(path: Path, dumps: Path | None) -> None:
+    console.heading("What there is to look at")
+    command = console.cli()
+    lines = [
+        (f"{path}", "the compiled model"),
+        (f"{command} inspect {path}", "the whole plan, with reasons"),
+        (f"{command} verify {path}", "checksums, shapes, scales, a replayed call"),
+    ]
+    if dumps:
+        lines += [
+            (f"{dumps}/", "the program after each pass, as MLIR"),
+            (f"{dumps}/04-insert-quantize.diff", "what one pass changed"),
+            (f"{dumps}/numerics.json", "what each pass did to each layer"),
+        ]
+    width = max(len(what) for what, _ in lines) + 2
+    for what, why in lines:
+        console.out.print(f"  {what:<{width}}[dim]{why}[/]", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    console.exit_with(main)
