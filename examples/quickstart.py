@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -26,11 +25,13 @@ import torch
 from torch import Tensor
 
 import fpcompiler
-from examples import console
+from examples import console, new_process
 from examples.zoo import metrics
 from fpcompiler.runtime.tables import size_text
 
-PROMPT = "The three most important inventions of the nineteenth century were"
+QUESTION = "Why is the sky blue? Answer in one sentence."
+PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+END = 2  # <|im_end|>
 COMPILER_MODULES = (
     "torch_mlir", "transformers", "gguf", "tokenizers",
     "fpcompiler.capture", "fpcompiler.ir", "fpcompiler.passes", "fpcompiler.scheme",
@@ -71,13 +72,8 @@ def in_new_process(artifact: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--scheme", default="w4a6")
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where files are written")
-    parser.add_argument("--quick", action="store_true", help="less text, and no dumps")
+    parser = console.parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="256 tokens, no dumps")
     parser.add_argument("--in-new-process", metavar="ARTIFACT", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.in_new_process:
@@ -88,13 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def demonstrate(scheme: str, folder: Path, quick: bool) -> int:
     """Compile, save and run the model; return the exit code."""
     started = time.perf_counter()
+    tokens, count = (256, 4) if quick else (1536, 32)
     console.heading(f"SmolLM2-135M, a LLaMA of 30 layers, compiled to {scheme}")
-    with console.step("load the model and 1,536 tokens of Wikipedia" if not quick else "load"):
+    with console.step(f"load the model and {tokens:,} tokens of Wikipedia"):
         from examples.zoo import smollm2
 
         model, words = smollm2.load(), smollm2.tokenizer()
-        ids, prompt = smollm2.tokens(256 if quick else 1536), torch.tensor(words.encode(PROMPT).ids)
-    count = 4 if quick else 24
+        ids, prompt = smollm2.tokens(tokens), torch.tensor(words.encode(PROMPT).ids)
 
     def eager(window: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=window, use_cache=False).logits
@@ -102,8 +98,7 @@ def demonstrate(scheme: str, folder: Path, quick: bool) -> int:
 
     with console.step("measure it as it is, in fp32"):
         before = measure(eager, ids, prompt, count)
-    folder.mkdir(parents=True, exist_ok=True)
-    dumps, path = folder / "dumps", folder / f"smollm2-{scheme_name(scheme)}.fpc"
+    dumps, path = folder / "dumps", console.artifact(folder, "smollm2", scheme)
     with console.step(f"compile it to {scheme}" + ("" if quick else ", with dumps of every pass")):
         compiled = fpcompiler.compile(
             model, scheme, example_inputs=(ids[:128].reshape(2, 64),),
@@ -112,7 +107,8 @@ def demonstrate(scheme: str, folder: Path, quick: bool) -> int:
         compiled.save(path)
     with console.step(f"run {path} in a new process"):
         task = {"ids": ids.tolist(), "prompt": prompt.tolist(), "count": count}
-        result = run_in_new_process(path, task)
+        command = [str(Path(__file__).resolve()), "--in-new-process", str(path.absolute())]
+        result = json.loads(new_process.run(command, json.dumps(task)))
         after = Measured(**result["measured"])
     with console.step(f"fpcompiler verify {path}"):
         report = fpcompiler.load(path).verify()
@@ -122,33 +118,16 @@ def demonstrate(scheme: str, folder: Path, quick: bool) -> int:
     show_plan(compiled)
     fp32_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     show_result(before, after, len(ids), fp32_bytes, path.stat().st_size)
-    show_sentences(words, before.sentence, after.sentence, len(prompt))
+    show_answers(words, before.sentence, after.sentence, len(prompt))
     if result["imported"]:
-        console.out.print(f"The new process imported {', '.join(result['imported'])}.")
+        console.out.print(f"\n  The new process imported {', '.join(result['imported'])}.")
     else:
-        console.out.print("The new process imported no compiler, no torch-mlir, no transformers.")
+        console.out.print("\n  The new process imported no compiler, no torch-mlir, no transformers.")
     console.heading("fpcompiler verify")
     console.table(("check", "result", "detail"), [list(asdict(r).values()) for r in report.rows], 3)
     show_files(path, None if quick else dumps)
-    console.out.print(f"\n{time.perf_counter() - started:.0f} s in total.")
+    console.out.print(f"\n  {time.perf_counter() - started:.0f} s in total")
     return 0 if report.ok else 1
-
-
-def scheme_name(scheme: str) -> str:
-    """Return a scheme as a part of a file name."""
-    return scheme if scheme.replace("-", "").isalnum() else "custom"
-
-
-def run_in_new_process(path: Path, task: dict[str, Any]) -> dict[str, Any]:
-    """Run this script on an artifact and return what it printed."""
-    command = [sys.executable, __file__, "--in-new-process", str(path)]
-    done = subprocess.run(
-        command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
-        raise fpcompiler.FpcompilerError(f"the new process ended with {done.returncode}, see above")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def show_passes(dumps: Path) -> None:
@@ -175,8 +154,9 @@ def show_passes(dumps: Path) -> None:
 
 def show_plan(compiled: fpcompiler.CompiledModel) -> None:
     plan = compiled.plan()
-    kept = [row for row in plan.rows if not row.quantized]
-    shown = [*plan.rows[:SHOWN_LAYERS], *(row for row in kept if row not in plan.rows[:SHOWN_LAYERS])]
+    quantized = [row for row in plan.rows if row.quantized]
+    first = plan.rows[:SHOWN_LAYERS]
+    kept = [row for row in plan.rows[SHOWN_LAYERS:] if not row.quantized]
     rows = [
         (
             row.name.removeprefix("model."),
@@ -186,23 +166,22 @@ def show_plan(compiled: fpcompiler.CompiledModel) -> None:
             size_text(row.bytes_before),
             size_text(row.bytes_after),
         )
-        for row in shown
+        for row in (*first, *kept)
     ]
-    rows.append((f"... {len(plan.rows) - len(shown)} more", "", "", "", "", ""))
-    sizes = size_text(plan.bytes_before), size_text(plan.bytes_after)
-    rows.append((f"all {len(plan.rows)} layers", "", "", "", *sizes))
+    more = len(plan.rows) - len(rows)
+    rows.insert(len(first), (f"({more} more)", "", "", "", "", ""))
+    before = sum(row.bytes_before for row in quantized)
+    after = sum(row.bytes_after for row in quantized)
+    sizes = size_text(before), size_text(after)
+    rows.append((f"the {len(quantized)} quantized layers", "", "", "", *sizes))
     console.heading("The plan")
-    console.out.print(f"  {compiled.scheme}", soft_wrap=True, style="dim", markup=False)
+    console.out.print(f"  {compiled.scheme.partition(',skip=')[0]}", style="dim", markup=False)
     console.table(("layer", "shape", "weights", "activations", "before", "after"), rows, 4)
-    quantized = [row for row in plan.rows if row.quantized]
-    before, after = (sum(getattr(row, f"bytes_{side}") for row in quantized) for side in SIDES)
     console.out.print(
-        f"  The {len(quantized)} quantized layers take {after:,} bytes: {after / before:.3f} of "
-        f"fp32, {2 * after / before:.3f} of bf16. Why each layer is as it is: compiled.plan()"
+        f"  With their scales the quantized layers take {after / before:.3f} of their bytes in "
+        f"fp32, {2 * after / before:.3f} of bf16.\n  The embedding, which is the output head too, "
+        "stays in fp32."
     )
-
-
-SIDES = ("before", "after")
 
 
 def show_result(before: Measured, after: Measured, tokens: int, size: int, stored: int) -> None:
@@ -214,7 +193,7 @@ def show_result(before: Measured, after: Measured, tokens: int, size: int, store
             ("bytes of the model", f"{size:,}", f"{stored:,}"),
             ("seconds for the perplexity", f"{before.perplexity_seconds:.1f}",
              f"{after.perplexity_seconds:.1f}"),
-            ("seconds for the sentence", f"{before.sentence_seconds:.1f}",
+            ("seconds for the answer", f"{before.sentence_seconds:.1f}",
              f"{after.sentence_seconds:.1f}"),
         ],
     )  # fmt: skip
@@ -223,13 +202,14 @@ def show_result(before: Measured, after: Measured, tokens: int, size: int, store
     )
 
 
-def show_sentences(words: Any, before: list[int], after: list[int], start: int) -> None:
-    console.heading("The likeliest continuation, token by token (without a KV cache)")
+def show_answers(words: Any, before: list[int], after: list[int], start: int) -> None:
+    console.heading(f"An answer to: {QUESTION}")
     for name, ids in (("fp32", before), ("compiled", after)):
-        text = " ".join(words.decode(ids[start:]).split())
-        console.out.print(f"  [dim]{name:9}[/] {PROMPT} ", end="")
-        console.out.print(text, style="bold", markup=False)
-    console.out.print()
+        answer = ids[start:]
+        answer = answer[: answer.index(END)] if END in answer else answer
+        console.out.print(f"  [dim]{name:9}[/]", end=" ")
+        console.out.print(" ".join(words.decode(answer).split()), markup=False)
+    console.out.print("  [dim]always the likeliest token; the whole text is run again for each[/]")
 
 
 def show_files(path: Path, dumps: Path | None) -> None:

@@ -1,11 +1,11 @@
 """Compile a PyTorch model into one that runs in 4- and 6-bit floating point.
 
-    import fpcompiler
+import fpcompiler
 
-    compiled = fpcompiler.compile(model, scheme="w4a6")
-    y = compiled(x)
-    compiled.save("model.fpc")
-    same = fpcompiler.load("model.fpc")
+compiled = fpcompiler.compile(model, scheme="w4a6")
+y = compiled(x)
+compiled.save("model.fpc")
+same = fpcompiler.load("model.fpc")
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _replay(golden: Sequence[Golden], executor: Executor) -> Iterator[VerifyRow]
     for index, case in enumerate(golden):
         name = f"recorded call {index}"
         try:
-            outputs = executor.run_leaves(case.inputs)
+            outputs = executor.run_leaves([leaf.to(executor.device) for leaf in case.inputs])
         except FpcompilerError as error:
             yield _row(name, False, str(error))
             return

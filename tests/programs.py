@@ -16,7 +16,7 @@ from tests.models import Call
 
 
 class Function(nn.Module):
-    """A function of tensors, with its parameters by name: ``Function(f, w=...)`` runs f(self, x)."""
+    """A function with parameters by name: ``Function(f, w=...)`` computes ``f(self, x)``."""
 
     def __init__(self, function: Any, **parameters: Tensor) -> None:
         super().__init__()

@@ -131,7 +131,9 @@ def test_dumps_go_to_the_folder(model, tmp_path: Path) -> None:
     assert fpcompiler.compile(model, example_inputs=X).dumps is None
 
 
-def test_each_compilation_gets_a_folder_of_its_own_in_fpc_dump(model, tmp_path, monkeypatch) -> None:
+def test_each_compilation_gets_a_folder_of_its_own_in_fpc_dump(
+    model, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setenv("FPC_DUMP", str(tmp_path))
     lazy = [fpcompiler.compile(model), fpcompiler.compile(model)]
     assert [one.dumps.name for one in lazy] == ["compile-001", "compile-002"]
@@ -229,7 +231,7 @@ def test_a_decoder_with_a_cache_saves_loads_and_resets(tmp_path: Path) -> None:
     assert not model.k_cache.any()
     with torch.no_grad():
         expected = [model(*call) for call in calls]
-    assert all(error(a, b) < 0.4 for a, b in zip(first, expected, strict=True))
+    assert all(error(a, b) < 0.3 for a, b in zip(first, expected, strict=True))
     assert not torch.equal(one(*calls[1]), first[0][:, :1])
 
     one.save(tmp_path / "decoder.fpc")
@@ -262,8 +264,8 @@ RUN = """
 import sys, torch, fpcompiler
 model = fpcompiler.load(sys.argv[1])
 print(model(torch.arange(8).view(1, 8)).double().sum().item().hex())
-compiler = ("torch_mlir", "transformers", "fpcompiler.ir", "fpcompiler.passes", "fpcompiler.capture",
-            "fpcompiler.codegen", "fpcompiler.scheme", "tests")
+compiler = ("torch_mlir", "transformers", "fpcompiler.ir", "fpcompiler.passes",
+            "fpcompiler.capture", "fpcompiler.codegen", "fpcompiler.scheme", "tests")
 print([name for name in sys.modules if name.startswith(compiler)])
 """
 

@@ -17,6 +17,10 @@ _TITLES = {"mr": "mister", "mrs": "missus", "dr": "doctor"}
 
 Forward = Callable[[Tensor], Tensor]
 """Token ids [batch, tokens] to logits [batch, tokens, vocabulary]."""
+Encode = Callable[[Tensor, Tensor], Tensor]
+"""Token ids and mask [batch, tokens] to hidden states [batch, tokens, width]."""
+Decode = Callable[[Tensor, Tensor], Tensor]
+"""Token ids [batch, tokens] and encoder states to logits [batch, tokens, vocabulary]."""
 
 
 @torch.no_grad()
@@ -44,6 +48,44 @@ def generate_greedy(forward: Forward, ids: Tensor, count: int) -> Tensor:
     """Return ``ids`` [tokens] followed by ``count`` tokens, always the likeliest."""
     for _ in range(count):
         token = forward(ids[None])[0, -1].argmax()
+        ids = torch.cat([ids, token[None]])
+    return ids
+
+
+@torch.no_grad()
+def sentence_vectors(encode: Encode, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean hidden state of each text's tokens as a unit vector [texts, width].
+
+    Args:
+        encode: Gives the hidden states [texts, tokens, width] of ids and mask.
+        ids: Token ids [texts, tokens].
+        mask: 1 for tokens, 0 for padding [texts, tokens].
+    """
+    hidden = encode(ids, mask) * mask[..., None]
+    return nnf.normalize(hidden.sum(1) / mask.sum(1, keepdim=True))
+
+
+@torch.no_grad()
+def transcribe_greedy(
+    decode: Decode, states: Tensor, start: Tensor, end: int, special: Tensor, longest: int = 64
+) -> Tensor:
+    """Return ``start`` [tokens] followed by the likeliest tokens for the encoder states.
+
+    Args:
+        decode: Gives logits [1, tokens, vocabulary] for ids [1, tokens] and states.
+        states: What the encoder heard [1, frames, width].
+        start: The first tokens.
+        end: The token that ends the text; it is not part of the result.
+        special: Tokens that are never taken.
+        longest: Tokens of the result at most.
+    """
+    ids = start
+    while len(ids) < longest:
+        logits = decode(ids[None], states)[0, -1].clone()
+        logits[special] = -torch.inf
+        token = logits.argmax()
+        if token == end:
+            break
         ids = torch.cat([ids, token[None]])
     return ids
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import load_file
@@ -11,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from examples.zoo import corpora, packages, runs
+from examples.zoo import corpora, metrics, packages
 
 
 def load() -> BertModel:
@@ -51,9 +50,10 @@ def inputs(texts: Sequence[str]) -> dict[str, Tensor]:
     return {"ids": ids, "mask": mask}
 
 
-def embed(model: Callable[..., Any], texts: Sequence[str]) -> Tensor:
-    """Return the unit vectors [texts, 384] that the model, eager or compiled, gives some texts."""
-    return runs.run_minilm({"model": model}, inputs(texts))["vectors"]
+def embed(encode: metrics.Encode, texts: Sequence[str], batch_size: int = 25) -> Tensor:
+    """Return unit vectors [texts, 384]: the mean of the hidden states of a text's tokens."""
+    parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    return torch.cat([metrics.sentence_vectors(encode, *batch(part)) for part in parts])
 
 
 def example_inputs() -> tuple[Tensor, Tensor]:

@@ -36,15 +36,18 @@ def run_smollm2(parts: Parts, inputs: Tensors) -> dict[str, Tensor]:
     return {"losses": metrics.token_losses(lambda ids: parts["model"](ids).logits, inputs["ids"])}
 
 
-@torch.no_grad()
 def run_minilm(parts: Parts, inputs: Tensors) -> dict[str, Tensor]:
-    """Return the mean hidden states of the tokens of each text, as unit vectors [texts, 384]."""
+    """Return the unit vectors of texts, given as token ids and masks [texts, tokens]."""
     vectors = []
     for ids, mask in zip(inputs["ids"].split(10), inputs["mask"].split(10), strict=True):
         longest = int(mask.sum(1).max())
-        ids, mask = ids[:, :longest].contiguous(), mask[:, :longest].contiguous()
-        hidden = parts["model"](ids, mask).last_hidden_state * mask[..., None]
-        vectors.append(nnf.normalize(hidden.sum(1) / mask.sum(1, keepdim=True)))
+        vectors.append(
+            metrics.sentence_vectors(
+                lambda ids, mask: parts["model"](ids, mask).last_hidden_state,
+                ids[:, :longest].contiguous(),
+                mask[:, :longest].contiguous(),
+            )
+        )
     return {"vectors": torch.cat(vectors)}
 
 
@@ -57,19 +60,15 @@ def run_dinov2(parts: Parts, inputs: Tensors) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def run_whisper(parts: Parts, inputs: Tensors) -> dict[str, Tensor]:
-    """Return the likeliest tokens [clips, tokens] for features [clips, 80, 3000].
-
-    The tokens ``special`` are never taken; ``end`` ends a transcript and fills it up.
-    """
-    start, end, special = (inputs[name] for name in ("start", "end", "special"))
+    """Return the transcripts [clips, 64], filled up with ``end``, of features [clips, 80, 3000]."""
+    end = int(inputs["end"])
     transcripts = []
     for features in inputs["features"].split(1):
-        states, ids = parts["encoder"](features), start[None]
-        while ids.shape[1] < LONGEST_TRANSCRIPT and ids[0, -1] != end:
-            logits = parts["decoder"](ids, states)[0, -1].clone()
-            logits[special] = -torch.inf
-            ids = torch.cat([ids, logits.argmax().view(1, 1)], 1)
-        transcripts.append(nnf.pad(ids[0], (0, LONGEST_TRANSCRIPT - ids.shape[1]), value=int(end)))
+        states = parts["encoder"](features)
+        ids = metrics.transcribe_greedy(
+            parts["decoder"], states, inputs["start"], end, inputs["special"], LONGEST_TRANSCRIPT
+        )
+        transcripts.append(nnf.pad(ids, (0, LONGEST_TRANSCRIPT - len(ids)), value=end))
     return {"transcripts": torch.stack(transcripts)}
 
 

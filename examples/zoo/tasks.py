@@ -58,8 +58,8 @@ class SmolLM2(Task):
     def __init__(self, tokens: int = 1536) -> None:
         self.tokens = tokens
         self.protocol = (
-            f"perplexity of the first {tokens} tokens of the Wikipedia text, in windows of 512 that "
-            "do not overlap"
+            f"perplexity of the first {tokens} tokens of the Wikipedia text, in windows of 512 "
+            "that do not overlap"
         )
 
     def parts(self) -> Mapping[str, Part]:

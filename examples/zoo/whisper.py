@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,14 +16,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from examples.zoo import packages, runs
+from examples.zoo import metrics, packages
 
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 _START = ("<|startoftranscript|>", "<|notimestamps|>")
 _END = "<|endoftext|>"
 
-Program: TypeAlias = Callable[..., Any]
-"""One half of the model, eager or compiled."""
+Encode = Callable[[Tensor], Tensor]
+"""Log-mel features [batch, 80, 3000] to encoder states [batch, 1500, 384]."""
+Decode = metrics.Decode
+"""Token ids [batch, tokens] and encoder states to logits [batch, tokens, vocabulary]."""
 
 
 class Encoder(nn.Module):
@@ -101,10 +102,15 @@ def texts(transcripts: Tensor) -> list[str]:
     return [words.decode(ids.tolist()).strip() for ids in transcripts]
 
 
-def transcribe(encoder: Program, decoder: Program, clips: Sequence[Tensor]) -> list[str]:
-    """Return the texts of clips of speech [samples] at 16 kHz, eager or compiled."""
-    parts = {"encoder": encoder, "decoder": decoder}
-    return texts(runs.run_whisper(parts, inputs(clips))["transcripts"])
+@torch.no_grad()
+def transcribe(encode: Encode, decode: Decode, samples: Tensor, longest: int = 64) -> str:
+    """Return the text of speech [samples] at 16 kHz, always taking the likeliest token."""
+    given = inputs([samples])
+    end = int(given["end"])
+    ids = metrics.transcribe_greedy(
+        decode, encode(given["features"]), given["start"], end, given["special"], longest
+    )
+    return texts(ids[None])[0]
 
 
 def example_inputs() -> tuple[Tensor]:

@@ -106,9 +106,9 @@ def import_program(exported: ExportedProgram) -> Program:
         except (NotImplementedError, TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise CaptureError(
                 f"The exported graph could not be brought into MLIR: {_first_words(error)}.\n"
-                "Fix: look for the operation it names in the model; control flow and sparse tensors "
-                "do not compile. Arithmetic on sizes other than + - * // goes away with fixed sizes "
-                "(dynamic=None)."
+                "Fix: look for the operation it names in the model; control flow and sparse "
+                "tensors do not compile. Arithmetic on sizes other than + - * // goes away with "
+                "fixed sizes (dynamic=None)."
             ) from error
         text = importer.module.operation.get_asm(enable_debug_info=True, use_local_scope=True)
         named = _name_arguments(_anonymous_constants(text), exported.graph_signature.user_inputs)

@@ -48,6 +48,7 @@ class _Raiser:
         self.graph = fx.Graph()
         self.values: dict[ir.Value, Any] = {}
         self.globals: dict[str, str] = {}
+        self.loads: dict[str, fx.Node] = {}
         self.stores: list[tuple[str, Any]] = []
         self.handlers: dict[str, Callable[[ir.Operation, list[Any]], Any]] = {
             "ml_program.global_load": self._load,
@@ -119,12 +120,13 @@ class _Raiser:
         return self.graph.call_function(function, args, kwargs or {})
 
     def _global(self, name: str) -> fx.Node:
-        key = next((key for key, held in self.globals.items() if held == name), None)
-        if key is None:
+        # One node for each: what is stored to must be what is read.
+        if name not in self.loads:
             key = f"g{len(self.globals)}"
             self.globals[key] = name
             self.root.register_buffer(key, self.program.weights[name])
-        return self.graph.get_attr(key)
+            self.loads[name] = self.graph.get_attr(key)
+        return self.loads[name]
 
     def _load(self, op: ir.Operation, args: list[Any]) -> fx.Node:
         return self._global(symbol_name(op))

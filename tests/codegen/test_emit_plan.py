@@ -53,7 +53,9 @@ def test_the_executor_gives_the_bits_of_the_raised_graph(case: Case, captured) -
         result = executor.run_leaves(leaves)
         assert len(result) == len(expected)
         for value, wanted in zip(result, expected, strict=True):
-            same = torch.equal(value, wanted) if isinstance(wanted, torch.Tensor) else value == wanted
+            same = (
+                torch.equal(value, wanted) if isinstance(wanted, torch.Tensor) else value == wanted
+            )
             assert same
 
 
@@ -76,8 +78,10 @@ def test_the_rows_say_what_became_of_each_layer() -> None:
     )
     assert (q.kernel, q.reason) == ("reference", "decode: torch.matmul")
     assert q.bytes_before == 32 * 32 * 4
-    assert q.bytes_after == 32 * 16 + 32 * 4 + 32 == sum(
-        tensor.nbytes for key, tensor in tensors.items() if key.startswith("q.weight.")
+    assert (
+        q.bytes_after
+        == 32 * 16 + 32 * 4 + 32
+        == sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith("q.weight."))
     )
     assert (v.quantized, v.weight, v.activation, v.kernel) == (False, "f32", "f32", "torch")
     assert (v.reason, v.rule) == ("the scheme keeps it in high precision", "rule v")

@@ -160,7 +160,9 @@ def test_constants_are_found_and_evaluated() -> None:
 def test_a_mutable_global_is_no_constant(captured) -> None:
     program = import_named(captured("cached"))
     evaluator = ConstantEvaluator(program)
-    loads = {str(op.attributes["global"]): op for op in program.operations("ml_program.global_load")}
+    loads = {
+        str(op.attributes["global"]): op for op in program.operations("ml_program.global_load")
+    }
     assert evaluator.is_constant(loads["@qkv.weight"])
     assert not evaluator.is_constant(loads["@k_cache"])
 

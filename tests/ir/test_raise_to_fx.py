@@ -115,7 +115,7 @@ def test_arithmetic_on_sizes() -> None:
 def test_quantized_programs_execute_before_and_after_the_weights_are_stored() -> None:
     model, x = torch.nn.Linear(40, 8), normal(3, 40)
     program = program_of(model, x)
-    run_passes(program, "normalize,insert-quantize{scheme=\"w4a6,skip=none\"}")
+    run_passes(program, 'normalize,insert-quantize{scheme="w4a6,skip=none"}')
     (before,) = evaluate(program, x)
     run_passes(program, "quantize-weights,lower-gemm")
     (after,) = evaluate(program, x)

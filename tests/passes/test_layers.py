@@ -1,4 +1,4 @@
-"""insert-quantize: which operations become quantized layers, under which name, and why others not."""
+"""insert-quantize: which operations become quantized layers, their names, and why others not."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def test_one_quantize_is_shared_by_q_k_v_and_one_by_gate_and_up() -> None:
     assert count(program, "fpq.quantize") == 14  # a weight and an input each
     run_passes(program, "cse")
     assert count(program, "fpq.quantize") == 7 + 4  # inputs: q k v; o; gate up; down
-    inputs = {str(op.attributes["layer"]): op.operands[0] for op in program.operations("fpq.linear")}
+    inputs = {
+        str(op.attributes["layer"]): op.operands[0] for op in program.operations("fpq.linear")
+    }
     assert inputs['"q_proj"'] == inputs['"k_proj"'] == inputs['"v_proj"']
     assert inputs['"gate_proj"'] == inputs['"up_proj"']
     assert inputs['"q_proj"'] != inputs['"gate_proj"']
@@ -58,16 +60,22 @@ def test_layers_of_different_formats_do_not_share() -> None:
     program = quantized(LlamaBlock(), normal(1, 4, 64), scheme="w4a6; k_proj: w4a8; up_proj: w4a16")
     # Inputs: q v; k; o; gate; down. The rule leaves the input of up_proj as it is.
     assert count(program, "fpq.quantize") == 7 + 5
-    (up,) = (op for op in program.operations("fpq.linear") if '"up_proj"' in str(op.attributes["layer"]))
+    (up,) = (
+        op for op in program.operations("fpq.linear") if '"up_proj"' in str(op.attributes["layer"])
+    )
     assert str(up.operands[0].type) == "!torch.vtensor<[?,?,64],f32>"
 
 
 def test_rules_and_skip_decide_and_the_reason_is_kept() -> None:
-    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    model = nn.Sequential(
+        nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+    )
     program = quantized(model, normal(2, 32), scheme="w4a6,skip=0|1; 1: w4a8; 2: skip")
     assert layers(program) == ["1", "3"]
     rules = {
-        str(op.attributes.get("fpq.layer") or op.attributes["layer"]): str(op.attributes["fpq.rule"])
+        str(op.attributes.get("fpq.layer") or op.attributes["layer"]): str(
+            op.attributes["fpq.rule"]
+        )
         for op in program.operations()
         if "fpq.rule" in op.attributes
     }
@@ -159,7 +167,7 @@ CONVOLUTIONS = {
 def test_a_convolution_is_a_gemm_over_its_windows(name: str) -> None:
     convolution, *shapes = CONVOLUTIONS[name]
     model = nn.Sequential(convolution)
-    sizes = {axis: torch.export.Dim.AUTO for axis in (0, *range(2, len(shapes[0])))}
+    sizes = dict.fromkeys((0, *range(2, len(shapes[0]))), torch.export.Dim.AUTO)
     program = quantized(model, normal(*shapes[0]), scheme=FINE, dynamic={"input": sizes})
     assert layers(program) == ["0"]
     assert count(program, "torch.aten.im2col") == 1

@@ -79,7 +79,10 @@ def test_a_pass_that_leaves_an_invalid_program_is_caught_at_once(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("pipeline", "error"),
-    [("normalize,crash", KeyError), ("normalize,insert-quantize,lower-gemm{target=cpu}", TargetError)],
+    [
+        ("normalize,crash", KeyError),
+        ("normalize,insert-quantize,lower-gemm{target=cpu}", TargetError),
+    ],
 )
 def test_the_input_of_a_failing_pass_is_kept_with_its_reproducer(
     tmp_path: Path, pipeline: str, error: type[Exception]
@@ -111,10 +114,12 @@ def test_opt_reproduces_a_failure_from_its_dump(tmp_path: Path, capsys) -> None:
 def test_stages_are_checked_before_the_first_pass_runs() -> None:
     program, _ = mlp()
     text = ir.print_program(program)
-    with pytest.raises(PassError, match="^quantize-weights needs a program at stage quantized, but"):
+    with pytest.raises(
+        PassError, match=r"^quantize-weights needs a program at stage quantized, but"
+    ):
         run_passes(program, "normalize,quantize-weights")
     assert ir.print_program(program) == text
-    with pytest.raises(PassError, match="^normalize needs .* there it is at stage lowered"):
+    with pytest.raises(PassError, match=r"^normalize needs .* there it is at stage lowered"):
         run_passes(program, f"{DEFAULT},normalize")
     assert ir.print_program(program) == text
 
@@ -201,7 +206,9 @@ def test_a_new_compilation_replaces_the_dumps_of_the_old_one(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", [Mlp, Attention])
-def test_opt_continues_a_pipeline_from_any_dump(kind: type[torch.nn.Module], tmp_path: Path) -> None:
+def test_opt_continues_a_pipeline_from_any_dump(
+    kind: type[torch.nn.Module], tmp_path: Path
+) -> None:
     program = dumped(tmp_path, DEFAULT, kind)
     final = ir.print_program(program)
     x = normal(2, 32) if kind is Mlp else normal(1, 4, 32)
@@ -230,6 +237,6 @@ def test_the_probe_does_not_change_the_state(captured) -> None:
 
     program = import_named(captured("cached"))
     program.weights["k_cache"] = torch.zeros_like(program.weights["k_cache"])
-    model, args, kwargs = cases()["cached"].make()
+    _, args, kwargs = cases()["cached"].make()
     Probe(program, leaves_of(captured("cached"), (args, kwargs)))
     assert not program.weights["k_cache"].any()

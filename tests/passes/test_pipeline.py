@@ -49,9 +49,7 @@ passes = st.one_of(
     st.builds(InsertQuantize, st.text()),
     st.builds(QuantizeWeights, st.sampled_from(["max", "mse"])),
     st.builds(LowerGemm, st.text()),
-    st.builds(
-        Options, st.text(), st.integers(), st.floats(allow_nan=False), flag=st.booleans()
-    ),
+    st.builds(Options, st.text(), st.integers(), st.floats(allow_nan=False), flag=st.booleans()),
 )
 
 

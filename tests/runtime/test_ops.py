@@ -135,7 +135,10 @@ def test_the_operators_are_good_citizens_of_torch(weight, activation):
 def test_pack_is_a_good_citizen_of_torch(bits):
     codes = torch.randint(0, 1 << bits, (3, 10), dtype=torch.uint8)
     torch.library.opcheck(torch.ops.fpc.pack.default, (codes, bits))
-    assert torch.equal(torch.ops.fpc.pack(codes, bits), pack(codes, bits))
+    packed = torch.ops.fpc.pack(codes, bits)
+    assert torch.equal(packed, pack(codes, bits))
+    torch.library.opcheck(torch.ops.fpc.unpack.default, (packed, bits, 10))
+    assert torch.equal(torch.ops.fpc.unpack(packed, bits, 10), codes)
 
 
 class Quantized(torch.nn.Module):
