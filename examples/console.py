@@ -14,16 +14,20 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from fpcompiler.errors import FpcompilerError
 from fpcompiler.options import Options
+from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.runtime.tables import CompareTable
 
 PIPE_WIDTH = 110
 """Columns when the output goes into a file."""
+
+_PACKAGES = {"PIL": "pillow", "skimage": "scikit-image"}
 
 out = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
@@ -65,8 +69,21 @@ def step(text: str) -> Iterator[None]:
             yield
     else:
         yield
-    out.print(Text.assemble(f"  {text:<70}", (f"{time.perf_counter() - start:6.1f} s", "dim")))
+    out.print(Text.assemble(f"  {text:<66}", (f"{time.perf_counter() - start:6.1f} s", "dim")))
     sys.stdout.flush()
+
+
+def note(text: str, style: str = "") -> None:
+    """Print a paragraph, indented."""
+    out.print(Padding(Text(text, style=style), (0, 2)))
+
+
+def labelled(rows: Sequence[tuple[str, str]]) -> None:
+    """Print texts with a label before each."""
+    grid = Table.grid(padding=(0, 2))
+    for label, text in rows:
+        grid.add_row(Text(label, style="dim"), Text(text))
+    out.print(Padding(grid, (0, 2)))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> None:
@@ -80,36 +97,42 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: int = 
     out.print(result)
 
 
-def layer_summary(compared: CompareTable, worst: int = 3) -> None:
-    """Print the SQNR of the layers: the spread, and the worst of them."""
-    rows = [row for row in compared.rows if row.kind == "layer" and row.sqnr_db is not None]
-    ratios = {row.name: row.sqnr_db for row in rows if row.sqnr_db is not None}
+def layer_summary(compiled: CompiledModel, compared: CompareTable, worst: int = 3) -> None:
+    """Print the SQNR of the quantized layers (the spread, the worst) and of the results."""
+    quantized = {row.name for row in compiled.plan().rows if row.quantized}
+    layers = [row for row in compared.rows if row.kind == "layer" and row.name in quantized]
+    ratios = {row.name: row.sqnr_db for row in layers if row.sqnr_db is not None}
     lowest = sorted(ratios, key=ratios.__getitem__)[:worst]
-    lines = [
-        (f"median of {len(ratios)} layers", f"{statistics.median(ratios.values()):.1f}"),
+    rows = [
+        (f"median of {len(ratios)} quantized layers", f"{statistics.median(ratios.values()):.1f}"),
         ("best", f"{max(ratios.values()):.1f}"),
         *((f"worst: {name}", f"{ratios[name]:.1f}") for name in lowest),
-        *(
-            (f"result: {row.name}", f"{row.sqnr_db:.1f}")
-            for row in compared.rows
-            if row.kind == "output" and row.sqnr_db is not None
-        ),
     ]
-    left_out = len(compared.rows) - len(rows) - sum(r.kind == "output" for r in compared.rows)
-    if left_out:
-        lines.append((f"not compared: {left_out} layers", ""))
-    table(("output of", "SQNR dB"), lines)
+    for row in compared.rows:
+        if row.kind == "output" and row.sqnr_db is not None:
+            rows.append((f"result {row.name}".removesuffix(" output"), f"{row.sqnr_db:.1f}"))
+    table(("output of", "SQNR dB"), rows)
+    for row in layers:
+        if row.sqnr_db is None:
+            note(f"{row.name}: not compared, {row.reason}", "dim")
+
+
+@contextlib.contextmanager
+def required() -> Iterator[None]:
+    """End the script with the command to run if an import in the block fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = error.name or str(error)
+        sys.exit(f"error: Python has no {name}. Run: pip install {_PACKAGES.get(name, name)}")
 
 
 def exit_with(main: Callable[[], int]) -> None:
-    """Run a script; what a user can mend ends it with a message and exit code 1."""
+    """Run a script; an error that a user can mend ends it with its message and exit code 1."""
     try:
         sys.exit(main())
     except FpcompilerError as error:
         sys.exit(f"error: {error}")
-    except ModuleNotFoundError as error:
-        package = {"skimage": "scikit-image", "PIL": "pillow"}.get(error.name or "", error.name)
-        sys.exit(f"error: the Python package {package} is missing. Run: pip install {package}")
 
 
 def cli() -> str:

@@ -19,7 +19,9 @@ import torch
 
 import fpcompiler
 from examples import console, new_process
-from examples.zoo import corpora, dinov2, metrics
+
+with console.required():
+    from examples.zoo import corpora, dinov2, metrics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,9 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with console.step("look at eight photographs in fp32"), torch.no_grad():
         tokens, saliency = model(pixels)
     with console.step(f"compile, and save {path}"):
-        compiled = fpcompiler.compile(
-            model, options.scheme, example_inputs=dinov2.example_inputs()
-        )
+        compiled = fpcompiler.compile(model, options.scheme, example_inputs=dinov2.example_inputs())
         compiled.save(path)
     with console.step("look at them by the artifact, in a new process"):
         after = new_process.call(path, {"pixels": pixels})
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("bytes", *console.bytes_before_and_after(model, path)),
         ],
     )  # fmt: skip
-    console.layer_summary(compared)
+    console.layer_summary(compiled, compared)
     return 0
 
 

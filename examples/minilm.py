@@ -18,7 +18,9 @@ from torch import Tensor
 
 import fpcompiler
 from examples import console, new_process
-from examples.zoo import corpora, metrics, minilm
+
+with console.required():
+    from examples.zoo import corpora, metrics, minilm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,11 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = minilm.load()
         texts, ratings = corpora.lee()
     with console.step("embed 50 texts in fp32"):
-        before = minilm.embed(lambda ids, mask: model(ids, mask).last_hidden_state, texts)
+        ids, mask = minilm.batch(texts)
+        before = metrics.sentence_vectors(lambda *call: model(*call).last_hidden_state, ids, mask)
     with console.step(f"compile, and save {path}"):
-        compiled = fpcompiler.compile(
-            model, options.scheme, example_inputs=minilm.example_inputs()
-        )
+        compiled = fpcompiler.compile(model, options.scheme, example_inputs=minilm.example_inputs())
         compiled.save(path)
 
     def encode(ids: Tensor, mask: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return new_process.call(path, inputs)["last_hidden_state"]
 
     with console.step("embed them by the artifact, in a new process"):
-        after = minilm.embed(encode, texts, batch_size=len(texts))
+        after = metrics.sentence_vectors(encode, ids, mask)
     with console.step("compare the layers on four texts"):
         compared = compiled.compare(model, [minilm.example_inputs()])
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("bytes", *console.bytes_before_and_after(model, path)),
         ],
     )
-    console.layer_summary(compared)
+    console.layer_summary(compiled, compared)
     return 0
 
 

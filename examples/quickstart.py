@@ -87,8 +87,8 @@ def demonstrate(scheme: str, folder: Path, quick: bool) -> int:
     tokens, count = (256, 4) if quick else (1536, 32)
     console.heading(f"SmolLM2-135M, a LLaMA of 30 layers, compiled to {scheme}")
     with console.step(f"load the model and {tokens:,} tokens of Wikipedia"):
-        from examples.zoo import smollm2
-
+        with console.required():
+            from examples.zoo import smollm2
         model, words = smollm2.load(), smollm2.tokenizer()
         ids, prompt = smollm2.tokens(tokens), torch.tensor(words.encode(PROMPT).ids)
 
@@ -119,10 +119,8 @@ def demonstrate(scheme: str, folder: Path, quick: bool) -> int:
     fp32_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     show_result(before, after, len(ids), fp32_bytes, path.stat().st_size)
     show_answers(words, before.sentence, after.sentence, len(prompt))
-    if result["imported"]:
-        console.out.print(f"\n  The new process imported {', '.join(result['imported'])}.")
-    else:
-        console.out.print("\n  The new process imported no compiler, no torch-mlir, no transformers.")
+    imported = ", ".join(result["imported"]) or "no compiler, no torch-mlir, no transformers"
+    console.note(f"The new process imported {imported}.", "dim")
     console.heading("fpcompiler verify")
     console.table(("check", "result", "detail"), [list(asdict(r).values()) for r in report.rows], 3)
     show_files(path, None if quick else dumps)
@@ -161,8 +159,8 @@ def show_plan(compiled: fpcompiler.CompiledModel) -> None:
         (
             row.name.removeprefix("model."),
             "x".join(map(str, row.shape)),
-            row.weight.partition("@")[0],
-            row.activation.partition("@")[0],
+            format_name(row.weight),
+            format_name(row.activation),
             size_text(row.bytes_before),
             size_text(row.bytes_after),
         )
@@ -173,15 +171,21 @@ def show_plan(compiled: fpcompiler.CompiledModel) -> None:
     before = sum(row.bytes_before for row in quantized)
     after = sum(row.bytes_after for row in quantized)
     sizes = size_text(before), size_text(after)
-    rows.append((f"the {len(quantized)} quantized layers", "", "", "", *sizes))
+    rows.append((f"{len(quantized)} quantized layers", "", "", "", *sizes))
     console.heading("The plan")
-    console.out.print(f"  {compiled.scheme.partition(',skip=')[0]}", style="dim", markup=False)
-    console.table(("layer", "shape", "weights", "activations", "before", "after"), rows, 4)
-    console.out.print(
-        f"  With their scales the quantized layers take {after / before:.3f} of their bytes in "
-        f"fp32, {2 * after / before:.3f} of bf16.\n  The embedding, which is the output head too, "
-        "stays in fp32."
+    console.note(compiled.scheme.partition(",skip=")[0], "dim")
+    console.table(("layer", "shape", "weights", "inputs", "before", "after"), rows, 4)
+    console.note(
+        f"With their scales the quantized layers take {after / before:.3f} of their bytes in fp32, "
+        f"{2 * after / before:.3f} of bf16. The embedding, which is the output head too, stays in "
+        "fp32."
     )
+
+
+def format_name(operand: str) -> str:
+    """Return the short name of the format in the text of an operand: E2M1."""
+    name = operand.partition("@")[0]
+    return fpcompiler.FORMATS[name].short if name in fpcompiler.FORMATS else name
 
 
 def show_result(before: Measured, after: Measured, tokens: int, size: int, stored: int) -> None:
@@ -197,19 +201,21 @@ def show_result(before: Measured, after: Measured, tokens: int, size: int, store
              f"{after.sentence_seconds:.1f}"),
         ],
     )  # fmt: skip
-    console.out.print(
-        "  The reference backend is plain torch: it defines the result, and is slower than fp32."
+    console.note(
+        "Weights and activations are rounded to nearest, without calibration. The reference "
+        "backend is plain torch: it defines the result, and is slower than fp32."
     )
 
 
 def show_answers(words: Any, before: list[int], after: list[int], start: int) -> None:
     console.heading(f"An answer to: {QUESTION}")
+    rows = []
     for name, ids in (("fp32", before), ("compiled", after)):
         answer = ids[start:]
         answer = answer[: answer.index(END)] if END in answer else answer
-        console.out.print(f"  [dim]{name:9}[/]", end=" ")
-        console.out.print(" ".join(words.decode(answer).split()), markup=False)
-    console.out.print("  [dim]always the likeliest token; the whole text is run again for each[/]")
+        rows.append((name, " ".join(words.decode(answer).split())))
+    console.labelled(rows)
+    console.note("Always the likeliest token; for each one the whole text is run again.", "dim")
 
 
 def show_files(path: Path, dumps: Path | None) -> None:

@@ -22,8 +22,10 @@ from torch import Tensor
 
 import fpcompiler
 from examples import console, new_process
-from examples.zoo import corpora, metrics, whisper
 from fpcompiler.errors import DependencyError
+
+with console.required():
+    from examples.zoo import corpora, metrics, whisper
 
 Clips = list[tuple[Tensor, str]]
 """Sounds [samples] at 16 kHz with the words that are spoken."""
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inputs = (whisper.features(sound),)
     with torch.no_grad():
         decoder_inputs = whisper.decoder_example_inputs(encoder(*inputs))
-    with console.step(f"compile, and save {paths[0]} and {paths[1]}"):
+    with console.step(f"compile both halves, and save them in {options.folder}/"):
         halves = [
             fpcompiler.compile(half, options.scheme, example_inputs=example)
             for half, example in ((encoder, inputs), (decoder, decoder_inputs))
@@ -60,16 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         clips = corpora.librivox(options.clips)
     except DependencyError as error:
-        console.out.print(f"  [yellow]No speech:[/] {error}. A tone is heard instead.")
+        console.note(f"No speech to hear: {error}. It hears a tone instead.", "yellow")
         hear_tone(encoder, decoder, paths, sound)
     else:
         hear_speech(encoder, decoder, paths, clips, options.clips)
-    console.out.print(f"  bytes: {' -> '.join(console.bytes_before_and_after(model, *paths))}")
+    before, after = console.bytes_before_and_after(model, *paths)
+    console.note(f"The model has {before} bytes, its two artifacts {after}.")
     for half, eager, example, name in zip(
         halves, (encoder, decoder), (inputs, decoder_inputs), ("encoder", "decoder"), strict=True
     ):
         console.heading(f"The layers of the {name}")
-        console.layer_summary(half.compare(eager, [example]))
+        console.layer_summary(half, half.compare(eager, [example]))
     return 0
 
 
@@ -84,7 +87,11 @@ def transcripts(encode: whisper.Encode, decode: whisper.Decode, clips: Clips) ->
 
 
 def hear_speech(
-    encoder: whisper.Encoder, decoder: whisper.Decoder, paths: list[Path], clips: Clips, folder: Path
+    encoder: whisper.Encoder,
+    decoder: whisper.Decoder,
+    paths: list[Path],
+    clips: Clips,
+    folder: Path,
 ) -> None:
     """Print what was spoken, what both models wrote, and how many words are wrong."""
     with console.step(f"write down {len(clips)} clips in fp32"):
@@ -104,7 +111,7 @@ def hear_speech(
     ]
     for name, counts in zip(("fp32", "compiled"), errors, strict=True):
         wrong, total = map(sum, zip(*counts, strict=True))
-        console.out.print(f"  {name:9} {wrong} of {total} words wrong: WER {wrong / total:.3f}")
+        console.note(f"{name:9} {wrong} of {total} words wrong: WER {wrong / total:.3f}")
 
 
 def hear_tone(

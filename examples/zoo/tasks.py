@@ -63,13 +63,16 @@ class SmolLM2(Task):
         )
 
     def parts(self) -> Mapping[str, Part]:
+        """Return the decoder; it is compared on a text that the metric does not see."""
         probe = smollm2.tokens(1024 + 128)[None, 1024:]
         return {"model": Part(smollm2.load(), smollm2.example_inputs(), (probe,))}
 
     def inputs(self) -> dict[str, Tensor]:
+        """Return the text."""
         return {"ids": smollm2.tokens(self.tokens)}
 
     def score(self, results: Tensors, reference: Tensors) -> dict[str, float]:
+        """Return the perplexity."""
         return {"perplexity": float(results["losses"].mean().exp())}
 
 
@@ -84,15 +87,18 @@ class MiniLM(Task):
     )
 
     def parts(self) -> Mapping[str, Part]:
+        """Return the encoder."""
         texts, _ = corpora.lee()
         probe = minilm.batch(texts[4:8], longest=64)
         return {"model": Part(minilm.load(), minilm.example_inputs(), probe)}
 
     def inputs(self) -> dict[str, Tensor]:
+        """Return the 50 texts."""
         texts, _ = corpora.lee()
         return minilm.inputs(texts)
 
     def score(self, results: Tensors, reference: Tensors) -> dict[str, float]:
+        """Return the agreement with people, and with the fp32 model."""
         _, ratings = corpora.lee()
         return {
             "lee_pearson": metrics.similarity_pearson(results["vectors"], ratings),
@@ -111,13 +117,16 @@ class DINOv2(Task):
     )
 
     def parts(self) -> Mapping[str, Part]:
+        """Return the backbone with its head."""
         pixels = corpora.photographs()
         return {"model": Part(dinov2.load(), (pixels[:2],), (pixels[2:4],))}
 
     def inputs(self) -> dict[str, Tensor]:
+        """Return all photographs."""
         return {"pixels": corpora.photographs()}
 
     def score(self, results: Tensors, reference: Tensors) -> dict[str, float]:
+        """Return how close features and saliency are to those of the fp32 model."""
         return {
             "patch_cosine": metrics.mean_cosine(reference["tokens"], results["tokens"]),
             "saliency_mae": metrics.mean_absolute_error(reference["saliency"], results["saliency"]),
@@ -135,6 +144,7 @@ class Whisper(Task):
         self.clips = clips
 
     def parts(self) -> Mapping[str, Part]:
+        """Return the encoder and the decoder."""
         encoder, decoder = whisper.split(whisper.load())
         features = self.inputs()["features"]
         with torch.no_grad():
@@ -147,9 +157,11 @@ class Whisper(Task):
         }
 
     def inputs(self) -> dict[str, Tensor]:
+        """Return the clips."""
         return whisper.inputs([samples for samples, _ in corpora.librivox(self.clips)])
 
     def score(self, results: Tensors, reference: Tensors) -> dict[str, float]:
+        """Return the share of wrong words."""
         texts = whisper.texts(results["transcripts"])
         clips = corpora.librivox(self.clips)
         pairs = [metrics.word_errors(w, text) for (_, w), text in zip(clips, texts, strict=True)]

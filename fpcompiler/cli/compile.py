@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -80,7 +81,9 @@ def _compile(args: argparse.Namespace) -> CompiledModel:
 
         inputs = read_inputs(args.inputs) if args.inputs else None
         source = load_source(args.source, inputs)
-    with progress("compiling") as track:
+    with progress("compiling") as track, warnings.catch_warnings():
+        # _warn_of_rules_without_layers says it in the words of a command line.
+        warnings.filterwarnings("ignore", "The rule .* of the scheme matches no layer")
         return api.compile(
             source.model,
             scheme,
