@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from fpcompiler.capture import CapturedProgram
-    from fpcompiler.passes import Pass, Pipeline
+    from fpcompiler.passes import Pipeline
     from fpcompiler.scheme import Scheme
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -46,6 +47,7 @@ def compile(
     calibration: Iterable[Any] | None = None,
     target: str = "reference",
     dynamic: Any = "auto",
+    clip: str = "max",
     pipeline: str | Pipeline | None = None,
     dump_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -70,7 +72,10 @@ def compile(
         pipeline: Passes to run instead of those that the scheme and the target ask for.
         dump_dir: A folder that gets the program after each pass, what the pass changed, and what
             it did to the numbers.
+        clip: How row scales of weights are chosen: ``"max"`` maps the largest magnitude to the
+            largest code, ``"mse"`` searches the clip with the least squared error.
         progress: Wraps an iterable of long work for a progress bar: ``progress(items, n, label)``.
+            By default a bar on stderr, if that is a terminal (see ``FPC_PROGRESS``).
 
     Raises:
         FormatError: If the scheme means nothing.
@@ -83,10 +88,15 @@ def compile(
 
     parsed = SchemeClass.of(scheme)
     lookup(target)
-    job = _Job(model, parsed, target, dynamic, pipeline, _dump_folder(dump_dir), progress)
+    passes = _pipeline(parsed, target, clip, pipeline)
+    job = _Job(
+        model, parsed, target, dynamic, passes, _dump_folder(dump_dir), progress or _progress()
+    )
     example = _example(example_inputs, example_kwargs, calibration)
     if example is None and isinstance(model, nn.Module):
         return CompiledModel.deferred(job.build, scheme=str(parsed), dumps=job.dump_dir)
+    if example is None:
+        example = model.example_inputs
     args, kwargs = example or ((), {})
     return CompiledModel(job.build(args, kwargs), dumps=job.dump_dir)
 
@@ -100,9 +110,9 @@ class _Job:
         scheme: Scheme,
         target: str,
         dynamic: Any,
-        pipeline: str | tuple[Pass, ...] | None,
+        pipeline: Pipeline,
         dump_dir: Path | None,
-        progress: Progress | None,
+        progress: Progress,
     ) -> None:
         self.model = model
         self.scheme = scheme
@@ -121,7 +131,7 @@ class _Job:
         captured = self._capture(args, kwargs)
         program = ir.import_program(captured.exported)
         name_layers(program)
-        pipeline = self._pipeline()
+        pipeline = self.pipeline
         batch = _flat_inputs(captured, args, kwargs)
         observers = []
         if self.dump_dir:
@@ -159,12 +169,24 @@ class _Job:
             return from_exported(self.model)
         return capture(self.model, args, kwargs, dynamic=self.dynamic)
 
-    def _pipeline(self) -> tuple[Pass, ...]:
-        from fpcompiler.passes import default_pipeline, parse_pipeline
 
-        if self.pipeline is None:
-            return default_pipeline(str(self.scheme), self.target)
-        return parse_pipeline(self.pipeline) if isinstance(self.pipeline, str) else self.pipeline
+def _pipeline(scheme: Scheme, target: str, clip: str, given: str | Pipeline | None) -> Pipeline:
+    """Return the passes to run; what is wrong with them is said before a model is captured."""
+    from fpcompiler.passes import default_pipeline, parse_pipeline
+
+    if given is None:
+        return default_pipeline(str(scheme), target, clip)
+    return parse_pipeline(given) if isinstance(given, str) else given
+
+
+def _progress() -> Progress:
+    if not Options.from_env().shows_progress(sys.stderr):
+        return lambda items, total, label: items
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return lambda items, total, label: track(items, label, total, console=console, transient=True)
 
 
 def _dump_folder(dump_dir: str | os.PathLike[str] | None) -> Path | None:
