@@ -116,8 +116,7 @@ def demonstrate(scheme: str, folder: Path, quick: bool) -> int:
     if not quick:
         show_passes(dumps)
     show_plan(compiled)
-    fp32_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    show_result(before, after, len(ids), fp32_bytes, path.stat().st_size)
+    show_result(before, after, len(ids), console.bytes_before_and_after(model, path))
     show_answers(words, before.sentence, after.sentence, len(prompt))
     imported = ", ".join(result["imported"]) or "no compiler, no torch-mlir, no transformers"
     console.note(f"The new process imported {imported}.", "dim")
@@ -188,19 +187,22 @@ def format_name(operand: str) -> str:
     return fpcompiler.FORMATS[name].short if name in fpcompiler.FORMATS else name
 
 
-def show_result(before: Measured, after: Measured, tokens: int, size: int, stored: int) -> None:
+def show_result(before: Measured, after: Measured, tokens: int, sizes: tuple[str, str]) -> None:
+    def seconds(name: str) -> tuple[str, str]:
+        first, second = (getattr(measured, f"{name}_seconds") for measured in (before, after))
+        return f"{first:.1f}", f"{second:.1f}"
+
+    perplexities = f"{before.perplexity:.2f}", f"{after.perplexity:.2f}"
     console.heading("Before and after")
     console.table(
         ("", "fp32, eager", "compiled, new process"),
         [
-            (f"perplexity of {tokens:,} tokens", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}"),
-            ("bytes of the model", f"{size:,}", f"{stored:,}"),
-            ("seconds for the perplexity", f"{before.perplexity_seconds:.1f}",
-             f"{after.perplexity_seconds:.1f}"),
-            ("seconds for the answer", f"{before.sentence_seconds:.1f}",
-             f"{after.sentence_seconds:.1f}"),
+            (f"perplexity of {tokens:,} tokens", *perplexities),
+            ("bytes of the model", *sizes),
+            ("seconds for the perplexity", *seconds("perplexity")),
+            ("seconds for the answer", *seconds("sentence")),
         ],
-    )  # fmt: skip
+    )
     console.note(
         "Weights and activations are rounded to nearest, without calibration. The reference "
         "backend is plain torch: it defines the result, and is slower than fp32."

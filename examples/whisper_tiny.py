@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fpcompiler
 from examples import console, new_process
@@ -87,8 +87,8 @@ def transcripts(encode: whisper.Encode, decode: whisper.Decode, clips: Clips) ->
 
 
 def hear_speech(
-    encoder: whisper.Encoder,
-    decoder: whisper.Decoder,
+    encoder: nn.Module,
+    decoder: nn.Module,
     paths: list[Path],
     clips: Clips,
     folder: Path,
@@ -114,9 +114,7 @@ def hear_speech(
         console.note(f"{name:9} {wrong} of {total} words wrong: WER {wrong / total:.3f}")
 
 
-def hear_tone(
-    encoder: whisper.Encoder, decoder: whisper.Decoder, paths: list[Path], sound: Tensor
-) -> None:
+def hear_tone(encoder: nn.Module, decoder: nn.Module, paths: list[Path], sound: Tensor) -> None:
     """Print how close the compiled halves are to the model on a tone."""
     features, words = whisper.features(sound), whisper.tokenizer()
     with torch.no_grad():

@@ -95,9 +95,8 @@ def compile(
     example = _example(example_inputs, example_kwargs, calibration)
     if example is None and isinstance(model, nn.Module):
         return CompiledModel.deferred(job.build, scheme=str(parsed), dumps=job.dump_dir)
-    if example is None:
-        example = model.example_inputs
-    args, kwargs = example or ((), {})
+    # An ExportedProgram brings its own example call, unless it was saved without.
+    args, kwargs = example or getattr(model, "example_inputs", None) or ((), {})
     return CompiledModel(job.build(args, kwargs), dumps=job.dump_dir)
 
 

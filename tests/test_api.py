@@ -96,7 +96,9 @@ def test_an_exported_program_is_compiled_at_once(model, compiled) -> None:
     exported = torch.export.export(model, (X,), dynamic_shapes={"x": {0: batch}})
     one = fpcompiler.compile(exported, "w4a6")
     assert torch.equal(one(X), compiled(X))
-    assert not one.artifact.golden
+    assert torch.equal(one.artifact.golden[0].inputs[0], X)  # its own example inputs
+    exported.example_inputs = None
+    assert not fpcompiler.compile(exported, "w4a6").artifact.golden
     assert fpcompiler.compile(exported, "w4a6", example_inputs=X).artifact.golden
 
 

@@ -4,7 +4,8 @@
 
 Each model is compiled and saved here, then loaded and run by a fresh process, which has neither the
 model's class nor the compiler. One table per model is printed, and written with all raw values to
-``results/accuracy-<model>.json`` beside this file.
+``results/accuracy-<model>.json`` beside this file. ``--simulate`` adds what an independent
+simulation in eager torch gives (tests/e2e/rtn_simulation.py), with the same layers quantized.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -34,33 +37,44 @@ import fpcompiler
 from examples.zoo import corpora
 from examples.zoo.runs import RUNS
 from examples.zoo.tasks import DINOv2, MiniLM, Part, SmolLM2, Task, Whisper
+from fpcompiler.plan import LayerRow
 from fpcompiler.runtime.tables import CompareRow
+from fpcompiler.scheme import Scheme
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
-SCHEMES = ("w4a16", "w4a8", "w4a6", "w4a6-row", "w4a4", "nvfp4", "mxfp4")
+SCHEMES = {
+    **{name: name for name in ("w4a16", "w4a8", "w4a6", "w4a6-row", "w4a4", "nvfp4", "mxfp4")},
+    "W block32": "w=f4E2M1FN@block32:f32,a=none",
+    "W row": "w=f4E2M1FN@row:f32,a=none",
+    "W4A4 block32": "w=f4E2M1FN@block32:f32,a=f4E2M1FN@block32:f32",
+    "W4A4 row/token": "w4a4-row",
+    "W row, A4 tensor": "w=f4E2M1FN@row:f32,a=f4E2M1FN@tensor:f32",
+}
+"""What is measured by default: the named schemes, then plain ones with real scales."""
 MODELS = ("smollm2", "minilm", "dinov2", "whisper")
 
 
 def task(name: str, options: argparse.Namespace) -> Task:
-    if name == "smollm2":
-        return SmolLM2(options.tokens)
-    return (
-        {"minilm": MiniLM, "dinov2": DINOv2}[name]()
-        if name != "whisper"
-        else Whisper(options.clips)
-    )
+    tasks = {
+        "smollm2": lambda: SmolLM2(options.tokens),
+        "minilm": MiniLM,
+        "dinov2": DINOv2,
+        "whisper": lambda: Whisper(options.clips),
+    }
+    return tasks[name]()
 
 
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    console = Console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     for name in options.models:
-        report = measure(task(name, options), options, console)
-        options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / f"accuracy-{name}.json"
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        for report in reports(task(name, options), options):
+            file.write_text(json.dumps(report, indent=1) + "\n")
+            console.print(f"{name}: {report['schemes'][-1]['name']}")
         console.print(table(report))
         console.print(f"written to {file}")
 
@@ -68,7 +82,8 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES, help="names or exact texts")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), help="names or exact texts")
+    parser.add_argument("--simulate", action="store_true", help="add the eager simulation")
     parser.add_argument("--tokens", type=int, default=1536, help="of the text for perplexity")
     parser.add_argument("--clips", type=Path, default=corpora.LIBRIVOX, help="folder of speech")
     parser.add_argument("--threads", type=int, default=1)
@@ -76,19 +91,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(task: Task, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Return the report of one model: the fp32 metrics, and a row per scheme."""
+def reports(task: Task, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the report of one model after each scheme: the fp32 metrics, and a row per scheme."""
     parts, inputs = task.parts(), task.inputs()
     start = time.perf_counter()
     reference = RUNS[task.name]({name: part.module for name, part in parts.items()}, inputs)
-    fp32 = {"run_seconds": time.perf_counter() - start, "metrics": task.score(reference, reference)}
-    rows = []
-    for scheme in options.schemes:
-        console.print(f"{task.name}: {scheme}")
-        with tempfile.TemporaryDirectory() as folder:
-            row, results = compile_and_run(task, parts, inputs, scheme, Path(folder), options)
-        rows.append({**row, "metrics": task.score(results, reference)})
-    return {
+    seconds = time.perf_counter() - start
+    report = {
         "model": task.name,
         "protocol": task.protocol,
         "device": processor(),
@@ -99,49 +108,92 @@ def measure(task: Task, options: argparse.Namespace, console: Console) -> dict[s
             **{name: version(name) for name in ("torch", "torch-mlir", "transformers")},
         },
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "fp32": fp32,
-        "schemes": rows,
+        "fp32": {"run_seconds": seconds, "metrics": task.score(reference, reference)},
+        "schemes": [],
     }
+    for name in options.schemes:
+        scheme = SCHEMES.get(name, name)
+        with tempfile.TemporaryDirectory() as folder:
+            row, results = compile_and_run(task, parts, inputs, scheme, Path(folder), options)
+        row = {"name": name, **row, "metrics": task.score(results, reference)}
+        if options.simulate:
+            simulated = simulate(task, parts, inputs, scheme, row["kept_layers"])
+            row["simulation"] = task.score(simulated, reference)
+        report["schemes"].append(row)
+        yield report
+
+
+def simulate(
+    task: Task,
+    parts: Mapping[str, Part],
+    inputs: dict[str, torch.Tensor],
+    scheme: str,
+    kept: dict[str, list[str]],
+) -> dict[str, torch.Tensor]:
+    """Run the eager simulation, with the layers in high precision that the compiler kept."""
+    from tests.e2e.rtn_simulation import quantize_model
+
+    layer = Scheme.parse(scheme).base
+    texts = str(layer.weight), str(layer.activation or "")
+    models = {
+        name: quantize_model(part.module, *texts, skip=tuple(kept[name]))
+        for name, part in parts.items()
+    }
+    return RUNS[task.name](models, inputs)
 
 
 def compile_and_run(
     task: Task,
-    parts: dict[str, Part],
+    parts: Mapping[str, Part],
     inputs: dict[str, torch.Tensor],
     scheme: str,
     folder: Path,
     options: argparse.Namespace,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Compile every part, run the artifacts in a fresh process; return a row and its results."""
-    files, compiled_parts, compared = {}, [], []
+    programs, compared = {}, []
     start = time.perf_counter()
     for name, part in parts.items():
-        compiled = fpcompiler.compile(part.module, scheme, example_inputs=part.example)
-        files[name] = folder / f"{name}.fpc"
-        compiled.save(files[name])
-        compiled_parts.append(compiled)
+        programs[name] = fpcompiler.compile(part.module, scheme, example_inputs=part.example)
+        programs[name].save(folder / f"{name}.fpc")
     seconds = time.perf_counter() - start
-    for (name, part), compiled in zip(parts.items(), compiled_parts, strict=True):
-        compared += [(name, row) for row in compiled.compare(part.module, [part.probe]).rows]
-    save_file(inputs, folder / "inputs.safetensors")
-    command = [sys.executable, "-m", "examples.zoo.runs", task.name]
-    command += [str(folder / "inputs.safetensors"), str(folder / "results.safetensors")]
-    command += [f"{name}={file}" for name, file in files.items()]
-    command += ["--threads", str(options.threads)]
-    process = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    for name, part in parts.items():
+        rows = programs[name].compare(part.module, [part.probe]).rows
+        compared += [(name, row) for row in rows]
+    plans = {name: program.plan().rows for name, program in programs.items()}
     row = {
-        "scheme": scheme,
-        "exact": compiled_parts[0].scheme,
+        "exact": next(iter(programs.values())).scheme,
         "compile_seconds": seconds,
-        "fresh_process": json.loads(process.stdout),
-        "artifact_bytes": sum(file.stat().st_size for file in files.values()),
-        **weights([row for compiled in compiled_parts for row in compiled.plan().rows]),
+        "fresh_process": run_in_fresh_process(task.name, list(parts), inputs, folder, options),
+        "artifact_bytes": sum(file.stat().st_size for file in folder.glob("*.fpc")),
+        "kept_layers": {
+            name: [row.name for row in rows if not row.quantized] for name, rows in plans.items()
+        },
+        **weights([row for rows in plans.values() for row in rows]),
         **distances(compared),
     }
     return row, load_file(folder / "results.safetensors")
 
 
-def weights(rows: list[Any]) -> dict[str, Any]:
+def run_in_fresh_process(
+    model: str,
+    parts: list[str],
+    inputs: dict[str, torch.Tensor],
+    folder: Path,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Run the artifacts of a folder; the results are written there too."""
+    save_file(inputs, folder / "inputs.safetensors")
+    command = [sys.executable, "-m", "examples.zoo.runs", model]
+    command += [str(folder / "inputs.safetensors"), str(folder / "results.safetensors")]
+    command += [f"{name}={folder / name}.fpc" for name in parts]
+    command += ["--threads", str(options.threads)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def weights(rows: list[LayerRow]) -> dict[str, Any]:
     """Return how many layers are quantized, and their bytes beside those of bf16."""
     quantized = [row for row in rows if row.quantized]
     in_bf16 = sum(2 * row.shape[0] * row.shape[1] for row in quantized)
@@ -169,18 +221,18 @@ def distances(compared: list[tuple[str, CompareRow]]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Return the table of one model."""
+    """Return the table of one model; in brackets what the simulation gives."""
     names = list(report["fp32"]["metrics"])
-    result = Table("scheme", *names, title=f"{report['model']}: {report['protocol']}")
-    for column in ("SQNR dB median", "least", "quantized", "x bf16", "MB", "run s"):
+    title = f"{report['model']}: {report['protocol']}"
+    result = Table("scheme", box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column in (*names, "SQNR dB", "least", "layers", "x bf16", "MB", "run s"):
         result.add_column(column, justify="right")
     values = [f"{value:.4g}" for value in report["fp32"]["metrics"].values()]
-    seconds = f"{report['fp32']['run_seconds']:.1f}"
-    result.add_row("fp32", *values, "", "", "", "", "", seconds)
+    result.add_row("fp32", *values, *[""] * 5, f"{report['fp32']['run_seconds']:.1f}")
     for row in report["schemes"]:
         result.add_row(
-            row["scheme"],
-            *(f"{row['metrics'][name]:.4g}" for name in names),
+            row["name"],
+            *(metric_text(row, name) for name in names),
             f"{row['layer_sqnr_db_median']:.1f}",
             f"{row['layer_sqnr_db_least']:.1f}",
             f"{row['quantized_layers']}/{row['layers']}",
@@ -189,6 +241,11 @@ def table(report: dict[str, Any]) -> Table:
             f"{row['fresh_process']['run_seconds']:.1f}",
         )
     return result
+
+
+def metric_text(row: dict[str, Any], name: str) -> str:
+    simulated = f" ({row['simulation'][name]:.4g})" if "simulation" in row else ""
+    return f"{row['metrics'][name]:.4g}{simulated}"
 
 
 def processor() -> str:

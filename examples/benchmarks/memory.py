@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.write_text(json.dumps(report, indent=2) + "\n")
     show(report)
     print(f"written to {options.output}")
-    return 0 if report["peak_below_fp32_weights"] and not report["imported_of_the_compiler"] else 1
+    good = report["peak_below_fp32_weights"] and not report["imported_of_the_compiler"]
+    return 0 if good else 1
 
 
 def in_new_process(*arguments: str) -> str:

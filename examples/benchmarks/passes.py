@@ -131,9 +131,8 @@ def show(result: dict[str, Any]) -> None:
         print(f"  {entry['pass']:22}", *(f"{value:9.4f}" for value in times))
     print(f"  {'all, verified':22} {result['seconds']:9.4f}")
     print(f"  {'without packing':22} {result['seconds_without_packing']:9.4f}")
-    print(
-        f"  {'packed':22} {result['packed_gigabytes_per_second']:9.4f} GB/s of weights as captured"
-    )
+    speed = result["packed_gigabytes_per_second"]
+    print(f"  {'packing':22} {speed:9.4f} GB/s of fp32 weights")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from fpcompiler.errors import DependencyError
 for module in ("torch_mlir", "transformers", "tokenizers", "onnx", "PIL"):
     pytest.importorskip(module)
 
-from examples import console, quickstart
-from examples.zoo import packages
+from examples import console, quickstart  # noqa: E402
+from examples.zoo import packages  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,11 +53,10 @@ def test_minilm(tmp_path: Path) -> None:
     assert before == pytest.approx(0.656, abs=2e-3)
     assert before - 0.05 < after < before + 0.05
     assert 0.9 < numbers(output, "cosine to the embeddings of fp32")[1] < 1
-    assert "median of 36 quantized layers" in output
+    assert re.search(r"median of \d+ quantized layers", output)
     assert (tmp_path / "minilm-w4a6.fpc").is_file()
 
 
-@pytest.mark.slow
 def test_dinov2(tmp_path: Path) -> None:
     need(packages.DINOV2, *packages.PHOTOGRAPHS)
     output = run("dinov2.py", "--scheme", "w4a8", "--folder", tmp_path)
@@ -76,7 +75,6 @@ def test_whisper_without_speech(tmp_path: Path) -> None:
     assert same > 0.8 * positions
 
 
-@pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
     need(packages.SMOLLM2, packages.WIKIPEDIA)
     output = run("quickstart.py", "--quick", "--folder", tmp_path)
