@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -15,6 +15,7 @@ from fpcompiler.errors import IRError
 from fpcompiler.ir.program import Program
 from fpcompiler.ir.raise_to_fx import raise_to_fx
 from fpcompiler.plan import Argument, Placeholder, Plan, Signature, Step, Symbol
+from fpcompiler.tree import are_leaves
 
 _SCALAR_NAMES: Final[Mapping[Callable[..., Any], str]] = {
     operator.add: "add",
@@ -57,7 +58,7 @@ def emit_plan(
     Raises:
         IRError: If the program holds an operation that a plan cannot express.
     """
-    emitter = _Emitter(raise_to_fx(program), placeholders)
+    emitter = _Emitter(raise_to_fx(program), placeholders, are_leaves(signature.outputs))
     emitter.run()
     plan = Plan(
         signature=signature,
@@ -74,9 +75,15 @@ def emit_plan(
 
 
 class _Emitter:
-    def __init__(self, module: fx.GraphModule, placeholders: tuple[Placeholder, ...]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        placeholders: tuple[Placeholder, ...],
+        computed: Sequence[bool],
+    ) -> None:
         self.module = module
         self.inputs = iter(placeholders)
+        self.computed = computed  # Of each result: the others are part of the signature.
         self.names: dict[fx.Node, str] = {}
         self.steps: list[Step] = []
         self.outputs: list[Any] = []
@@ -93,7 +100,8 @@ class _Emitter:
             elif node.op == "get_attr":
                 self._load(node)
             elif node.op == "output":
-                self.outputs = [self._output(value) for value in node.args[0]]
+                results = zip(node.args[0], self.computed, strict=True)
+                self.outputs = [self._output(value) for value, computed in results if computed]
             elif node.target is torch.ops.aten.copy_.default:
                 self._store(node)
             elif node not in self.names:

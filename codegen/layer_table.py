@@ -10,7 +10,7 @@ from fpcompiler.ir.build import global_of
 from fpcompiler.ir.program import Program
 from fpcompiler.ir.torch_ops import operator_name, text_of
 from fpcompiler.ir.types import QuantizedType, TensorType, quantized_type, tensor_type
-from fpcompiler.passes.layers import weight_of
+from fpcompiler.passes.layers import weights_of
 from fpcompiler.plan import LayerRow
 
 
@@ -64,11 +64,9 @@ def _activation_text(x: ir.Value) -> str:
 
 
 def _kept_row(op: ir.Operation) -> LayerRow:
-    value = weight_of(op)
-    assert value is not None
-    weight = tensor_type(value)
-    assert weight is not None
-    size = math.prod(_sizes(weight)) * weight.dtype.itemsize
+    weights = [kind for kind in map(tensor_type, weights_of(op)) if kind is not None]
+    weight = weights[0]
+    size = sum(math.prod(_sizes(kind)) * kind.dtype.itemsize for kind in weights)
     return LayerRow(
         name=text_of(op.attributes["fpq.layer"]),
         op=operator_name(op).split(".")[2],

@@ -8,13 +8,14 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -23,6 +24,9 @@ from fpcompiler.errors import FpcompilerError
 from fpcompiler.options import Options
 from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.runtime.tables import CompareTable
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+"""Shows a bar for a loop: ``for item in track(items, len(items), label)``."""
 
 PIPE_WIDTH = 110
 """Columns when the output goes into a file."""
@@ -61,14 +65,25 @@ def heading(text: str) -> None:
 
 
 @contextlib.contextmanager
-def step(text: str) -> Iterator[None]:
-    """Show a spinner while the block runs, on a terminal only, and then the seconds it took."""
+def step(text: str) -> Iterator[Track]:
+    """Show on a terminal that the block is running, and then print the seconds it took.
+
+    Yields:
+        What ``fpcompiler.compile`` takes as ``progress``.
+    """
     start = time.perf_counter()
     if Options.from_env().shows_progress(sys.stderr):
-        with Console(stderr=True).status(f"{text} ..."):
-            yield
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            bars.add_task(text, total=None)
+            yield lambda items, total, label: bars.track(items, total=total, description=label)
     else:
-        yield
+        yield lambda items, total, label: items
     out.print(Text.assemble(f"  {text:<66}", (f"{time.perf_counter() - start:6.1f} s", "dim")))
     sys.stdout.flush()
 

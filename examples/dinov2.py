@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, pixels = dinov2.load(), corpora.photographs()
     with console.step("look at eight photographs in fp32"), torch.no_grad():
         tokens, saliency = model(pixels)
-    with console.step(f"compile, and save {path}"):
-        compiled = fpcompiler.compile(model, options.scheme, example_inputs=dinov2.example_inputs())
+    with console.step(f"compile, and save {path}") as track:
+        example = dinov2.example_inputs()
+        compiled = fpcompiler.compile(model, options.scheme, example_inputs=example, progress=track)
         compiled.save(path)
     with console.step("look at them by the artifact, in a new process"):
         after = new_process.call(path, {"pixels": pixels})

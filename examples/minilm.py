@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with console.step("embed 50 texts in fp32"):
         ids, mask = minilm.batch(texts)
         before = metrics.sentence_vectors(lambda *call: model(*call).last_hidden_state, ids, mask)
-    with console.step(f"compile, and save {path}"):
-        compiled = fpcompiler.compile(model, options.scheme, example_inputs=minilm.example_inputs())
+    with console.step(f"compile, and save {path}") as track:
+        example = minilm.example_inputs()
+        compiled = fpcompiler.compile(model, options.scheme, example_inputs=example, progress=track)
         compiled.save(path)
 
     def encode(ids: Tensor, mask: Tensor) -> Tensor:

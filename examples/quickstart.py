@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Threads of torch that wait for each other must sleep. By default they spin, and when something
+# else runs on one of two cores, the work here takes up to twenty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
@@ -27,7 +31,6 @@ from torch import Tensor
 import fpcompiler
 from examples import console, new_process
 from examples.zoo import metrics
-from fpcompiler.runtime.tables import size_text
 
 QUESTION = "Why is the sky blue? Answer in one sentence."
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
@@ -99,10 +102,12 @@ def demonstrate(scheme: str, folder: Path, quick: bool) -> int:
     with console.step("measure it as it is, in fp32"):
         before = measure(eager, ids, prompt, count)
     dumps, path = folder / "dumps", console.artifact(folder, "smollm2", scheme)
-    with console.step(f"compile it to {scheme}" + ("" if quick else ", with dumps of every pass")):
+    with console.step(
+        f"compile it to {scheme}" + ("" if quick else ", with dumps of every pass")
+    ) as track:
         compiled = fpcompiler.compile(
             model, scheme, example_inputs=(ids[:128].reshape(2, 64),),
-            dump_dir=None if quick else dumps,
+            dump_dir=None if quick else dumps, progress=track,
         )  # fmt: skip
         compiled.save(path)
     with console.step(f"run {path} in a new process"):
@@ -160,8 +165,8 @@ def show_plan(compiled: fpcompiler.CompiledModel) -> None:
             "x".join(map(str, row.shape)),
             format_name(row.weight),
             format_name(row.activation),
-            size_text(row.bytes_before),
-            size_text(row.bytes_after),
+            mebibytes(row.bytes_before),
+            mebibytes(row.bytes_after),
         )
         for row in (*first, *kept)
     ]
@@ -169,16 +174,20 @@ def show_plan(compiled: fpcompiler.CompiledModel) -> None:
     rows.insert(len(first), (f"({more} more)", "", "", "", "", ""))
     before = sum(row.bytes_before for row in quantized)
     after = sum(row.bytes_after for row in quantized)
-    sizes = size_text(before), size_text(after)
+    sizes = mebibytes(before), mebibytes(after)
     rows.append((f"{len(quantized)} quantized layers", "", "", "", *sizes))
     console.heading("The plan")
     console.note(compiled.scheme.partition(",skip=")[0], "dim")
-    console.table(("layer", "shape", "weights", "inputs", "before", "after"), rows, 4)
+    console.table(("layer", "shape", "weights", "inputs", "MiB", "after"), rows, 4)
     console.note(
         f"With their scales the quantized layers take {after / before:.3f} of their bytes in fp32, "
         f"{2 * after / before:.3f} of bf16. The embedding, which is the output head too, stays in "
         "fp32."
     )
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.2f}"
 
 
 def format_name(operand: str) -> str:

@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inputs = (whisper.features(sound),)
     with torch.no_grad():
         decoder_inputs = whisper.decoder_example_inputs(encoder(*inputs))
-    with console.step(f"compile both halves, and save them in {options.folder}/"):
+    with console.step(f"compile both halves, and save them in {options.folder}/") as track:
         halves = [
-            fpcompiler.compile(half, options.scheme, example_inputs=example)
+            fpcompiler.compile(half, options.scheme, example_inputs=example, progress=track)
             for half, example in ((encoder, inputs), (decoder, decoder_inputs))
         ]
         for half, path in zip(halves, paths, strict=True):

@@ -5,24 +5,25 @@ Loading needs no compiler, so everything that does is imported inside of ``compi
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fpcompiler.artifact import Artifact, Golden
 from fpcompiler.errors import OptionError
 from fpcompiler.options import Options
-from fpcompiler.plan import Plan
+from fpcompiler.plan import Plan, Symbol
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.inputs import bind
-from fpcompiler.runtime.model import CompiledModel
+from fpcompiler.runtime.model import COMPILING, CompiledModel
 from fpcompiler.runtime.model import load as load
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def compile(
     """Compile a model.
 
     With example inputs or calibration data (or an ExportedProgram) the model is compiled at once;
-    without, on the first call, for the inputs of that call. The model itself is not changed.
+    without, on the first call, for the inputs of that call. The model itself is not changed; the
+    layers that stay in high precision share its weights, so do not change these in place.
 
     Args:
         model: Any module that ``torch.export.export`` accepts, Hugging Face models included, or an
@@ -122,7 +124,11 @@ class _Job:
         self.progress = progress
 
     def build(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Artifact:
-        """Capture the model with an example call and compile it."""
+        """Capture the model with an example call and compile it, one model at a time."""
+        with COMPILING:
+            return self._build(args, kwargs)
+
+    def _build(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Artifact:
         from fpcompiler import ir, passes
         from fpcompiler.codegen import emit_plan
         from fpcompiler.passes.layers import name_layers
@@ -196,10 +202,14 @@ def _dump_folder(dump_dir: str | os.PathLike[str] | None) -> Path | None:
         return None
     for number in itertools.count(1):
         folder = root / f"compile-{number:03}"
-        with contextlib.suppress(FileExistsError):
+        try:
             # Made at once: another compilation must not choose it before this one writes to it.
             folder.mkdir(parents=True)
-            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OptionError(f"FPC_DUMP: {folder} cannot be made: {error.strerror}.") from error
+        break
     return folder
 
 
@@ -237,17 +247,25 @@ def _record(
     """Run the program once on a small version of the example call, and keep what it gave."""
     if batch is None:
         return ()
+    symbols = _free_symbols(plan)
     inputs = tuple(
-        _cut(tensor, placeholder.shape, plan).clone()
+        _cut(tensor, placeholder.shape, symbols).clone()
         for tensor, placeholder in zip(batch, plan.placeholders, strict=True)
     )
     outputs = Executor(plan, tensors).run_leaves(inputs)
-    return (Golden(inputs, tuple(t for t in outputs if isinstance(t, Tensor))),)
+    return (Golden(inputs, tuple(torch.as_tensor(value) for value in outputs)),)
 
 
-def _cut(tensor: Tensor, shape: tuple[int | str, ...], plan: Plan) -> Tensor:
+def _cut(tensor: Tensor, shape: tuple[int | str, ...], symbols: Mapping[str, Symbol]) -> Tensor:
     for axis, size in enumerate(shape):
-        if isinstance(size, str) and size in plan.symbols:
-            least = max(plan.symbols[size].min, GOLDEN_SIZE)
+        if isinstance(size, str) and size in symbols:
+            least = max(symbols[size].min, GOLDEN_SIZE)
             tensor = tensor.narrow(axis, 0, min(least, tensor.shape[axis]))
     return tensor
+
+
+def _free_symbols(plan: Plan) -> dict[str, Symbol]:
+    """Return the symbols on which no size such as ``2*s0`` depends, which could not be cut too."""
+    sizes = {str(size) for placeholder in plan.placeholders for size in placeholder.shape}
+    used = {name for size in sizes - {*plan.symbols} for name in re.findall(r"\w+", size)}
+    return {name: symbol for name, symbol in plan.symbols.items() if name not in used}

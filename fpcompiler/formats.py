@@ -189,9 +189,9 @@ def parse_format(text: str) -> FloatSpec:
     wanted = text.strip()
     if wanted in FORMATS:
         return FORMATS[wanted]
-    key = re.sub(r"^(float|fp|f)\d*_?|_|fn[uz]*$", "", wanted.lower())
-    matches = [f for f in FORMATS.values() if key in (f.short.lower(), f.name.lower())]
-    exact = [f for f in FORMATS.values() if f.name.lower() == wanted.lower()]
+    full = re.sub(r"^(float|fp|f)\d*_?|_", "", wanted.lower())
+    exact = [f for f in FORMATS.values() if re.sub(r"^f\d", "", f.name.lower()) == full]
+    matches = [f for f in FORMATS.values() if f.short.lower() == full]
     if exact or matches:
         return (exact or matches)[0]
     near = difflib.get_close_matches(wanted, list(FORMATS), n=3, cutoff=0.4)

@@ -212,6 +212,13 @@ def leaf_count(spec: Spec) -> int:
     return sum(leaf_count(child) for child in spec.get("c", ()))
 
 
+def are_leaves(spec: Spec) -> list[bool]:
+    """Return, for each leaf, None and constant of a spec in order, whether it is a leaf."""
+    if spec["t"] in ("leaf", "none", "const"):
+        return [spec["t"] == "leaf"]
+    return [flag for child in spec["c"] for flag in are_leaves(child)]
+
+
 def leaf_paths(spec: Spec, where: str = "") -> list[str]:
     """Return a name per leaf: ``logits``, ``[1]``, ``hidden_states[0]``; ``""`` for a lone one."""
     if spec["t"] == "leaf":

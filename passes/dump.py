@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from fpcompiler.errors import OptionError
 from fpcompiler.ir.printer import print_program
 from fpcompiler.ir.program import Program
 from fpcompiler.passes.base import Pass
@@ -37,9 +40,10 @@ class Dumper:
         self._number = 0
         self._text = print_program(program)
         self._results: list[PassResult] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in [*folder.glob("[0-9][0-9]-*.mlir"), *folder.glob("[0-9][0-9]-*.diff")]:
-            old.unlink()
+        with _writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in [*folder.glob("[0-9][0-9]-*.mlir"), *folder.glob("[0-9][0-9]-*.diff")]:
+                old.unlink()
         self._write("pipeline.txt", pipeline_text(pipeline) + "\n")
         self._last = self._dump(program.stage.label, self._text, "")
 
@@ -97,4 +101,17 @@ class Dumper:
         self._write("timing.json", json.dumps(rows, indent=1) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text, encoding="utf-8")
+        with _writable(self.folder):
+            (self.folder / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an error of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(
+            f"the dumps cannot be written to {folder}: {error.strerror}. Choose a folder that is "
+            "writable and has room (dump_dir, or FPC_DUMP)."
+        ) from error

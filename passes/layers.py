@@ -218,28 +218,62 @@ KINDS: Final = {
 
 _PADDING: Final = "padding given as a text has no GEMM form yet; give it as numbers"
 
+_NO_CONV: Final = "there is no GEMM form of this convolution yet"
+_TRANSPOSED: Final = "a transposed convolution has no GEMM form yet"
+_BATCHED: Final = "a GEMM with a weight for each batch is not supported yet"
+_RECURRENT: Final = "recurrent layers are not quantized yet"
+
 KEPT: Final = {
-    "torch.aten.embedding": (0, "an embedding is a table, not a GEMM"),
-    "torch.aten.conv1d.padding": (1, _PADDING),
-    "torch.aten.conv2d.padding": (1, _PADDING),
-    "torch.aten.conv3d": (1, "there is no GEMM form of this convolution yet"),
-    "torch.aten.conv3d.padding": (1, "there is no GEMM form of this convolution yet"),
-    "torch.aten.conv_transpose1d": (1, "a transposed convolution has no GEMM form yet"),
-    "torch.aten.conv_transpose2d.input": (1, "a transposed convolution has no GEMM form yet"),
-    "torch.aten.convolution": (1, "there is no GEMM form of this convolution yet"),
-    "torch.aten.bmm": (1, "a GEMM with a weight for each batch is not supported yet"),
-    "torch.aten.baddbmm": (2, "a GEMM with a weight for each batch is not supported yet"),
-    "torch.aten._grouped_mm": (1, "a grouped GEMM of experts is not supported yet"),
+    "torch.aten.embedding": ((0,), "an embedding is a table, not a GEMM"),
+    "torch.aten.embedding_bag.padding_idx": ((0,), "an embedding is a table, not a GEMM"),
+    "torch.aten.conv1d.padding": ((1,), _PADDING),
+    "torch.aten.conv2d.padding": ((1,), _PADDING),
+    "torch.aten.conv3d": ((1,), _NO_CONV),
+    "torch.aten.conv3d.padding": ((1,), _NO_CONV),
+    "torch.aten.conv_transpose1d": ((1,), _TRANSPOSED),
+    "torch.aten.conv_transpose2d.input": ((1,), _TRANSPOSED),
+    "torch.aten.conv_transpose3d.input": ((1,), _TRANSPOSED),
+    "torch.aten.convolution": ((1,), _NO_CONV),
+    "torch.aten.bmm": ((1,), _BATCHED),
+    "torch.aten.baddbmm": ((2,), _BATCHED),
+    "torch.aten._grouped_mm": ((1,), "a grouped GEMM of experts is not supported yet"),
+    "torch.aten.einsum": ((1,), "an einsum has no GEMM form yet; write it as a matmul"),
+    "torch.aten.mv": ((0,), "a product with one vector is not quantized"),
+    "torch.aten.bilinear": ((2,), "a bilinear layer is not one GEMM"),
+    "torch.aten.lstm.input": ((2,), _RECURRENT),
+    "torch.aten.gru.input": ((2,), _RECURRENT),
+    "torch.aten.rnn_tanh.input": ((2,), _RECURRENT),
+    "torch.aten.rnn_relu.input": ((2,), _RECURRENT),
+    "torch.aten.lstm_cell": ((2, 3), _RECURRENT),
+    "torch.aten.gru_cell": ((2, 3), _RECURRENT),
+    "torch.aten.rnn_tanh_cell": ((2, 3), _RECURRENT),
+    "torch.aten.rnn_relu_cell": ((2, 3), _RECURRENT),
 }
-"""Operations with weights that are never quantized: position of the weight, and why."""
+"""Operators with weights that are never quantized: positions of the weights, and why.
+
+An operand may also be a list; the weights are then the matrices in it that are globals.
+"""
+
+
+def weights_of(op: ir.Operation) -> list[ir.Value]:
+    """Return the weights of an operation that is a layer of any kind; none for another one."""
+    name = operator_name(op)
+    if name in KINDS:
+        return [op.operands[KINDS[name].weight]]
+    positions = KEPT[name][0] if name in KEPT else ()
+    return [weight for i in positions for weight in _matrices(op.operands[i])]
+
+
+def _matrices(value: ir.Value) -> list[ir.Value]:
+    if isinstance(value.owner, ir.Block) or value.owner.name != "torch.prim.ListConstruct":
+        return [value]
+    known = [item for item in value.owner.operands if build.global_of(item) is not None]
+    return [item for item in known if len(_type(item).shape) > 1]
 
 
 def weight_of(op: ir.Operation) -> ir.Value | None:
-    """Return the weight of an operation that is a layer of any kind, or None."""
-    name = operator_name(op)
-    if name in KINDS:
-        return op.operands[KINDS[name].weight]
-    return op.operands[KEPT[name][0]] if name in KEPT else None
+    """Return the first weight of an operation that is a layer of any kind, or None."""
+    return next(iter(weights_of(op)), None)
 
 
 def name_layers(program: Program) -> None:

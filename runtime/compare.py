@@ -183,11 +183,15 @@ def _result_values(plan: Plan) -> dict[str, tuple[str, ...]]:
     """Return, per layer, the values that are its results, one per call, in call order.
 
     A call is one main operator; what follows at once in the same layer (a reshape, a bias) belongs
-    to it.
+    to it. A layer without one (a convolution as a GEMM is several operators) is marked where its
+    result is.
     """
     results: dict[str, list[str]] = defaultdict(list)
+    marked: dict[str, list[str]] = defaultdict(list)
     layer = ""
     for step in plan.steps:
+        if step.layer and step.op != "fpc.quantize":
+            marked[step.layer].append(step.outs[0])
         main = step.op in _MAIN
         if main and step.layer:
             layer = step.layer
@@ -196,7 +200,7 @@ def _result_values(plan: Plan) -> dict[str, tuple[str, ...]]:
             results[layer][-1] = step.outs[0]
         else:
             layer = ""
-    return {name: tuple(values) for name, values in results.items()}
+    return {name: tuple(results.get(name, values)) for name, values in marked.items()}
 
 
 def _continues(step: Step, value: str) -> bool:

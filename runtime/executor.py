@@ -14,6 +14,7 @@ from fpcompiler.artifact.container import ALIGNMENT
 from fpcompiler.errors import ArtifactError, FpcompilerError, RunError, describe_layer
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import backends, inputs, operators
+from fpcompiler.runtime.devices import parse_device
 from fpcompiler.tree import unflatten
 
 Observer: TypeAlias = Callable[[Step, Tensor], None]
@@ -60,7 +61,7 @@ class Executor:
         self, plan: Plan, tensors: Mapping[str, Tensor], device: str | torch.device = "cpu"
     ) -> None:
         self.plan = plan
-        self.device = torch.device(device)
+        self.device = parse_device(device)
         self._constants = {
             name: _aligned(_tensor(tensors, key).to(self.device))
             for name, key in plan.constants.items()
@@ -151,9 +152,9 @@ class Executor:
 
 
 def _step_error(step: Step, index: int, error: BaseException) -> RunError:
-    first = str(error).strip().splitlines() or [type(error).__name__]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return RunError(
-        f"{describe_layer(step.layer)}: step {index} ({step.op}) failed: {first[0]} If the inputs "
+        f"{describe_layer(step.layer)}: step {index} ({step.op}) failed: {first}. If the inputs "
         "are right, run `fpcompiler verify` on the artifact and compile the model again."
     )
 

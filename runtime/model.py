@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, Final, TypeAlias, final
 
 import torch
 from torch import nn
@@ -13,12 +14,16 @@ from torch import nn
 from fpcompiler.artifact import Artifact, read, save
 from fpcompiler.errors import RunError
 from fpcompiler.runtime.compare import Batch, call_arguments, compare
+from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.tables import CompareTable, PlanTable, VerifyReport
 from fpcompiler.runtime.verify import verify
 
 Build: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], Artifact]
 """Captures and compiles a model for the arguments of a call."""
+
+COMPILING: Final = threading.RLock()
+"""Held while a model is compiled: torch.export changes state that all threads share."""
 
 
 @final
@@ -41,10 +46,11 @@ class CompiledModel:
         source: Path | None = None,
     ) -> None:
         self._artifact: Artifact | None = artifact
-        self._executor: Executor | None = Executor(artifact.plan, artifact.tensors, device)
+        executor = Executor(artifact.plan, artifact.tensors, device)
+        self._executor: Executor | None = executor
         self._build: Build | None = None
         self._scheme = artifact.scheme
-        self._device = torch.device(device)
+        self._device = executor.device
         self._source = source
         self.dumps = dumps
 
@@ -67,7 +73,7 @@ class CompiledModel:
         """
         model = cls.__new__(cls)
         model._artifact, model._executor, model._build = None, None, build
-        model._scheme, model._device, model._source = scheme, torch.device(device), None
+        model._scheme, model._device, model._source = scheme, parse_device(device), None
         model.dumps = dumps
         return model
 
@@ -139,7 +145,7 @@ class CompiledModel:
             RunError: If a batch does not fit.
         """
         batches = list(batches)
-        if self._executor is None and batches:
+        if self._artifact is None and batches:
             self._compile(*call_arguments(batches[0]))
         return compare(self._ready(), model, batches)
 
@@ -155,6 +161,16 @@ class CompiledModel:
         """Bring the state (KV caches) back to the initial one."""
         if self._executor is not None:
             self._executor.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled; a copy starts from the initial state."""
+        return {**self.__dict__, "_executor": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the copy ready to run, unless it is still to be captured by its first call."""
+        self.__dict__.update(state)
+        if self._artifact is not None:
+            self._ready()
 
     def __repr__(self) -> str:
         """Return one line with the scheme and the number of layers."""
@@ -173,11 +189,12 @@ class CompiledModel:
                 "This model is captured by its first call, which cannot happen inside of "
                 "torch.compile. Call it once before, or pass example_inputs to compile()."
             )
-        assert self._build is not None
-        self._artifact = self._build(args, kwargs)
-        self._scheme = self._artifact.scheme
-        self._build = None  # It holds the eager model, whose weights are not needed any more.
-        return self._ready()
+        with COMPILING:
+            if self._build is not None:  # Another thread may have been first.
+                self._artifact = self._build(args, kwargs)
+                self._scheme = self._artifact.scheme
+                self._build = None  # It holds the eager model, which is not needed any more.
+            return self._ready()
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CompiledModel:

@@ -63,7 +63,8 @@ class PlanTable:
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
             sizes = size_text(row.bytes_before), size_text(row.bytes_after)
-            texts = (row.name, shape, row.weight, row.activation, row.kernel, row.reason, *sizes)
+            why = row.reason if row.rule in ("", "base") else f"{row.reason} ({row.rule})"
+            texts = (row.name, shape, row.weight, row.activation, row.kernel, why, *sizes)
             table.add_row(*map(Text, texts), style=None if row.quantized else "dim")
         return table
 

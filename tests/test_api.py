@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,89 @@ def test_each_compilation_gets_a_folder_of_its_own_in_fpc_dump(
     lazy[1](X)
     assert (tmp_path / "compile-002" / "00-captured.mlir").is_file()
     assert not list((tmp_path / "compile-001").iterdir())
+
+
+@pytest.mark.parametrize("by", ["argument", "variable"])
+def test_a_folder_for_dumps_that_cannot_be_written_is_refused(
+    model, tmp_path: Path, monkeypatch, by: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    folder = file / "dumps"
+    options: dict[str, Path] = {"dump_dir": folder} if by == "argument" else {}
+    if by == "variable":
+        monkeypatch.setenv("FPC_DUMP", str(folder))
+    with pytest.raises(OptionError, match=re.escape(str(folder))):
+        fpcompiler.compile(model, example_inputs=X, **options)
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        y = self.up(x)
+        return {"y": y, "none": None, "nested": [y + 1, (2, None)], "rows": x.shape[0], "k": True}
+
+
+def test_a_result_may_hold_none_and_numbers(tmp_path: Path) -> None:
+    compiled = fpcompiler.compile(tiny(Mixed), example_inputs=normal(4, 32))
+    compiled.save(tmp_path / "model.fpc")
+    x = normal(3, 32)
+    for form in (compiled, fpcompiler.load(tmp_path / "model.fpc")):
+        result = form(x)
+        assert list(result) == ["y", "none", "nested", "rows", "k"]
+        assert torch.equal(result["nested"][0], result["y"] + 1)
+        assert result["nested"][1] == (2, None)
+        assert (result["none"], result["rows"], result["k"]) == (None, 3, True)
+        assert form.verify().ok
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.up(torch.cat([x, x])) + y
+
+
+def test_a_size_may_be_a_multiple_of_another_one() -> None:
+    size = torch.export.Dim("size", min=2, max=100)
+    compiled = fpcompiler.compile(
+        tiny(Doubled),
+        example_inputs=(normal(20, 8), normal(40, 8)),
+        dynamic={"x": {0: size}, "y": {0: 2 * size}},
+    )
+    assert compiled(normal(3, 8), normal(6, 8)).shape == (6, 8)
+    assert compiled.verify().ok
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(4, 8, 3)
+        self.two = nn.Conv2d(1, 4, 3, padding=1)
+        self.up = nn.ConvTranspose2d(4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.two(self.one(x)[:, None]))
+
+
+def test_convolutions_are_compared_layer_by_layer() -> None:
+    model, x = tiny(Convolutions), normal(2, 4, 10)
+    table = fpcompiler.compile(model, example_inputs=x).compare(model, [x, x])
+    assert [(row.name, row.calls, row.reason) for row in table.rows] == [
+        (name, 2, "") for name in ("one", "two", "up", "output")
+    ]
+    assert all(row.sqnr_db is not None and row.sqnr_db > 10 for row in table.rows)
+
+
+def test_threads_may_compile_at_the_same_time(model, compiled) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        models = list(pool.map(lambda _: fpcompiler.compile(model, example_inputs=X), range(3)))
+    assert all(torch.equal(each(X), compiled(X)) for each in models)
 
 
 def test_a_pipeline_of_ones_own(model) -> None:

@@ -118,6 +118,9 @@ def test_names_parse_in_any_case(spec: FloatSpec, change: object) -> None:
         ("float6_e3m2fn", "f6E3M2FN"),
         ("float8_e4m3fn", "f8E4M3FN"),
         ("e5m2", "f8E5M2"),
+        ("e3m4", "f8E3M4"),
+        ("e3m4fn", "f8E3M4FN"),
+        ("e4m3fnu", "f8E4M3FNU"),
         ("e8m0", "f8E8M0FNU"),
         ("float8_e8m0fnu", "f8E8M0FNU"),
         ("ue4m3", "f8E4M3FNU"),
@@ -127,7 +130,7 @@ def test_other_spellings(text: str, name: str) -> None:
     assert parse_format(text).name == name
 
 
-@pytest.mark.parametrize("text", ["", "f4E2M2FN", "int4", "fp4", "e4m3b11"])
+@pytest.mark.parametrize("text", ["", "f4E2M2FN", "int4", "fp4", "e4m3b11", "float8_e4m3fnuz"])
 def test_unknown_formats_are_refused(text: str) -> None:
     with pytest.raises(FormatError, match=r"There is no format .*Formats: f4E2M1FN, ") as caught:
         parse_format(text)

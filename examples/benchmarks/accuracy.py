@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -207,16 +208,16 @@ def weights(rows: list[LayerRow]) -> dict[str, Any]:
 
 def distances(compared: list[tuple[str, CompareRow]]) -> dict[str, Any]:
     """Return the SQNR of each layer and output against the eager fp32 model."""
-    found = [
-        {"part": part, "name": row.name, "kind": row.kind, "sqnr_db": row.sqnr_db}
-        for part, row in compared
-        if row.sqnr_db is not None and row.sqnr_db != float("inf")
-    ]
-    layers = [row["sqnr_db"] for row in found if row["kind"] == "layer"]
+    found: dict[str, dict[str, float]] = {"layer": {}, "output": {}}
+    for part, row in compared:
+        if row.sqnr_db is not None and math.isfinite(row.sqnr_db):
+            found[row.kind][f"{part}: {row.name}"] = round(row.sqnr_db, 3)
+    layers = found["layer"].values()
     return {
         "layer_sqnr_db_median": statistics.median(layers),
         "layer_sqnr_db_least": min(layers),
-        "sqnr_db": found,
+        "layer_sqnr_db": found["layer"],
+        "output_sqnr_db": found["output"],
     }
 
 

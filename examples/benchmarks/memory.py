@@ -133,7 +133,7 @@ def fp32_bytes(model: Any) -> int:
     assert tied.bytes_before == rows["model.embed_tokens"].bytes_before
     constants = model.artifact.plan.constants
     norms = [model.artifact.tensors[key] for key in {*constants.values()} if "norm" in key]
-    return sum(r.bytes_before for r in rows.values()) + sum(4 * t.numel() for t in norms)
+    return int(sum(r.bytes_before for r in rows.values()) + sum(4 * t.numel() for t in norms))
 
 
 def machine() -> dict[str, Any]:
@@ -146,7 +146,7 @@ def machine() -> dict[str, Any]:
     from examples.benchmarks.packing import device_name
 
     return {
-        "device": device_name(torch.device("cpu")),
+        "device": str(device_name(torch.device("cpu"))),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -132,7 +132,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"  {'all, verified':22} {result['seconds']:9.4f}")
     print(f"  {'without packing':22} {result['seconds_without_packing']:9.4f}")
     speed = result["packed_gigabytes_per_second"]
-    print(f"  {'packing':22} {speed:9.4f} GB/s of fp32 weights")
+    print(f"  {'packing':22} {speed:9.2f} GB/s of fp32 weights")
 
 
 if __name__ == "__main__":

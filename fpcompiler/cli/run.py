@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.output:
         file_kind(args.output)  # Before the work, not after it.
     with progress("running"):
-        compiled = load(args.file, _device(args.device))
+        compiled = load(args.file, args.device)
         inputs = read_inputs(args.inputs) if args.inputs else _made_up_call(compiled.artifact)
         inputs = inputs.to(compiled.device)
         result = compiled(*inputs.args, **inputs.kwargs)
@@ -50,18 +50,6 @@ def _run(args: argparse.Namespace) -> int:
     else:
         print_table("outputs", tuple(outputs[0]), [list(output.values()) for output in outputs])
     return OK
-
-
-def _device(text: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise OptionError(f"{text!r} is no device; write cpu, cuda or cuda:0.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError("torch sees no GPU here; fpcompiler doctor tells more.")
-    return device
 
 
 def _made_up_call(artifact: Artifact) -> Inputs:

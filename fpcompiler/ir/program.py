@@ -22,7 +22,7 @@ class Stage(enum.IntEnum):
     CAPTURED = 0
     """As torch.export gave it."""
     NORMALIZED = 1
-    """Every layer with a weight that can be quantized is an ``aten.linear``."""
+    """Without assertions, dropout and copies that no one writes to."""
     QUANTIZED = 2
     """Layers are ``fpq.linear``."""
     LOWERED = 3

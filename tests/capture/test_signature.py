@@ -33,6 +33,23 @@ class Nested(nn.Module):
         return {"total": total, "parts": [pair[0], None]}
 
 
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, pair: list[Tensor]) -> Tensor:
+        return x * self.scale - pair[0] * 2 + pair[1]
+
+
+def test_one_tensor_given_for_several_arguments_stays_several_inputs() -> None:
+    model = Difference()
+    for tensor in (normal(2, 3), model.scale):
+        program = capture(model, (tensor, [tensor, tensor]), dynamic=None).exported.module()
+        x, y, z = (normal(*tensor.shape, seed=seed) for seed in (1, 2, 3))
+        assert torch.equal(program(x, [y, z]), model(x, [y, z]))
+
+
 class InPlace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x.mul_(2)

@@ -176,3 +176,32 @@ def test_a_weight_that_was_not_stored_and_a_dequantize_run_too() -> None:
     run_passes(stored, "quantize-weights,lower-gemm")
     assert torch.equal(Executor(plan, tensors).run(x), evaluate(stored, x)[0])
     assert program_of(model, x).stage is ir.Stage.CAPTURED
+
+
+class Unusual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.cell = nn.GRUCell(8, 8)
+        self.table = nn.EmbeddingBag(10, 8)
+        self.pairs = nn.Bilinear(8, 8, 4)
+        self.mix = nn.Parameter(normal(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.cell(self.lstm(x)[0][:, -1]) + self.table(torch.zeros(2, 3, dtype=torch.int64))
+        return self.pairs(y, torch.einsum("bi,oi->bo", y, self.mix))
+
+
+def test_every_weight_that_is_kept_has_a_row() -> None:
+    model = tiny(Unusual)
+    plan, _ = plan_of(model, normal(2, 5, 8), "w4a6")
+    rows = {row.name: row for row in plan.layers}
+    assert {name: row.bytes_before for name, row in rows.items()} == {
+        "lstm": 4 * 2 * 32 * 8,
+        "cell": 4 * 2 * 24 * 8,
+        "table": 4 * 10 * 8,
+        "pairs": 4 * 4 * 8 * 8,
+        "mix": 4 * 8 * 8,
+    }
+    assert all(row.reason and not row.quantized for row in rows.values())
+    assert all(row.bytes_after == row.bytes_before for row in rows.values())

@@ -126,16 +126,13 @@ class Quantizer:
         below, above = _powers_of_two_around(ratio)
         if self.rounding == "mse":
             low, high = self._round(x, below * outer), self._round(x, above * outer)
-            better = ((low - x) ** 2).sum(-1, keepdim=True) < ((high - x) ** 2).sum(
-                -1, keepdim=True
-            )
-            return torch.where(better, low, high)
+            low_error, high_error = ((y - x).square().sum(-1, keepdim=True) for y in (low, high))
+            return torch.where(low_error < high_error, low, high)
         exponent = torch.frexp(amax / outer)[1] - 1 - self.grid.largest_exponent
         chosen = {
             "floor": torch.ldexp(torch.ones_like(amax), exponent),
             "ceil": above,
-            # 1.5 lies in the middle of 1 and 2; a tie goes to the even code of the scale.
-            "rne": torch.where(ratio > 1.5 * below, above, below),
+            "rne": torch.where(_nearer_above(ratio, below), above, below),
         }
         return self._round(x, chosen[self.rounding] * outer)
 
@@ -148,6 +145,13 @@ def _powers_of_two_around(ratio: Tensor) -> tuple[Tensor, Tensor]:
     mantissa, exponent = torch.frexp(torch.where(ratio > 0, ratio, 1.0))
     below = torch.ldexp(torch.ones_like(mantissa), exponent - 1)
     return below, torch.where(mantissa == 0.5, below, 2 * below)
+
+
+def _nearer_above(ratio: Tensor, below: Tensor) -> Tensor:
+    """Whether the power of two above is nearer; in the middle, whether its code is even."""
+    middle = 1.5 * below
+    code = torch.frexp(below)[1] - 1 + 127
+    return (ratio > middle) | ((ratio == middle) & (code % 2 == 1))
 
 
 class FakeLinear(nn.Module):
@@ -182,7 +186,13 @@ class FakeConv(nn.Module):
             "padding": zero + layer.padding,
             "stride": one + layer.stride,
         }
+        self.stride = layer.stride  # some models compute with it
         self.linear = FakeLinear(_Matrix(layer.weight.flatten(1), layer.bias), weights, inputs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights, where models ask their layers for the dtype."""
+        return self.linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.unsqueeze(-2) if self.flat else x

@@ -1,7 +1,11 @@
+import copy
 import io
 import json
+import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +14,10 @@ import torch
 from rich.console import Console
 
 from fpcompiler.artifact import Golden
-from fpcompiler.errors import ArtifactError, RunError
+from fpcompiler.errors import ArtifactError, OptionError, RunError
+from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.model import CompiledModel, load
+from fpcompiler.runtime.verify import _judge, _noise
 from tests.plans import Mlp, PackedLinear, expanded, mlp_artifact, with_golden
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +103,39 @@ def test_comparing_a_deferred_model_builds_it(eager):
 def test_a_compiled_model_can_be_compiled_by_torch(compiled):
     function = torch.compile(compiled, backend="eager", fullgraph=True)
     assert torch.equal(function(X)["logits"], compiled(X)["logits"])
+
+
+def test_threads_that_call_a_deferred_model_build_it_once(eager):
+    built = []
+
+    def build(args, kwargs):
+        built.append(args)
+        time.sleep(0.05)
+        return mlp_artifact(eager)
+
+    deferred = CompiledModel.deferred(build)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: deferred(X)["logits"], range(4)))
+    assert len(built) == 1
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_give_the_same_bits(compiled, path, copied):
+    expected = compiled(X)["logits"]
+    for model in (compiled, load(path)):
+        assert torch.equal(copied(model)(X)["logits"], expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "'gpu' is no device"), ("cuda:99", "'cuda:99' cannot be used")],
+)
+def test_a_device_that_is_not_there_is_refused(path, device, message):
+    with pytest.raises(OptionError, match=message):
+        load(path, device)
+    with pytest.raises(OptionError, match=message):
+        CompiledModel.deferred(lambda args, kwargs: mlp_artifact(None), device=device)
 
 
 def test_a_failed_build_leaves_the_model_as_it_was(eager):
@@ -202,6 +241,23 @@ def test_replayed_outputs_must_be_close(compiled, change, good, detail):
     report = changed(compiled, change).verify()
     assert report.ok is good
     assert detail in report.rows[1].detail
+
+
+@pytest.mark.parametrize(("sqnr", "good"), [(41.0, True), (22.0, True), (19.0, False)])
+def test_what_last_bits_explain_passes(sqnr, good):
+    # DINOv2 on another processor: 26.6 dB, where changes of the last bit alone give 24.2 dB.
+    row = _judge("recorded call 0", [sqnr], 26.0, False)
+    assert (row.result == "ok") is good
+    assert "last bit alone give 26.0 dB" in row.detail
+    assert _judge("recorded call 0", [5.0], 7.0, False).result == "failed"
+
+
+def test_the_noise_of_last_bits_is_measured(compiled):
+    artifact = compiled.artifact
+    calls = [list(case.outputs) for case in artifact.golden]
+    noise = _noise(artifact, Executor(artifact.plan, artifact.tensors), calls)
+    assert len(noise) == len(calls)
+    assert all(20 < ratio < 160 for ratio in noise)
 
 
 def test_wrong_scales_and_recorded_inputs_are_noticed(compiled):
