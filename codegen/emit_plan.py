@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from fpcompiler.codegen.layer_table import layer_rows
-from fpcompiler.errors import IRError
+from fpcompiler.errors import ArtifactError, IRError
 from fpcompiler.ir.program import Program
 from fpcompiler.ir.raise_to_fx import raise_to_fx
 from fpcompiler.plan import Argument, Placeholder, Plan, Signature, Step, Symbol
+from fpcompiler.runtime import operators
 from fpcompiler.tree import are_leaves
 
 _SCALAR_NAMES: Final[Mapping[Callable[..., Any], str]] = {
@@ -142,9 +143,11 @@ class _Emitter:
 
     def _call(self, node: fx.Node) -> None:
         outs = self._results(node)
+        name = _operator_name(node)
+        _check_operator(name, node)
         self.steps.append(
             Step(
-                op=_operator_name(node),
+                op=name,
                 args=tuple(self._encode(argument) for argument in node.args),
                 outs=outs,
                 kwargs={key: self._encode(value) for key, value in node.kwargs.items()},
@@ -187,6 +190,17 @@ _MARKED: Final = (
 
 def _is_written(node: fx.Node) -> bool:
     return any(user.target is torch.ops.aten.copy_.default for user in node.users)
+
+
+def _check_operator(name: str, node: fx.Node) -> None:
+    """Refuse here what the runtime would refuse when it loads the plan: the model is at hand."""
+    try:
+        operators.resolve(name)
+    except ArtifactError as error:
+        raise IRError(
+            f"{node.meta.get('place', node.name)}: a compiled program cannot hold {name}. Replace "
+            "it by other operations of torch, or do it outside of the compiled part."
+        ) from error
 
 
 def _operator_name(node: fx.Node) -> str:

@@ -20,12 +20,13 @@ def layer_rows(program: Program) -> tuple[LayerRow, ...]:
     A layer that runs several times has one row.
     """
     rows: dict[str, LayerRow] = {}
+    owners: dict[str, str] = {}
     with program.context():
         for op in program.operations():
             if op.name == "fpq.scaled_gemm":
                 row = _quantized_row(op, program)
             elif "fpq.kept" in op.attributes:
-                row = _kept_row(op)
+                row = _kept_row(op, owners)
             else:
                 continue
             rows.setdefault(row.name, row)
@@ -63,18 +64,30 @@ def _activation_text(x: ir.Value) -> str:
     return plain.element
 
 
-def _kept_row(op: ir.Operation) -> LayerRow:
+def _kept_row(op: ir.Operation, owners: dict[str, str]) -> LayerRow:
+    """Return the row of a layer in high precision; a weight that layers share counts once.
+
+    Args:
+        op: The layer.
+        owners: The layer that each global was counted for, which this adds to.
+    """
+    name = text_of(op.attributes["fpq.layer"])
     weights = [kind for kind in map(tensor_type, weights_of(op)) if kind is not None]
     weight = weights[0]
     size = sum(math.prod(_sizes(kind)) * kind.dtype.itemsize for kind in weights)
+    reason = text_of(op.attributes["fpq.kept"])
+    source = global_of(weights_of(op)[0])
+    owner = owners.setdefault(source, name) if source else name
+    if owner != name:
+        size, reason = 0, f"{reason}; its weight is that of {owner!r}"
     return LayerRow(
-        name=text_of(op.attributes["fpq.layer"]),
+        name=name,
         op=operator_name(op).split(".")[2],
         shape=_sizes(weight),
         weight=weight.element,
         activation=weight.element,
         kernel="torch",
-        reason=text_of(op.attributes["fpq.kept"]),
+        reason=reason,
         bytes_before=size,
         bytes_after=size,
         quantized=False,

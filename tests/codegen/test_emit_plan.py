@@ -117,6 +117,25 @@ def test_tied_tensors_are_stored_once_and_the_state_is_a_copy(captured) -> None:
     assert sorted(target for _, target in plan.stores) == sorted(plan.state)
 
 
+def test_a_weight_that_layers_share_counts_once(captured) -> None:
+    source = captured("tied")
+    program = import_named(source)
+    run_pipeline(program, default_pipeline("w4a6"))
+    rows = emit_plan(program, source.signature, source.placeholders, source.symbols)[0].layers
+    kept = [row for row in rows if not row.quantized and row.bytes_before == 0]
+    assert [row.name for row in kept] == ["lm_head"]
+    assert "its weight is that of 'embed'" in kept[0].reason
+
+
+def distinct(self: Function, x: torch.Tensor) -> torch.Tensor:
+    return torch.unique(x)
+
+
+def test_an_operator_that_no_plan_may_hold_is_refused_with_its_place() -> None:
+    with pytest.raises(IRError, match=r"programs\.py:\d+\): a compiled program cannot hold"):
+        plan_of(Function(distinct), normal(3, 4), "w4a6")
+
+
 def infinite(self: Function, x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(x > 0, float("-inf")).clamp(max=float("inf")).to(torch.float16)
 
