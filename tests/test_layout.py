@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.benchmarks import report
 from fpcompiler.cli.formats import FORMAT_HEADERS, SCHEME_HEADERS, format_rows, scheme_rows
 from fpcompiler.cli.output import markdown_table
 
@@ -81,6 +82,11 @@ def test_the_tables_of_the_readme_are_current(marker, headers, rows) -> None:
     match = re.search(rf"<!-- {marker}: .*? -->\n\n(.*?)\n\n<!-- end -->", readme, re.DOTALL)
     assert match, f"README.md has no table marked {marker}"
     assert match[1] == markdown_table(headers, rows), "paste `fpcompiler formats --markdown`"
+
+
+def test_the_results_in_the_readme_are_those_on_record() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\n\n{report.accuracy()}\n\n<!-- end -->" in readme, "paste what report.py prints"
 
 
 def test_local_links_of_the_documents_exist() -> None:
