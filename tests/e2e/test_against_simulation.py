@@ -105,8 +105,9 @@ def test_minilm(scheme: str, sqnr_db: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "tolerance"),
-    # The spread of perplexities when the input changes by 1e-6, times three or more.
-    [("w4a16", 0.002), ("w4a6", 0.02), ("w4a6-row", 0.02), ("w4a4", 0.08)],
+    # Rounding activations spreads: a change of 1e-6 moves w4a6 by 0.3 percent and w4a4 by 2 (one
+    # standard deviation). The difference of two such numbers is bounded by three times as much.
+    [("w4a16", 0.002), ("w4a6", 0.03), ("w4a6-row", 0.03), ("w4a4", 0.09)],
 )
 def test_smollm2_perplexity(scheme: str, tolerance: float) -> None:
     model = available(smollm2.load)
