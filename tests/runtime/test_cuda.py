@@ -5,6 +5,7 @@ import torch
 
 from fpcompiler.numerics import sqnr_db
 from fpcompiler.runtime.model import CompiledModel, load
+from fpcompiler.tree import flatten
 from tests.plans import Mlp, mlp_artifact, with_golden
 
 pytestmark = [
@@ -19,7 +20,8 @@ def test_a_saved_model_runs_and_verifies_on_a_gpu(tmp_path):
     CompiledModel(artifact).save(tmp_path / "model.fpc")
     cpu, gpu = load(tmp_path / "model.fpc"), load(tmp_path / "model.fpc", device="cuda")
     x = torch.randn(5, 64)
-    expected, found = cpu(x), gpu(x.cuda())
-    for name in expected:  # one flipped rounding costs some decibels
-        assert sqnr_db(expected[name], found[name].cpu()) > 20
+    spec = artifact.plan.signature.outputs
+    results = flatten(spec, cpu(x), "cpu"), flatten(spec, gpu(x.cuda()), "cuda")
+    for expected, found in zip(*results, strict=True):
+        assert sqnr_db(expected, found.cpu()) > 20  # one flipped rounding costs some decibels
     assert gpu.verify().ok
