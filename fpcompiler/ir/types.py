@@ -35,8 +35,6 @@ DTYPES: Final = {
 }
 """Torch dtype of each element type of a ``!torch.vtensor``."""
 
-DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-
 _BUILTIN_FORMATS: Final = frozenset(
     {"f4E2M1FN", "f6E2M3FN", "f6E3M2FN", "f8E4M3FN", "f8E5M2", "f8E8M0FNU", "f8E3M4"}
 )
