@@ -4,6 +4,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,\
 	$(shell command -v $(name) 2>/dev/null)))
 BIN := .venv/bin
 READY := .venv/.ready
+LIBRARY := fpcompiler/native/libfpc.so
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # Threads that wait do not spin: two of them on a busy machine are up to 20 times slower otherwise.
@@ -12,10 +13,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test lint .venv
 .DELETE_ON_ERROR:
 
-demo: $(READY)
+demo: $(READY) $(LIBRARY)
 	$(BIN)/python examples/quickstart.py
 
-test: $(READY)
+test: $(READY) $(LIBRARY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)
@@ -25,6 +26,10 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 .venv: $(READY)
+
+# Installing builds it, so that this runs after a change to its sources only.
+$(LIBRARY): setup.py $(wildcard fpcompiler/native/csrc/*) | $(READY)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 # torch comes first and alone: once it is there, nothing that follows asks for another build of it.
 $(READY): pyproject.toml constraints.txt examples/requirements.txt

@@ -5,6 +5,8 @@ FPC_DUMP      A folder: every compilation writes its dumps to a new folder insid
 FPC_LOGS      What is logged to stderr: a level (``debug``), parts (``passes,capture``: those at
               debug), or parts with levels (``passes=info``), separated by commas.
 FPC_CACHE     The folder of compiled kernels; by default ``fpcompiler`` in the user's cache folder.
+FPC_NATIVE    ``0`` does without the native library, ``require`` refuses to; by default it is used
+              where it was built.
 FPC_PROGRESS  ``1`` always shows progress bars, ``0`` never; by default on a terminal only.
 ============  =====================================================================================
 """
@@ -32,8 +34,9 @@ LOG_PARTS: Final = (
 )  # fmt: skip
 """Parts of fpcompiler that log; each is the logger ``fpcompiler.<part>``."""
 
-_VARIABLES: Final = ("FPC_DUMP", "FPC_LOGS", "FPC_CACHE", "FPC_PROGRESS")
+_VARIABLES: Final = ("FPC_DUMP", "FPC_LOGS", "FPC_CACHE", "FPC_NATIVE", "FPC_PROGRESS")
 _PROGRESS: Final = {"": None, "auto": None, "1": True, "0": False}
+_NATIVE: Final = {"": None, "auto": None, "1": None, "0": False, "require": True}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Options:
         dump: The folder that gets the dumps of every compilation, or None for no dumps.
         logs: The level of each part that logs; the part ``""`` is all of fpcompiler.
         cache: The folder of compiled kernels.
+        native: Whether the native library is used; None: where it is there; True: it must be.
         progress: Whether progress bars are shown; None: on a terminal only.
     """
 
@@ -51,6 +55,7 @@ class Options:
     logs: Mapping[str, str] = field(default_factory=dict, hash=False)
     cache: Path = field(default_factory=lambda: _default_cache({}))
     progress: bool | None = None
+    native: bool | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:
@@ -67,9 +72,13 @@ class Options:
         progress = env.get("FPC_PROGRESS", "").strip().lower()
         if progress not in _PROGRESS:
             raise OptionError(f"FPC_PROGRESS={progress!r}: it is 1, 0 or auto.")
+        native = env.get("FPC_NATIVE", "").strip().lower()
+        if native not in _NATIVE:
+            raise OptionError(f"FPC_NATIVE={native!r}: it is auto, 0 or require.")
         dump = _folder("FPC_DUMP", env.get("FPC_DUMP", ""))
         cache = _folder("FPC_CACHE", env.get("FPC_CACHE", "")) or _default_cache(env)
-        return cls(dump, _parse_logs(env.get("FPC_LOGS", "")), cache, _PROGRESS[progress])
+        logs = _parse_logs(env.get("FPC_LOGS", ""))
+        return cls(dump, logs, cache, _PROGRESS[progress], _NATIVE[native])
 
     @property
     def debug(self) -> bool:

@@ -49,7 +49,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    checks = [_python(), _torch(), *_packages(), _compiler(), _nvcc(), _gpu()]
+    checks = [_python(), _torch(), *_packages(), _native(), _compiler(), _nvcc(), _gpu()]
     if args.json:
         print_json([asdict(check) for check in checks])
     else:
@@ -106,10 +106,20 @@ def _version(package: str) -> str:
         return ""
 
 
+def _native() -> Check:
+    enables, fix = "quantizing at the speed of memory", "install g++, then fpcompiler again"
+    from fpcompiler import native
+
+    found = native.load(native.PATH)
+    if isinstance(found, str):
+        return Check("native library", False, found.partition(":")[0], enables, fix)
+    return Check("native library", True, native.INSTRUCTION_SETS[found.instructions], enables, fix)
+
+
 def _compiler() -> Check:
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     return _tool(
-        "C++ compiler", found, r"^.*$", "native CPU kernels (none in this version)",
+        "C++ compiler", found, r"^.*$", "building the native library",
         "install g++, for instance: apt-get install g++",
     )  # fmt: skip
 

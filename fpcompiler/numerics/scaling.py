@@ -22,6 +22,7 @@ from torch import Tensor
 from fpcompiler.errors import NumericsError, describe_layer
 from fpcompiler.formats import FloatSpec
 from fpcompiler.numerics.blocks import Blocks
+from fpcompiler.numerics.compiled import quantize_rows, quantizer
 from fpcompiler.numerics.packing import decode_packed, pack_into, packed_bytes
 from fpcompiler.numerics.rounding import decode, encode, encode_into
 from fpcompiler.numerics.scales import EXPONENT_MASK, Quotient, block_scale, real_scale
@@ -178,8 +179,14 @@ def _quantize(
     scales = tuple(_empty_scale(x, level) for level in operand.levels)
     if not x.numel():
         return packed, scales
+    rows = x.detach().reshape(-1, k)
+    native = quantizer(rows, operand)
+    if native is not None:
+        if not quantize_rows(native, rows, operand, bits, packed, scales):
+            raise _not_finite(operand, layer)
+        return packed, scales
     width = operand.block.block if operand.block else k
-    blocks = Blocks(x.detach().reshape(-1, k), width, Scratch(x.device))
+    blocks = Blocks(rows, width, Scratch(x.device))
     factors = _scales(blocks, operand, layer)
     for scale, level, factor in zip(scales, operand.levels, factors, strict=True):
         stored = factor if level.spec is None else encode(factor, level.spec)
@@ -201,10 +208,7 @@ def _scales(blocks: Blocks, operand: Operand, layer: str) -> list[Tensor]:
     """Return the scale of each level as fp32 ``[R or 1, blocks or 1, 1]``."""
     bits = blocks.largest()
     if int(bits.max()) >= EXPONENT_MASK:
-        raise NumericsError(
-            f"{describe_layer(layer)}: input holds NaN/Inf (or values beyond fp32) and cannot be "
-            f"quantized to {operand}. Check the weights and the inputs, or skip the layer."
-        )
+        raise _not_finite(operand, layer)
     scales: list[Tensor] = []
     if operand.outer:
         axes = (0, 1) if operand.outer.granularity is Granularity.TENSOR else (1,)
@@ -215,6 +219,13 @@ def _scales(blocks: Blocks, operand: Operand, layer: str) -> list[Tensor]:
     elif operand.block:
         scales.append(block_scale(blocks, amax, scales[0] if scales else None, operand))
     return scales
+
+
+def _not_finite(operand: Operand, layer: str) -> NumericsError:
+    return NumericsError(
+        f"{describe_layer(layer)}: input holds NaN/Inf (or values beyond fp32) and cannot be "
+        f"quantized to {operand}. Check the weights and the inputs, or skip the layer."
+    )
 
 
 def _encode_blocks(

@@ -1,0 +1,8 @@
+"""The native library: C++ kernels behind a plain C interface, built with the package.
+
+Everything works without it, more slowly: who calls asks :func:`library` and has another way.
+"""
+
+from fpcompiler.native.loading import INSTRUCTION_SETS, PATH, Library, library, load
+
+__all__ = ["INSTRUCTION_SETS", "PATH", "Library", "library", "load"]

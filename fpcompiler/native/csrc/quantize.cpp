@@ -1,0 +1,162 @@
+// Quantization of a tensor: one kernel per instruction set, rows shared out over threads.
+
+#include "native.h"
+
+#include <stdlib.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// Vectors wider than the baseline's are only passed between functions that are inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#if defined(__x86_64__)
+namespace avx512 {
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define FPC_LANES 16
+#include "vectors.h"
+
+#include "quantize_rows.h"
+#undef FPC_LANES
+#pragma GCC pop_options
+}  // namespace avx512
+namespace avx2 {
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#define FPC_LANES 8
+#include "vectors.h"
+
+#include "quantize_rows.h"
+#undef FPC_LANES
+#pragma GCC pop_options
+}  // namespace avx2
+#endif
+namespace baseline {
+#define FPC_LANES 4
+#include "vectors.h"
+
+#include "quantize_rows.h"
+#undef FPC_LANES
+}  // namespace baseline
+
+namespace {
+
+// Subnormal numbers count while this lives, whatever the program has set for its own threads.
+class KeepSubnormals {
+   public:
+#if defined(__x86_64__)
+    KeepSubnormals() : saved_(__builtin_ia32_stmxcsr()) {
+        __builtin_ia32_ldmxcsr(saved_ & ~0x8040u);
+    }
+    ~KeepSubnormals() { __builtin_ia32_ldmxcsr(saved_); }
+
+   private:
+    unsigned saved_;
+#elif defined(__aarch64__)
+    KeepSubnormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" : : "r"(saved_ & ~(1ull << 24)));
+    }
+    ~KeepSubnormals() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+   private:
+    unsigned long long saved_;
+#endif
+};
+
+struct Job {
+    const FpcOperand* operand;
+    const uint8_t* x;
+    int32_t input;
+    int64_t rows, k, stride;  // the stride in bytes
+    uint8_t* codes;
+    float* outer;
+    uint8_t* block_scale;
+    int32_t threads;
+
+    int64_t code_bytes() const {
+        if (operand->code_bits == 8) return k;
+        return operand->code_bits == 4 ? (k + 1) / 2 : (k + 3) / 4 * 3;
+    }
+
+    int64_t scale_bytes() const {
+        if (!operand->block) return 0;
+        return (k + operand->block - 1) / operand->block * (operand->block_scale == FPC_F32 ? 4 : 1);
+    }
+};
+
+// Call `work(row kernel, index)` for every row, with a kernel in each thread.
+template <class Row, class Work>
+int32_t for_rows(const Job& job, const Work& work) {
+    int32_t status = FPC_OK;
+#pragma omp parallel num_threads(job.threads) if (job.threads > 1) reduction(max : status)
+    {
+        KeepSubnormals keep;
+        void* memory = malloc(Row::bytes(*job.operand, job.k));
+        if (!memory) {
+            status = FPC_NO_MEMORY;
+        } else {
+            Row row(*job.operand, job.k, memory);
+#pragma omp for schedule(static) nowait
+            for (int64_t r = 0; r < job.rows; r++) {
+                int32_t result = work(row, r);
+                status = result > status ? result : status;
+            }
+            free(memory);
+        }
+    }
+    return status;
+}
+
+template <class Row>
+int32_t quantize(const Job& job) {
+    if (job.operand->outer == FPC_PER_TENSOR) {
+        int32_t most = for_rows<Row>(job, [&](Row& row, int64_t r) {
+            return row.largest(job.x + r * job.stride, job.input);
+        });
+        if (most >= 0x7F800000) return FPC_NOT_FINITE;
+        *job.outer = Row::scale_of(most, *job.operand);
+    }
+    const bool per_row = job.operand->outer == FPC_PER_ROW;
+    return for_rows<Row>(job, [&](Row& row, int64_t r) {
+        return row.quantize(job.x + r * job.stride, job.input, job.codes + r * job.code_bytes(),
+                            job.outer + (per_row ? r : 0), job.block_scale + r * job.scale_bytes());
+    });
+}
+
+int32_t detect() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return FPC_AVX512;
+    if (__builtin_cpu_supports("avx2")) return FPC_AVX2;
+#endif
+    return FPC_BASELINE;
+}
+
+}  // namespace
+
+extern "C" int32_t fpc_abi(void) { return FPC_ABI; }
+
+extern "C" int32_t fpc_instructions(void) {
+    static const int32_t found = detect();
+    return found;
+}
+
+extern "C" int32_t fpc_quantize(const FpcOperand* operand, const void* x, int32_t input,
+                                int64_t rows, int64_t k, int64_t stride, uint8_t* codes,
+                                float* outer_scale, void* block_scale, int32_t threads,
+                                int32_t instructions) {
+    const int64_t size = input == FPC_INPUT_F32 ? 4 : 2;
+    Job job{operand, (const uint8_t*)x, input,       rows,
+            k,       stride * size,     codes,       outer_scale,
+            (uint8_t*)block_scale,      threads};
+#if defined(__x86_64__)
+    if (instructions == FPC_AVX512) return quantize<avx512::Row>(job);
+    if (instructions == FPC_AVX2) return quantize<avx2::Row>(job);
+#endif
+    return quantize<baseline::Row>(job);
+}

@@ -1,0 +1,106 @@
+"""Finding and loading the native library, and the types of its C interface (csrc/native.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from fpcompiler.errors import OptionError
+from fpcompiler.options import Options
+
+PATH: Final = Path(__file__).parent / "libfpc.so"
+"""Where the build puts the library."""
+
+INSTRUCTION_SETS: Final = ("baseline", "AVX2", "AVX-512")
+"""What kernels are compiled for, in the order of ``FpcInstructions``."""
+
+_ABI: Final = 1
+_LOG: Final = logging.getLogger("fpcompiler.numerics")
+
+
+class Format(ctypes.Structure):
+    """``FpcFormat``."""
+
+    _fields_ = (
+        ("mantissa_bits", ctypes.c_int32),
+        ("magnitude_bits", ctypes.c_int32),
+        ("min_exponent", ctypes.c_int32),
+        ("max_exponent", ctypes.c_int32),
+        ("max", ctypes.c_float),
+    )
+
+
+class OperandStruct(ctypes.Structure):
+    """``FpcOperand``."""
+
+    _fields_ = (
+        ("element", Format),
+        ("outer", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("block_scale", ctypes.c_int32),
+        ("rounding", ctypes.c_int32),
+        ("code_bits", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library.
+
+    Attributes:
+        functions: Its functions, with their C types.
+        instructions: The best of :data:`INSTRUCTION_SETS` that this processor has, as an index.
+    """
+
+    functions: ctypes.CDLL
+    instructions: int
+
+
+@lru_cache(maxsize=1)
+def library() -> Library | None:
+    """Return the library, or None where it is not there or ``FPC_NATIVE=0``.
+
+    Raises:
+        OptionError: If it is not there and ``FPC_NATIVE=require``; the message says why.
+    """
+    wanted = Options.from_env().native
+    if wanted is False:
+        return None
+    found = load(PATH)
+    if isinstance(found, Library):
+        return found
+    if wanted:
+        raise OptionError(f"FPC_NATIVE=require, but {found}.")
+    _LOG.debug("%s; quantizing with PyTorch instead", found)
+    return None
+
+
+def load(path: Path) -> Library | str:
+    """Return the library in a file, or why it cannot be used."""
+    if not path.is_file():
+        return (
+            "the native library was not built: install a C++ compiler (apt-get install g++) and "
+            "then fpcompiler again"
+        )
+    try:
+        functions = ctypes.CDLL(str(path))
+        abi = int(functions.fpc_abi())
+    except (OSError, AttributeError) as error:
+        return f"the native library {path} does not load: {error}"
+    if abi != _ABI:
+        return f"the native library {path} is of another version ({abi}, not {_ABI}): build again"
+    functions.fpc_quantize.restype = ctypes.c_int32
+    functions.fpc_quantize.argtypes = (
+        ctypes.POINTER(OperandStruct),
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        *(3 * (ctypes.c_int64,)),
+        *(3 * (ctypes.c_void_p,)),
+        ctypes.c_int32,
+        ctypes.c_int32,
+    )
+    return Library(functions, int(functions.fpc_instructions()))
