@@ -10,6 +10,7 @@ from typing import Final
 
 from fpcompiler.cli import compile as compile_command
 from fpcompiler.cli import doctor, formats, inspect, opt, run, targets, verify
+from fpcompiler.cli import eval as eval_command
 from fpcompiler.cli.command import FAILED, Command
 from fpcompiler.errors import FpcompilerError
 from fpcompiler.options import Options, configure_logging
@@ -21,6 +22,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     run.COMMAND,
     inspect.COMMAND,
     verify.COMMAND,
+    eval_command.COMMAND,
     opt.COMMAND,
     formats.COMMAND,
     targets.COMMAND,

@@ -121,47 +121,6 @@ def test_whisper_errs_in_three_of_71_words() -> None:
     assert [sum(column) for column in zip(*errors, strict=True)] == [3, 71]
 
 
-def test_perplexity_of_a_known_distribution() -> None:
-    ids = torch.arange(10) % 4
-
-    def certain_half(window: torch.Tensor) -> torch.Tensor:
-        following = torch.nn.functional.one_hot((window + 1) % 4, 4).float()
-        return torch.log(0.5 * following + 0.125)
-
-    probability = 0.625
-    assert metrics.perplexity(certain_half, ids, context=5) == pytest.approx(1 / probability)
-
-
-def test_perplexity_ignores_a_single_last_token() -> None:
-    def uniform(window: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*window.shape, 7)
-
-    assert metrics.perplexity(uniform, torch.zeros(9, dtype=torch.long), 4) == pytest.approx(7)
-
-
-@pytest.mark.parametrize(
-    ("reference", "text", "errors"),
-    [
-        ("a b c", "a b c", (0, 3)),
-        ("ill disposed", "Ill-disposed.", (0, 2)),
-        ("mister john", "Mr. John", (0, 2)),
-        ("a b c d", "a x c", (2, 4)),
-        ("a b", "", (2, 2)),
-        ("a", "b a c", (2, 1)),
-    ],
-)
-def test_word_errors(reference: str, text: str, errors: tuple[int, int]) -> None:
-    assert metrics.word_errors(reference, text) == errors
-
-
-def test_pearson() -> None:
-    x, y = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.0, 2.0, 1.0])
-    assert metrics.pearson(x, 3 * x + 5) == pytest.approx(1)
-    assert metrics.pearson(x, -x) == pytest.approx(-1)
-    expected = float(torch.corrcoef(torch.stack([x, y]))[0, 1])
-    assert metrics.pearson(x, y) == pytest.approx(expected, abs=1e-6)
-
-
 def test_similarity_pearson_uses_each_pair_once() -> None:
     vectors = torch.eye(3)
     vectors[1] = torch.tensor([0.6, 0.8, 0.0])
