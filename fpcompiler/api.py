@@ -29,6 +29,7 @@ from fpcompiler.runtime.model import load as load
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from fpcompiler.calibration import Calibration
     from fpcompiler.capture import CapturedProgram
     from fpcompiler.passes import Pipeline
     from fpcompiler.scheme import Scheme
@@ -49,6 +50,10 @@ def compile(
     target: str = "reference",
     dynamic: Any = "auto",
     clip: str = "max",
+    method: str = "rtn",
+    max_memory: str | int = "4GiB",
+    work_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
     pipeline: str | Pipeline | None = None,
     dump_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -66,11 +71,18 @@ def compile(
             recipe (a mapping, or the path of a YAML or JSON file), or a Scheme.
         example_inputs: Positional arguments of an example call.
         example_kwargs: Keyword arguments of an example call.
-        calibration: Batches: each a tensor, a tuple of arguments or a dict of keyword arguments.
-            The passes of this version need none beyond the first, which then is the example call.
+        calibration: Batches: each a tensor, a tuple of arguments or a dict of keyword arguments;
+            all are held in memory. Methods other than rounding to nearest learn from them. Without
+            example inputs the first one is the example call.
         target: What the program runs on, see ``fpcompiler targets``.
         dynamic: Which sizes may vary, see :func:`fpcompiler.capture.capture`; ``"auto"``: batch and
             sequence lengths, where the model allows it.
+        method: How formats, scales and roundings are found, a name in
+            :data:`fpcompiler.passes.METHODS`: ``"rtn"`` rounds to nearest and needs no data.
+        max_memory: What calibration may take beside the model and the batches: ``"4GiB"``.
+        work_dir: A folder for what calibration has finished, so that a run that was killed goes on
+            from there; the result is the same.
+        seed: Of every random choice in calibration.
         pipeline: Passes to run instead of those that the scheme and the target ask for.
         dump_dir: A folder that gets the program after each pass, what the pass changed, and what
             it did to the numbers.
@@ -90,16 +102,47 @@ def compile(
 
     parsed = SchemeClass.of(scheme)
     lookup(target)
-    passes = _pipeline(parsed, target, clip, pipeline)
-    job = _Job(
-        model, parsed, target, dynamic, passes, _dump_folder(dump_dir), progress or _progress()
-    )
-    example = _example(example_inputs, example_kwargs, calibration)
+    passes = _pipeline(parsed, target, clip, method, pipeline)
+    data = None
+    if calibration is not None:
+        data = _Data(calibration, max_memory, work_dir, seed)
+    dumps, bar = _dump_folder(dump_dir), progress or _progress()
+    job = _Job(model, parsed, target, dynamic, passes, dumps, bar, data)
+    example = _example(example_inputs, example_kwargs, data)
     if example is None and isinstance(model, nn.Module):
         return CompiledModel.deferred(job.build, scheme=str(parsed), dumps=job.dump_dir)
     # An ExportedProgram brings its own example call, unless it was saved without.
     args, kwargs = example or getattr(model, "example_inputs", None) or ((), {})
     return CompiledModel(job.build(args, kwargs), dumps=job.dump_dir)
+
+
+class _Data:
+    """Calibration data, and how much may be used to learn from it."""
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        max_memory: str | int,
+        work_dir: str | os.PathLike[str] | None,
+        seed: int,
+    ) -> None:
+        from fpcompiler.calibration import calls, parse_bytes
+
+        self.calls = calls(batches)
+        self.max_memory = parse_bytes(max_memory)
+        self.folder = None if work_dir is None else Path(work_dir)
+        self.seed = seed
+
+    def bound(self, captured: CapturedProgram) -> Calibration:
+        """Return it as the tensors that the captured program reads."""
+        from fpcompiler.calibration import Calibration, bind_calls
+
+        return Calibration(
+            bind_calls(captured.signature, self.calls),
+            max_memory=self.max_memory,
+            seed=self.seed,
+            folder=self.folder,
+        )
 
 
 class _Job:
@@ -114,6 +157,7 @@ class _Job:
         pipeline: Pipeline,
         dump_dir: Path | None,
         progress: Progress,
+        data: _Data | None,
     ) -> None:
         self.model = model
         self.scheme = scheme
@@ -122,6 +166,7 @@ class _Job:
         self.pipeline = pipeline
         self.dump_dir = dump_dir
         self.progress = progress
+        self.data = data
 
     def build(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Artifact:
         """Capture the model with an example call and compile it, one model at a time."""
@@ -142,7 +187,13 @@ class _Job:
         if self.dump_dir:
             probe = passes.Probe(program, batch) if batch is not None else None
             observers.append(passes.Dumper(self.dump_dir, program, pipeline, probe))
-        passes.run_pipeline(program, pipeline, observers=observers, progress=self.progress)
+        passes.run_pipeline(
+            program,
+            pipeline,
+            observers=observers,
+            progress=self.progress,
+            calibration=None if self.data is None else self.data.bound(captured),
+        )
         plan, tensors = emit_plan(
             program, captured.signature, captured.placeholders, captured.symbols
         )
@@ -175,12 +226,14 @@ class _Job:
         return capture(self.model, args, kwargs, dynamic=self.dynamic)
 
 
-def _pipeline(scheme: Scheme, target: str, clip: str, given: str | Pipeline | None) -> Pipeline:
+def _pipeline(
+    scheme: Scheme, target: str, clip: str, method: str, given: str | Pipeline | None
+) -> Pipeline:
     """Return the passes to run; what is wrong with them is said before a model is captured."""
     from fpcompiler.passes import default_pipeline, parse_pipeline
 
     if given is None:
-        return default_pipeline(str(scheme), target, clip)
+        return default_pipeline(str(scheme), target, clip, method)
     return parse_pipeline(given) if isinstance(given, str) else given
 
 
@@ -214,22 +267,13 @@ def _dump_folder(dump_dir: str | os.PathLike[str] | None) -> Path | None:
 
 
 def _example(
-    inputs: tuple[Any, ...] | Tensor | None,
-    kwargs: Mapping[str, Any] | None,
-    calibration: Iterable[Any] | None,
+    inputs: tuple[Any, ...] | Tensor | None, kwargs: Mapping[str, Any] | None, data: _Data | None
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
     """Return the example call, from the examples or from the first calibration batch."""
     if inputs is not None or kwargs is not None:
         args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
         return args, dict(kwargs or {})
-    if calibration is None:
-        return None
-    batch = next(iter(calibration), None)
-    if batch is None:
-        raise OptionError("the calibration data is empty; give at least one batch.")
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
+    return None if data is None else data.calls[0]
 
 
 def _flat_inputs(

@@ -9,16 +9,16 @@ from __future__ import annotations
 from fpcompiler.ir.printer import print_program
 from fpcompiler.ir.program import parse_program
 from fpcompiler.ir.weights import Weights
-from fpcompiler.passes.base import Pass, PassContext, rewrite
+from fpcompiler.passes.base import Pass, PassContext, pass_text, rewrite
 from fpcompiler.passes.dump import Dumper
 from fpcompiler.passes.manager import PassResult, run_pipeline
 from fpcompiler.passes.numerics import Probe
 from fpcompiler.passes.pipeline import (
+    METHODS,
     PASSES,
     Pipeline,
     default_pipeline,
     parse_pipeline,
-    pass_text,
     pipeline_text,
 )
 
@@ -41,6 +41,7 @@ def opt(text: str, pipeline: str, weights: Weights | None = None) -> str:
 
 
 __all__ = [
+    "METHODS",
     "PASSES",
     "Pass",
     "PassContext",

@@ -6,17 +6,22 @@ keeps no state; whatever it learns goes into the program or the :class:`PassCont
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Final, TypeVar
 
 from torch_mlir import ir
 
+from fpcompiler.calibration import Calibration
+from fpcompiler.errors import PassError
 from fpcompiler.ir.program import Program, Stage
 
 Item = TypeVar("Item")
+
+_PLAIN: Final = re.compile(r"[\w.+-]+")
 
 
 def _no_progress(items: Iterable[Item], total: int, label: str) -> Iterable[Item]:
@@ -30,10 +35,25 @@ class PassContext:
     Attributes:
         statistics: Counts by name, shown in the pass table: ``context.count("layers quantized")``.
         progress: Wraps an iterable for a progress bar: ``progress(items, total, label)``.
+        calibration: The calibration data, if there is any; see :meth:`calibrated`.
     """
 
     statistics: Counter[str] = field(default_factory=Counter)
     progress: Callable[[Iterable[Item], int, str], Iterable[Item]] = _no_progress
+    calibration: Calibration | None = None
+
+    def calibrated(self, name: str) -> Calibration:
+        """Return the calibration data for a pass that cannot do without.
+
+        Raises:
+            PassError: If there is none.
+        """
+        if self.calibration is None:
+            raise PassError(
+                f"{name} needs calibration data: compile(..., calibration=batches), where each "
+                "batch is a tensor, a tuple of arguments or a dict of keyword arguments."
+            )
+        return self.calibration
 
     def count(self, what: str, number: int = 1) -> None:
         """Add to a statistic."""
@@ -57,6 +77,21 @@ class Pass(ABC):
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> None:
         """Change the program in place. The module's context is current."""
+
+
+def pass_text(item: Pass) -> str:
+    """Return the text of one pass: its name, and the options that differ from their defaults."""
+    changed = [f for f in fields(item) if getattr(item, f.name) != f.default]
+    options = " ".join(f"{f.name}={_quote(getattr(item, f.name))}" for f in changed)
+    return f"{item.name}{{{options}}}" if options else item.name
+
+
+def _quote(value: object) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if _PLAIN.fullmatch(text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def rewrite(

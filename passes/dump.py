@@ -12,10 +12,10 @@ from pathlib import Path
 from fpcompiler.errors import OptionError
 from fpcompiler.ir.printer import print_program
 from fpcompiler.ir.program import Program
-from fpcompiler.passes.base import Pass
+from fpcompiler.passes.base import Pass, pass_text
 from fpcompiler.passes.manager import PassResult
 from fpcompiler.passes.numerics import Probe
-from fpcompiler.passes.pipeline import Pipeline, pass_text, pipeline_text
+from fpcompiler.passes.pipeline import Pipeline, pipeline_text
 
 
 class Dumper:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from torch_mlir import ir
 from torch_mlir.passmanager import PassManager
 
+from fpcompiler.calibration import Calibration
 from fpcompiler.errors import PassError
 from fpcompiler.ir.program import Program, Stage, describe_diagnostics
-from fpcompiler.passes.base import Pass, PassContext
-from fpcompiler.passes.pipeline import Pipeline, pass_text
+from fpcompiler.passes.base import Pass, PassContext, pass_text
+from fpcompiler.passes.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def run_pipeline(
     *,
     observers: Sequence[Observer] = (),
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[PassResult, ...]:
     """Run passes over a program, in place, checking the program after each.
 
@@ -70,7 +72,7 @@ def run_pipeline(
         for observer in observers:
             observer.before(program, item)
         try:
-            result = _run(program, item, progress)
+            result = _run(program, item, progress, calibration)
         except Exception as error:  # a pass of a user can raise anything, and it goes on up
             error.add_note(f"while running the pass {pass_text(item)}")
             for observer in observers:
@@ -97,8 +99,12 @@ def check_stages(stage: Stage, pipeline: Pipeline) -> None:
         stage = stage if item.ensures is None else item.ensures
 
 
-def _run(program: Program, item: Pass, progress: Progress | None) -> PassResult:
-    context = PassContext() if progress is None else PassContext(progress=progress)
+def _run(
+    program: Program, item: Pass, progress: Progress | None, calibration: Calibration | None
+) -> PassResult:
+    context = PassContext(calibration=calibration)
+    if progress is not None:
+        context.progress = progress
     manager = PassManager("builtin.module", program.module.context)
     manager.enable_verifier(False)  # timed on its own, below
 

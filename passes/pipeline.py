@@ -14,9 +14,10 @@ from types import MappingProxyType
 from typing import Final
 
 from fpcompiler.errors import PassError
-from fpcompiler.passes.base import Pass
+from fpcompiler.passes.base import Pass, pass_text
 from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
+from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.insert_quantize import InsertQuantize
 from fpcompiler.passes.lower_gemm import LowerGemm
 from fpcompiler.passes.normalize import Normalize
@@ -28,6 +29,7 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     Normalize,
     FoldConstants,
     InsertQuantize,
+    Gptq,
     QuantizeWeights,
     LowerGemm,
     Cse,
@@ -38,24 +40,43 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
 PASSES: Final[Mapping[str, type[Pass]]] = MappingProxyType({c.name: c for c in _CLASSES})
 """Every pass by the name it has in a pipeline text."""
 
-_PLAIN: Final = re.compile(r"[\w.+-]+")
 _TOKEN: Final = re.compile(r'\s*(?:([\w.+-]+)|"((?:[^"\\]|\\.)*)"|([{},=]))')
 
 
-def default_pipeline(scheme: str, target: str = "reference", clip: str = "max") -> Pipeline:
+METHODS: Final[Mapping[str, tuple[Pass, ...]]] = MappingProxyType(
+    {
+        "rtn": (),
+        "gptq": (Gptq(),),
+    }
+)
+"""The passes of each method, between ``insert-quantize`` and ``quantize-weights``."""
+
+
+def default_pipeline(
+    scheme: str, target: str = "reference", clip: str = "max", method: str = "rtn"
+) -> Pipeline:
     """Return the passes that :func:`fpcompiler.compile` runs.
 
     Args:
         scheme: The exact text of a scheme.
         target: Name of the target.
         clip: How row scales of weights are chosen, see ``quantize-weights``.
+        method: A name in :data:`METHODS`.
+
+    Raises:
+        PassError: If there is no such method.
     """
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, list(METHODS), n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise PassError(f"There is no method {method!r}. {hint}Methods: {', '.join(METHODS)}.")
     return (
         Cse(),
         Normalize(),
         FoldConstants(),
         InsertQuantize(scheme=scheme),
         Cse(),
+        *METHODS[method],
         QuantizeWeights(clip=clip),
         LowerGemm(target=target),
         Canonicalize(),
@@ -66,21 +87,6 @@ def default_pipeline(scheme: str, target: str = "reference", clip: str = "max") 
 def pipeline_text(pipeline: Sequence[Pass]) -> str:
     """Return the text that :func:`parse_pipeline` turns back into an equal pipeline."""
     return ",".join(pass_text(item) for item in pipeline)
-
-
-def pass_text(item: Pass) -> str:
-    """Return the text of one pass: its name, and the options that differ from their defaults."""
-    changed = [f for f in fields(item) if getattr(item, f.name) != f.default]
-    options = " ".join(f"{f.name}={_quote(getattr(item, f.name))}" for f in changed)
-    return f"{item.name}{{{options}}}" if options else item.name
-
-
-def _quote(value: object) -> str:
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    if _PLAIN.fullmatch(text):
-        return text
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
 
 
 def parse_pipeline(text: str, passes: Mapping[str, type[Pass]] = PASSES) -> Pipeline:

@@ -43,7 +43,7 @@ _SCALAR_FUNCTIONS: Final[Mapping[str, Function]] = MappingProxyType(
     }
 )
 
-FPC_OPERATORS: Final = ("quantize", "dequantize", "linear", "pack", "unpack")
+FPC_OPERATORS: Final = ("quantize", "encode", "dequantize", "linear", "pack", "unpack")
 """Operators of the namespace ``fpc``."""
 
 _TEXT_ARGUMENTS: Final = frozenset(

@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 
 from fpcompiler.errors import NumericsError, describe_layer
-from fpcompiler.numerics import dequantize, pack, packed_bytes, quantize, unpack
+from fpcompiler.numerics import (
+    dequantize,
+    pack,
+    packed_bytes,
+    quantize,
+    quantize_with,
+    unpack,
+)
 from fpcompiler.operand import Granularity, Operand, ScaleLevel
 from fpcompiler.runtime import reference
 
 QUANTIZE: Final = "(Tensor x, str operand, str layer) -> Tensor[]"
 """Values to ``[codes, *scales]``."""
+
+ENCODE: Final = "(Tensor x, Tensor[] scales, str operand, str layer) -> Tensor"
+"""Values to codes, with scales that are given."""
 
 DEQUANTIZE: Final = "(Tensor[] value, str operand, ScalarType dtype) -> Tensor"
 """``[codes, *scales]`` to values."""
@@ -56,6 +66,14 @@ def _fake_quantize(x: Tensor, operand: str, layer: str) -> list[Tensor]:
         dtype = torch.float32 if level.is_real else torch.uint8
         results.append(x.new_empty(scale_shape(x.shape, level), dtype=dtype))
     return results
+
+
+def _encode(x: Tensor, scales: Sequence[Tensor], operand: str, layer: str) -> Tensor:
+    return quantize_with(x, tuple(scales), Operand.parse(operand), layer=layer)
+
+
+def _fake_encode(x: Tensor, scales: Sequence[Tensor], operand: str, layer: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.uint8)
 
 
 def _dequantize(value: Sequence[Tensor], operand: str, dtype: torch.dtype) -> Tensor:
@@ -136,6 +154,7 @@ def _fake_unpack(packed: Tensor, bits: int, k: int) -> Tensor:
 
 for _name, _schema, _run, _fake in (
     ("fpc::quantize", QUANTIZE, _quantize, _fake_quantize),
+    ("fpc::encode", ENCODE, _encode, _fake_encode),
     ("fpc::dequantize", DEQUANTIZE, _dequantize, _fake_dequantize),
     ("fpc::linear", LINEAR, _linear, _fake_linear),
     ("fpc::pack", PACK, _pack, _fake_pack),

@@ -2,6 +2,7 @@
 
 ===================  ==============================================================================
 ``fpq.quantize``     tensor -> quantized; computes scales and codes of the values it is given
+``fpq.encode``       tensor -> quantized; computes the codes, with scales that are given
 ``fpq.dequantize``   quantized -> tensor
 ``fpq.assemble``     codes and scales (stored weights) -> quantized
 ``fpq.linear``       ``x @ w.T + bias``; x is a tensor or quantized, w quantized
@@ -136,6 +137,24 @@ def _check_quantize(op: ir.Operation) -> None:
     scale_shapes(result)
 
 
+def _check_encode(op: ir.Operation) -> None:
+    _check_quantize(op)
+    result = _quantized(op.results[0], "result")
+    _check_types(list(op.operands)[1:], _slot_types(result), "scales")
+
+
+def _slot_types(kind: QuantizedType) -> tuple[str, ...]:
+    """Return the type of each of :data:`SCALE_SLOTS`, as text."""
+    texts = dict(zip(scale_slots(kind), scale_texts(kind), strict=True))
+    return tuple(texts.get(slot, "!torch.none") for slot in SCALE_SLOTS)
+
+
+def _check_types(values: Any, expected: tuple[str, ...], what: str) -> None:
+    found = tuple(str(value.type) for value in values)
+    if found != expected:
+        raise VerifyError(f"{what} {', '.join(found)} are not {', '.join(expected)}")
+
+
 def _check_dequantize(op: ir.Operation) -> None:
     source = _quantized(op.operands[0], "input")
     _same_shape(_tensor(op.results[0], "result").shape, source.shape, "result")
@@ -143,11 +162,7 @@ def _check_dequantize(op: ir.Operation) -> None:
 
 def _check_assemble(op: ir.Operation) -> None:
     result = _quantized(op.results[0], "result")
-    texts = dict(zip(scale_slots(result), scale_texts(result), strict=True))
-    expected = (result.payload, *(texts.get(slot, "!torch.none") for slot in SCALE_SLOTS))
-    found = tuple(str(value.type) for value in op.operands)
-    if found != expected:
-        raise VerifyError(f"operands {', '.join(found)} are not {', '.join(expected)}")
+    _check_types(op.operands, (result.payload, *_slot_types(result)), "operands")
 
 
 def _check_linear(op: ir.Operation) -> None:
@@ -185,6 +200,23 @@ class QuantizeOp(Fpq.Operation, name="quantize", traits=[Pure]):
     def verify_invariants(op: ir.OpView) -> bool:
         """Check shapes, formats and scale levels."""
         return _checked(op, _check_quantize)
+
+
+class EncodeOp(Fpq.Operation, name="encode", traits=[Pure]):
+    """``fpq.encode``: the codes of a tensor for scales that a search or calibration has found.
+
+    A level that the type does not have is ``torch.constant.none``, as in ``fpq.assemble``.
+    """
+
+    input: Operand[Any]
+    outer_scale: Operand[Any]
+    block_scale: Operand[Any]
+    result: Result[Quantized]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check shapes, formats and scales."""
+        return _checked(op, _check_encode)
 
 
 class DequantizeOp(Fpq.Operation, name="dequantize", traits=[Pure]):

@@ -7,7 +7,7 @@ captured model; after it, ``fpc::`` operators stand where the IR has ``fpq`` ope
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -38,12 +38,15 @@ def raise_to_fx(program: Program) -> fx.GraphModule:
         IRError: If an operation cannot be executed.
     """
     with program.context():
-        return _Raiser(program).run()
+        return Raiser(program).run()
 
 
-class _Raiser:
+class Raiser:
+    """Builds the graph; ``handlers`` says what becomes of operations that are not torch's."""
+
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.kept: tuple[ir.Value, ...] = ()
         self.root = torch.nn.Module()
         self.graph = fx.Graph()
         self.values: dict[ir.Value, Any] = {}
@@ -59,13 +62,19 @@ class _Raiser:
             "torch.prim.ListUnpack": self._unpack,
             "torch.vtensor.literal": self._literal,
             "fpq.quantize": self._quantize,
+            "fpq.encode": self._encode,
             "fpq.dequantize": self._dequantize,
             "fpq.assemble": lambda op, args: [arg for arg in args if arg is not None],
             "fpq.linear": self._linear,
             "fpq.scaled_gemm": self._linear,
         }
 
+    def keep(self, values: Sequence[ir.Value]) -> None:
+        """Keep the nodes of some values, also where nothing in the graph reads them."""
+        self.kept = tuple(values)
+
     def run(self) -> fx.GraphModule:
+        """Return the graph of the whole program."""
         for number, argument in enumerate(self.program.body.arguments):
             self.values[argument] = self.graph.placeholder(f"arg{number}")
         for op in self.program.operations():
@@ -73,7 +82,8 @@ class _Raiser:
                 self._return(op)
                 break
             self._operation(op)
-        self.graph.eliminate_dead_code(_has_effect)
+        kept = {self.values[value] for value in self.kept}
+        self.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in kept)
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph)
         module.meta["globals"] = dict(self.globals)
@@ -163,6 +173,13 @@ class _Raiser:
         node = self._call(torch.ops.fpc.quantize.default, (args[0], str(kind.operand), layer))
         count = 1 + len(kind.operand.levels)
         return [self._call(operator.getitem, (node, i)) for i in range(count)]
+
+    def _encode(self, op: ir.Operation, args: list[Any]) -> list[fx.Node]:
+        kind = quantized_type(op.results[0])
+        assert kind is not None
+        scales = [arg for arg in args[1:] if arg is not None]
+        called = (args[0], scales, str(kind.operand), place_of(op).layer)
+        return [self._call(torch.ops.fpc.encode.default, called), *scales]
 
     def _dequantize(self, op: ir.Operation, args: list[Any]) -> fx.Node:
         kind, result = quantized_type(op.operands[0]), tensor_type(op.results[0])

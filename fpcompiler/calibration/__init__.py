@@ -1,0 +1,17 @@
+"""Calibration: data streams through the model, and work is done on what each layer sees of it."""
+
+from fpcompiler.calibration.calibration import Calibration, parse_bytes
+from fpcompiler.calibration.data import Call, bind_calls, calls
+from fpcompiler.calibration.groups import Group, input_groups
+from fpcompiler.calibration.statistics import InputStatistics
+
+__all__ = [
+    "Calibration",
+    "Call",
+    "bind_calls",
+    "calls",
+    "Group",
+    "InputStatistics",
+    "input_groups",
+    "parse_bytes",
+]

@@ -1,0 +1,279 @@
+"""Calibration data, and the work that is done with what the layers see of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from fpcompiler.calibration.float_graph import raise_without_quantization
+from fpcompiler.calibration.groups import Group
+from fpcompiler.calibration.segments import Environment, Segments, Spill
+from fpcompiler.calibration.statistics import Accumulator, InputStatistics
+from fpcompiler.errors import OptionError
+from fpcompiler.ir.printer import print_program
+from fpcompiler.ir.program import Program
+
+Result = Mapping[str, Tensor]
+"""What work on a group returns: tensors by name, which are kept for a run that resumes."""
+
+Work = Callable[[Group, InputStatistics], Result]
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+_LOG: Final = logging.getLogger("fpcompiler.passes")
+_UNITS: Final = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_SAMPLE: Final = 1024
+_SHARE: Final = 0.5
+"""Of the memory, for statistics; the rest is for one batch on its way and for the work itself."""
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return a number of bytes from a text such as ``4GiB`` or ``512 MiB``.
+
+    Raises:
+        OptionError: If it is none.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([a-z]*)\s*", str(text).lower())
+    if not match or match[2] not in _UNITS or match[1].count(".") > 1 or float(match[1]) <= 0:
+        raise OptionError(f"{text!r} is no amount of memory; write for instance 4GiB or 512MiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of a model's inputs, and how much may be used to learn from them.
+
+    Attributes:
+        batches: For each batch the tensors of a call, in the order of the program's arguments.
+        max_memory: Bytes that calibration may take beside the weights and the batches.
+        sample: Tokens of each layer's input that are kept as they are.
+        seed: Decides which.
+        device: Where the model runs; by default the GPU if there is one.
+        folder: Results and what is needed to go on are kept here, so that a run that was killed
+            resumes with the last finished piece; by default a temporary folder.
+    """
+
+    batches: Sequence[tuple[Tensor, ...]]
+    max_memory: int = 4 << 30
+    sample: int = _SAMPLE
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: _default_device())
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            OptionError: If there is no batch, or nothing to work with.
+        """
+        if not self.batches:
+            raise OptionError("the calibration data is empty; give at least one batch.")
+        if self.sample < 1 or self.max_memory < 1:
+            raise OptionError("calibration needs memory and a sample of at least one token.")
+
+    def visit(
+        self,
+        program: Program,
+        groups: Sequence[Group],
+        work: Work,
+        *,
+        label: str,
+        progress: Progress,
+    ) -> dict[str, Result]:
+        """Do work on the input of each group of layers.
+
+        The original model runs over all batches, piece by piece, each piece with as many groups
+        as have room for their statistics.
+
+        Args:
+            program: The program, at stage ``quantized``.
+            groups: Of :func:`fpcompiler.calibration.input_groups`, in program order.
+            work: Is called once for each group with the statistics of its input.
+            label: Says what is done: shown beside the progress bar, and part of what a run that
+                resumes is recognized by, so it must name the work with all of its options.
+            progress: Wraps an iterable for a progress bar.
+
+        Returns:
+            What the work returned, by the name of the group.
+
+        Raises:
+            NumericsError: If an input holds NaN or infinity; the message names the layer.
+        """
+        if not groups:
+            return {}
+        if self.folder is None:
+            with tempfile.TemporaryDirectory(prefix="fpcompiler-") as folder:
+                run = _Run(self, Path(folder), program, groups)
+                return run.all(work, label, progress)
+        place = self.folder / _fingerprint(self, program, label)
+        return _Run(self, place, program, groups).all(work, label, progress)
+
+
+class _Run:
+    def __init__(
+        self, calibration: Calibration, folder: Path, program: Program, groups: Sequence[Group]
+    ) -> None:
+        self.calibration = calibration
+        self.spill = Spill(folder / "values")
+        self.results = _Results(folder / "results")
+        self.pieces = _pieces(calibration, groups)
+        taps = [group.x for piece in self.pieces for group in piece]
+        self.module, nodes = raise_without_quantization(program, taps)
+        names = (group.name for piece in self.pieces for group in piece)
+        self.nodes = dict(zip(names, nodes, strict=True))
+        ends = [self._last_node(piece) for piece in self.pieces]
+        self.segments = Segments(self.module, ends, calibration.device)
+
+    def _last_node(self, piece: Sequence[Group]) -> fx.Node:
+        order = {node: index for index, node in enumerate(self.module.graph.nodes)}
+        return max((self.nodes[group.name] for group in piece), key=order.__getitem__)
+
+    def all(self, work: Work, label: str, progress: Progress) -> dict[str, Result]:
+        done = self._finished()
+        steps = self._steps(work, done)
+        count = (len(self.pieces) - done) * len(self.calibration.batches) + sum(
+            len(piece) for piece in self.pieces[done:]
+        )
+        if done:
+            _LOG.info("%s: going on after piece %d of %d", label, done, len(self.pieces))
+        for _ in progress(steps, count, label.partition("{")[0]):
+            pass
+        return {
+            group.name: self.results.read(group.name) for piece in self.pieces for group in piece
+        }
+
+    def _finished(self) -> int:
+        """Return how many pieces need not be done again."""
+        done = 0
+        for number, piece in enumerate(self.pieces):
+            if all(self.results.has(group.name) for group in piece):
+                done = number + 1
+        return done
+
+    def _steps(self, work: Work, done: int) -> Iterator[None]:
+        """Do everything, yielding after each batch and after each group."""
+        for number in range(done, len(self.pieces)):
+            piece = self.pieces[number]
+            accumulators = self._accumulators(piece)
+            for batch in range(len(self.calibration.batches)):
+                self._run_batch(number, batch, accumulators)
+                yield
+            for group in piece:
+                self.results.write(group.name, work(group, accumulators.pop(group.name).result()))
+                yield
+            if number:
+                self.spill.forget(number - 1)
+
+    def _accumulators(self, piece: Sequence[Group]) -> dict[str, Accumulator]:
+        quota = -(-self.calibration.sample // len(self.calibration.batches))
+        settings = (quota, self.calibration.seed, self.calibration.device)
+        return {group.name: Accumulator(group.k, *settings) for group in piece}
+
+    def _run_batch(self, number: int, batch: int, accumulators: Mapping[str, Accumulator]) -> None:
+        taps: dict[fx.Node, Callable[[Tensor], None]] = {}
+        for name, accumulator in accumulators.items():
+            _chain(taps, self.nodes[name], partial(accumulator.add, batch=batch, name=name))
+        environment = self._environment(number, batch)
+        left = self.segments.run(number, environment, taps)
+        if number + 1 < len(self.pieces):
+            self.spill.write(number, batch, left)
+
+    def _environment(self, number: int, batch: int) -> Environment:
+        device = self.calibration.device
+        if number:
+            return self.spill.read(number - 1, batch, device)
+        placeholders = [node.name for node in self.module.graph.nodes if node.op == "placeholder"]
+        tensors = self.calibration.batches[batch]
+        return {name: tensor.to(device) for name, tensor in zip(placeholders, tensors, strict=True)}
+
+
+def _chain(
+    taps: dict[fx.Node, Callable[[Tensor], None]], node: fx.Node, tap: Callable[[Tensor], None]
+) -> None:
+    """Add a tap to a node that may have one already: layers of two formats can share a value."""
+    before = taps.get(node)
+    if before is None:
+        taps[node] = tap
+        return
+
+    def both(x: Tensor) -> None:
+        before(x)
+        tap(x)
+
+    taps[node] = both
+
+
+class _Results:
+    """Results in a folder, one file for each group."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+    def has(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    def write(self, name: str, result: Result) -> None:
+        path = self._path(name)
+        unfinished = path.with_suffix(".tmp")
+        save_file({key: value.clone().contiguous() for key, value in result.items()}, unfinished)
+        os.replace(unfinished, path)
+
+    def read(self, name: str) -> Result:
+        with safe_open(self._path(name), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _pieces(calibration: Calibration, groups: Sequence[Group]) -> list[list[Group]]:
+    """Cut the groups into pieces whose statistics have room in memory together."""
+    room = calibration.max_memory * _SHARE
+    pieces: list[list[Group]] = []
+    used = 0.0
+    for group in groups:
+        need = Accumulator.bytes(group.k, calibration.sample)
+        if not pieces or used + need > room:
+            pieces.append([])
+            used = 0.0
+        pieces[-1].append(group)
+        used += need
+    return pieces
+
+
+def _fingerprint(calibration: Calibration, program: Program, label: str) -> str:
+    """Return what tells one piece of work from another: program, weights, data and options."""
+    digest = hashlib.sha256()
+    settings = [label, calibration.max_memory, calibration.sample, calibration.seed]
+    digest.update(json.dumps([*settings, str(calibration.device)]).encode())
+    digest.update(print_program(program).encode())
+    for name in sorted(program.weights):
+        digest.update(name.encode())
+        _update(digest, program.weights[name])
+    for batch in calibration.batches:
+        for tensor in batch:
+            _update(digest, tensor)
+    return digest.hexdigest()[:24]
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,53 @@
+"""From what a user gives as calibration data to the tensors of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fpcompiler.errors import FpcompilerError, OptionError
+from fpcompiler.plan import Signature
+from fpcompiler.runtime.inputs import bind
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and keyword arguments."""
+
+
+def calls(batches: Iterable[Any]) -> tuple[Call, ...]:
+    """Return each batch as the arguments of a call.
+
+    Args:
+        batches: Each a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+
+    Raises:
+        OptionError: If there is none.
+    """
+    found = tuple(_call(batch) for batch in batches)
+    if not found:
+        raise OptionError("the calibration data is empty; give at least one batch.")
+    return found
+
+
+def _call(batch: Any) -> Call:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
+
+
+def bind_calls(signature: Signature, given: Iterable[Call]) -> tuple[tuple[Tensor, ...], ...]:
+    """Return the tensors of each call, in the order of the program's arguments.
+
+    Raises:
+        RunError: If a batch does not fit the captured call; a note says which.
+    """
+    return tuple(_bind(signature, number, call) for number, call in enumerate(given))
+
+
+def _bind(signature: Signature, number: int, call: Call) -> tuple[Tensor, ...]:
+    try:
+        return tuple(bind(signature, *call))
+    except FpcompilerError as error:
+        error.add_note(f"in calibration batch {number}")
+        raise
