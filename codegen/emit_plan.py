@@ -158,7 +158,7 @@ class _Emitter:
 
     def _results(self, node: fx.Node) -> tuple[str, ...]:
         """Name the results; those of an operator of ours that returns a list, one by one."""
-        if node.target is not torch.ops.fpc.quantize.default:
+        if node.target not in _LISTS:
             self.names[node] = self._name(node)
             return (self._name(node),)
         for user in node.users:
@@ -179,6 +179,9 @@ class _Emitter:
                 return {key: str(value).removeprefix("torch.")}
         raise IRError(f"a plan cannot hold an argument of type {type(value).__name__}: {value!r}")
 
+
+_LISTS: Final = (torch.ops.fpc.quantize.default, torch.ops.fpc.fold.default)
+"""Operators of ours that return several tensors."""
 
 _MARKED: Final = (
     (torch.dtype, "dtype"),

@@ -43,12 +43,18 @@ def _quantized_row(op: ir.Operation, program: Program) -> LayerRow:
         weight=str(weight.operand),
         activation=_activation_text(op.operands[0]),
         kernel=text_of(op.attributes["kernel"]),
-        reason=text_of(op.attributes["reason"]),
+        reason=_reason(op),
         bytes_before=ir.IntegerAttr(op.attributes["fpq.bytes_before"]).value,
         bytes_after=_stored_bytes(op.operands[1], program),
         quantized=True,
         rule=text_of(op.attributes["fpq.rule"]),
     )
+
+
+def _reason(op: ir.Operation) -> str:
+    """Return why this kernel, and what passes have noted."""
+    names = [name for name in ("reason", "fpq.note") if name in op.attributes]
+    return "; ".join(text_of(op.attributes[name]) for name in names)
 
 
 def _stored_bytes(weight: ir.Value, program: Program) -> int:

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ def compile(
     dynamic: Any = "auto",
     clip: str = "max",
     method: str = "rtn",
+    attention: str | None = None,
     max_memory: str | int = "4GiB",
     work_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -79,6 +81,8 @@ def compile(
             sequence lengths, where the model allows it.
         method: How formats, scales and roundings are found, a name in
             :data:`fpcompiler.passes.METHODS`: ``"rtn"`` rounds to nearest and needs no data.
+        attention: Format and scales of queries, keys and values, such as ``"f8E4M3FN@token:f32"``;
+            by default they stay as they are.
         max_memory: What calibration may take beside the model and the batches: ``"4GiB"``.
         work_dir: A folder for what calibration has finished, so that a run that was killed goes on
             from there; the result is the same.
@@ -97,12 +101,16 @@ def compile(
         CaptureError: If torch.export cannot turn the model into a graph.
         NumericsError: If a weight holds NaN or infinity; the message names the layer.
     """
+    from fpcompiler.passes import default_pipeline, parse_pipeline
     from fpcompiler.scheme import Scheme as SchemeClass
     from fpcompiler.target import lookup
 
     parsed = SchemeClass.of(scheme)
     lookup(target)
-    passes = _pipeline(parsed, target, clip, method, pipeline)
+    # What is wrong with the passes is said before a model is captured.
+    if pipeline is None:
+        pipeline = default_pipeline(str(parsed), target, clip, method, attention)
+    passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
     data = None
     if calibration is not None:
         data = _Data(calibration, max_memory, work_dir, seed)
@@ -137,12 +145,15 @@ class _Data:
         """Return it as the tensors that the captured program reads."""
         from fpcompiler.calibration import Calibration, bind_calls
 
-        return Calibration(
-            bind_calls(captured.signature, self.calls),
+        calibration = Calibration(
+            bind_calls(captured.signature, captured, self.calls),
             max_memory=self.max_memory,
             seed=self.seed,
             folder=self.folder,
         )
+        if not Options.from_env().shows_progress(sys.stderr):
+            return calibration
+        return replace(calibration, report=lambda text: print(text, file=sys.stderr))
 
 
 class _Job:
@@ -224,17 +235,6 @@ class _Job:
         if isinstance(self.model, ExportedProgram):
             return from_exported(self.model)
         return capture(self.model, args, kwargs, dynamic=self.dynamic)
-
-
-def _pipeline(
-    scheme: Scheme, target: str, clip: str, method: str, given: str | Pipeline | None
-) -> Pipeline:
-    """Return the passes to run; what is wrong with them is said before a model is captured."""
-    from fpcompiler.passes import default_pipeline, parse_pipeline
-
-    if given is None:
-        return default_pipeline(str(scheme), target, clip, method)
-    return parse_pipeline(given) if isinstance(given, str) else given
 
 
 def _progress() -> Progress:

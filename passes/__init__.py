@@ -12,12 +12,11 @@ from fpcompiler.ir.weights import Weights
 from fpcompiler.passes.base import Pass, PassContext, pass_text, rewrite
 from fpcompiler.passes.dump import Dumper
 from fpcompiler.passes.manager import PassResult, run_pipeline
+from fpcompiler.passes.methods import METHODS, Method, default_pipeline
 from fpcompiler.passes.numerics import Probe
 from fpcompiler.passes.pipeline import (
-    METHODS,
     PASSES,
     Pipeline,
-    default_pipeline,
     parse_pipeline,
     pipeline_text,
 )
@@ -42,6 +41,7 @@ def opt(text: str, pipeline: str, weights: Weights | None = None) -> str:
 
 __all__ = [
     "METHODS",
+    "Method",
     "PASSES",
     "Pass",
     "PassContext",

@@ -61,9 +61,8 @@ class Gptq(Pass):
     def _group(
         self, weights: OpenWeights, group: Group, statistics: InputStatistics
     ) -> dict[str, Tensor]:
-        factor = factorize(
-            statistics.gram, act_order=self.act_order, damping=self.damping, layer=group.name
-        )
+        gram = weights.statistics(group, statistics).gram
+        factor = factorize(gram, act_order=self.act_order, damping=self.damping, layer=group.name)
         result: dict[str, Tensor] = {}
         for number, weight in enumerate(weights.of(group)):
             codes, scales = _rounded(weights, weight, factor)

@@ -21,7 +21,12 @@ from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.insert_quantize import InsertQuantize
 from fpcompiler.passes.lower_gemm import LowerGemm
 from fpcompiler.passes.normalize import Normalize
+from fpcompiler.passes.preshift import Preshift
+from fpcompiler.passes.quantize_attention import QuantizeAttention
 from fpcompiler.passes.quantize_weights import QuantizeWeights
+from fpcompiler.passes.rotate import Rotate
+from fpcompiler.passes.search_formats import SearchFormats
+from fpcompiler.passes.smooth import Smooth
 
 Pipeline = tuple[Pass, ...]
 
@@ -29,7 +34,12 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     Normalize,
     FoldConstants,
     InsertQuantize,
+    Smooth,
+    Rotate,
+    Preshift,
+    SearchFormats,
     Gptq,
+    QuantizeAttention,
     QuantizeWeights,
     LowerGemm,
     Cse,
@@ -41,47 +51,6 @@ PASSES: Final[Mapping[str, type[Pass]]] = MappingProxyType({c.name: c for c in _
 """Every pass by the name it has in a pipeline text."""
 
 _TOKEN: Final = re.compile(r'\s*(?:([\w.+-]+)|"((?:[^"\\]|\\.)*)"|([{},=]))')
-
-
-METHODS: Final[Mapping[str, tuple[Pass, ...]]] = MappingProxyType(
-    {
-        "rtn": (),
-        "gptq": (Gptq(),),
-    }
-)
-"""The passes of each method, between ``insert-quantize`` and ``quantize-weights``."""
-
-
-def default_pipeline(
-    scheme: str, target: str = "reference", clip: str = "max", method: str = "rtn"
-) -> Pipeline:
-    """Return the passes that :func:`fpcompiler.compile` runs.
-
-    Args:
-        scheme: The exact text of a scheme.
-        target: Name of the target.
-        clip: How row scales of weights are chosen, see ``quantize-weights``.
-        method: A name in :data:`METHODS`.
-
-    Raises:
-        PassError: If there is no such method.
-    """
-    if method not in METHODS:
-        near = difflib.get_close_matches(method, list(METHODS), n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise PassError(f"There is no method {method!r}. {hint}Methods: {', '.join(METHODS)}.")
-    return (
-        Cse(),
-        Normalize(),
-        FoldConstants(),
-        InsertQuantize(scheme=scheme),
-        Cse(),
-        *METHODS[method],
-        QuantizeWeights(clip=clip),
-        LowerGemm(target=target),
-        Canonicalize(),
-        SymbolDce(),
-    )
 
 
 def pipeline_text(pipeline: Sequence[Pass]) -> str:

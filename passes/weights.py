@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch_mlir import ir
 
-from fpcompiler.calibration import Group
+from fpcompiler.calibration import Group, InputStatistics
+from fpcompiler.ir.build import global_of
 from fpcompiler.ir.evaluate import ConstantEvaluator
 from fpcompiler.ir.program import Program
-from fpcompiler.ir.stored import given_scales, store_quantized
+from fpcompiler.ir.stored import given_scales, store_quantized, store_tensor
 from fpcompiler.ir.torch_ops import text_of
-from fpcompiler.ir.types import QuantizedType, quantized_type
+from fpcompiler.ir.types import QuantizedType, quantized_type, tensor_type
+from fpcompiler.numerics import dequantize, pack, quantize, quantize_with, unpack
+from fpcompiler.numerics.folding import divide_columns
 from fpcompiler.operand import Operand
 from fpcompiler.passes.base import PassContext
 
@@ -35,9 +38,7 @@ class OpenWeight:
     @property
     def kind(self) -> QuantizedType:
         """The quantized type."""
-        kind = quantized_type(self.op.results[0])
-        assert kind is not None
-        return kind
+        return kind_of(self.op)
 
     @property
     def operand(self) -> Operand:
@@ -60,14 +61,15 @@ class OpenWeights:
         seen: set[ir.Value] = set()
         for group in groups:
             for linear in group.layers:
-                value = linear.operands[1]
-                if value in seen or not self._is_open(value):
+                value = before_fold(linear.operands[1])
+                if value in seen or not self.is_open(value):
                     continue
                 seen.add(value)
                 layer = text_of(linear.attributes["layer"])
                 self._of[group.name].append(OpenWeight(layer, value.owner.operation))
 
-    def _is_open(self, value: ir.Value) -> bool:
+    def is_open(self, value: ir.Value) -> bool:
+        """Return whether a value is a weight that is rounded, and not stored yet."""
         owner = value.owner
         if isinstance(owner, ir.Block) or owner.operation.name not in _COMPUTED:
             return False
@@ -88,22 +90,116 @@ class OpenWeights:
         assert isinstance(value, Tensor)
         return value
 
+    def are_whole(self, group: Group) -> bool:
+        """Return whether all weights of a group are open, and used by its layers alone."""
+        used = {before_fold(linear.operands[1]) for linear in group.layers}
+        users = {use.owner for value in used for use in value.uses}
+        own = len(self.of(group)) == len(used)
+        return own and users <= set(group.layers)
+
+    def replace(self, weight: OpenWeight, value: Tensor, what: str) -> None:
+        """Quantize another tensor instead, stored as ``LAYER.weight.WHAT``."""
+        kind = tensor_type(weight.op.operands[0])
+        assert kind is not None
+        with ir.InsertionPoint(weight.op), weight.op.location:
+            weight.op.operands[0] = store_tensor(
+                self._program, f"{weight.layer}.weight.{what}", value.to(kind.dtype).cpu(), kind
+            )
+
     def scales(self, weight: OpenWeight) -> tuple[Tensor, ...] | None:
         """Return the scales that a weight is quantized with, if they are given."""
         return given_scales(self._program, weight.op) if weight.op.name == "fpq.encode" else None
 
+    def folded(self, group: Group) -> bool:
+        """Return whether columns of the weights are divided after they are rounded."""
+        return any(fold_of(linear) is not None for linear in group.layers)
+
+    def statistics(self, group: Group, statistics: InputStatistics) -> InputStatistics:
+        """Return the statistics of the input that multiplies the weights as they are rounded.
+
+        Where columns are divided by powers of two after that, the input is divided as well.
+        """
+        folds = [op for op in map(fold_of, group.layers) if op is not None]
+        if not folds:
+            return statistics
+        return statistics.divided(self._powers(folds[0]))
+
+    def _powers(self, fold: ir.Operation) -> Tensor:
+        name = global_of(fold.operands[1])
+        assert name is not None
+        return self._program.weights[name]
+
+    def rounded(self, weight: OpenWeight) -> Tensor:
+        """Return the values of a weight rounded to nearest, with given scales if there are any."""
+        value, scales = self.value(weight), self.scales(weight)
+        if scales is None:
+            codes, scales = quantize(value, weight.operand, layer=weight.layer)
+        else:
+            codes = quantize_with(value, scales, weight.operand, layer=weight.layer)
+        return dequantize(codes, scales, weight.operand)
+
     def store(
         self, weight: OpenWeight, packed: Tensor, scales: Sequence[Tensor], context: PassContext
     ) -> None:
-        """Replace the operation by stored codes and scales."""
+        """Replace the operation by stored codes and scales, each fold of it by its own."""
         before, op = self.value(weight), weight.op
-        with ir.InsertionPoint(op), op.location:
-            stored = store_quantized(
-                self._program, f"{weight.layer}.weight", weight.kind, packed, scales
-            )
-        op.results[0].replace_all_uses_with(stored)
-        op.erase()
+        for use in list(op.results[0].uses):
+            if use.owner.name == "fpq.fold":
+                folded = self._folded(weight, use.owner.operation, packed, scales)
+                self._replace(weight, use.owner.operation, *folded, context)
+        if next(iter(op.results[0].uses), None) is None:
+            op.erase()
+        else:
+            self._replace(weight, op, packed, scales, context)
         context.count("weights quantized")
         context.count("values", before.numel())
         context.count("bytes before", before.numel() * before.element_size())
+
+    def _folded(
+        self, weight: OpenWeight, fold: ir.Operation, packed: Tensor, scales: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        source, target = weight.operand, kind_of(fold).operand
+        codes = unpack(packed, source.format.storage_bits, weight.kind.shape[-1] or 0)
+        powers = self._powers(fold).to(codes.device)
+        shift = ir.IntegerAttr(fold.attributes["shift"]).value
+        codes, folded = divide_columns(
+            codes, tuple(scales), powers, (source, target), shift=shift, layer=weight.layer
+        )
+        return pack(codes, target.format.storage_bits), folded
+
+    def _replace(
+        self,
+        weight: OpenWeight,
+        op: ir.Operation,
+        packed: Tensor,
+        scales: Sequence[Tensor],
+        context: PassContext,
+    ) -> None:
+        with ir.InsertionPoint(op), op.location:
+            stored = store_quantized(
+                self._program, f"{weight.layer}.weight", kind_of(op), packed, scales
+            )
+        op.results[0].replace_all_uses_with(stored)
+        op.erase()
         context.count("bytes after", sum(t.numel() * t.element_size() for t in (packed, *scales)))
+
+
+def kind_of(op: ir.Operation) -> QuantizedType:
+    """Return the quantized type of the one result of an operation."""
+    kind = quantized_type(op.results[0])
+    assert kind is not None
+    return kind
+
+
+def fold_of(linear: ir.Operation) -> ir.Operation | None:
+    """Return the ``fpq.fold`` that the weight of a layer goes through, if there is one."""
+    owner = linear.operands[1].owner
+    folds = not isinstance(owner, ir.Block) and owner.operation.name == "fpq.fold"
+    return owner.operation if folds else None
+
+
+def before_fold(weight: ir.Value) -> ir.Value:
+    """Return a weight before the fold, or the weight itself if there is none."""
+    owner = weight.owner
+    folds = not isinstance(owner, ir.Block) and owner.operation.name == "fpq.fold"
+    return owner.operation.operands[0] if folds else weight

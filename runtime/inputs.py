@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fpcompiler.errors import RunError
-from fpcompiler.plan import Parameter, Placeholder, Plan, Signature, Symbol
+from fpcompiler.plan import Parameter, Placeholder, Signature, Symbol
 from fpcompiler.tree import describe, flatten, leaf_paths, same_scalar
 
 _COMPILE_AGAIN = "compile the model again with example_inputs that have it"
+
+
+class Takes(Protocol):
+    """Says which tensors a program takes: a plan, or a captured program."""
+
+    @property
+    def placeholders(self) -> Sequence[Placeholder]:
+        """The tensors, in order."""
+
+    @property
+    def symbols(self) -> Mapping[str, Symbol]:
+        """The ranges of the sizes that vary."""
 
 
 def bind(signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -91,14 +103,16 @@ def leaf_names(signature: Signature) -> list[str]:
     return [path for spec, name in specs for path in leaf_paths(spec, name)]
 
 
-def check(plan: Plan, names: Sequence[str], leaves: Sequence[Tensor], device: torch.device) -> None:
-    """Check dtypes, shapes and devices against the plan's placeholders.
+def check(
+    program: Takes, names: Sequence[str], leaves: Sequence[Tensor], device: torch.device | None
+) -> None:
+    """Check dtypes, shapes and devices against the placeholders of a program.
 
     Args:
-        plan: The plan.
+        program: The program.
         names: As returned by :func:`leaf_names`.
         leaves: The tensors of the call.
-        device: Where the program runs.
+        device: Where they must be; None: anywhere.
 
     Raises:
         RunError: With the argument's name, what was expected, and what was given.
@@ -108,24 +122,24 @@ def check(plan: Plan, names: Sequence[str], leaves: Sequence[Tensor], device: to
             f"The program takes {len(names)} tensors ({', '.join(names)}), got {len(leaves)}."
         )
     sizes: dict[str, tuple[int, str]] = {}
-    for placeholder, name, leaf in zip(plan.placeholders, names, leaves, strict=True):
+    for placeholder, name, leaf in zip(program.placeholders, names, leaves, strict=True):
         if leaf.dtype != getattr(torch, placeholder.dtype):
             raise RunError(
                 f"Argument {name!r}: expected {placeholder.dtype}, got "
                 f"{str(leaf.dtype).removeprefix('torch.')}. Convert it with "
                 f".to(torch.{placeholder.dtype})."
             )
-        if leaf.device.type != device.type:
+        if device is not None and leaf.device.type != device.type:
             raise RunError(
                 f"Argument {name!r} is on {leaf.device}, the model runs on {device}. Move it with "
                 f".to({str(device)!r})."
             )
         if leaf.ndim != len(placeholder.shape):
-            raise _shape_error(plan, placeholder, name, leaf, f"it has {leaf.ndim} dimensions")
+            raise _shape_error(program, placeholder, name, leaf, f"it has {leaf.ndim} dimensions")
         for axis, expected in enumerate(placeholder.shape):
-            problem = _size_problem(expected, leaf.shape[axis], sizes, plan.symbols, name)
+            problem = _size_problem(expected, leaf.shape[axis], sizes, program.symbols, name)
             if problem:
-                raise _shape_error(plan, placeholder, name, leaf, f"dimension {axis} {problem}")
+                raise _shape_error(program, placeholder, name, leaf, f"dimension {axis} {problem}")
 
 
 def _size_problem(
@@ -150,10 +164,10 @@ def _size_problem(
 
 
 def _shape_error(
-    plan: Plan, placeholder: Placeholder, name: str, leaf: Tensor, problem: str
+    program: Takes, placeholder: Placeholder, name: str, leaf: Tensor, problem: str
 ) -> RunError:
-    symbols = [s for s in placeholder.shape if isinstance(s, str) and s in plan.symbols]
-    ranges = ", ".join(f"{s} {_range(plan.symbols[s])}" for s in dict.fromkeys(symbols))
+    symbols = [s for s in placeholder.shape if isinstance(s, str) and s in program.symbols]
+    ranges = ", ".join(f"{s} {_range(program.symbols[s])}" for s in dict.fromkeys(symbols))
     shape = ", ".join(map(str, placeholder.shape))
     expected = f"[{shape}]{f' with {ranges}' if ranges else ''}"
     return RunError(

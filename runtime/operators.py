@@ -43,7 +43,9 @@ _SCALAR_FUNCTIONS: Final[Mapping[str, Function]] = MappingProxyType(
     }
 )
 
-FPC_OPERATORS: Final = ("quantize", "encode", "dequantize", "linear", "pack", "unpack")
+FPC_OPERATORS: Final = (
+    "quantize", "encode", "dequantize", "fold", "hadamard", "linear", "pack", "unpack",
+)  # fmt: skip
 """Operators of the namespace ``fpc``."""
 
 _TEXT_ARGUMENTS: Final = frozenset(

@@ -22,6 +22,8 @@ from fpcompiler.numerics import (
     quantize_with,
     unpack,
 )
+from fpcompiler.numerics.folding import divide_columns
+from fpcompiler.numerics.hadamard import hadamard
 from fpcompiler.operand import Granularity, Operand, ScaleLevel
 from fpcompiler.runtime import reference
 
@@ -39,6 +41,14 @@ LINEAR: Final = (
     "ScalarType dtype, str layer) -> Tensor"
 )
 """See :func:`fpcompiler.runtime.reference.linear`; ``x_operand`` is empty if not quantized."""
+
+FOLD: Final = (
+    "(Tensor codes, Tensor[] scales, Tensor powers, str source, str target, int shift) -> Tensor[]"
+)
+"""``[codes, *scales]`` with each column divided by a power of two, exactly."""
+
+HADAMARD: Final = "(Tensor x, int block) -> Tensor"
+"""The orthonormal Hadamard transform of each block of the last axis."""
 
 PACK: Final = "(Tensor codes, int bits) -> Tensor"
 """Codes, one per byte, to packed bytes along the last axis."""
@@ -136,6 +146,38 @@ def _check_linear(
         )
 
 
+def _fold(
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    powers: Tensor,
+    source: str,
+    target: str,
+    shift: int,
+) -> list[Tensor]:
+    operands = Operand.parse(source), Operand.parse(target)
+    folded, moved = divide_columns(codes, tuple(scales), powers, operands, shift=shift)
+    return [part.clone() for part in (folded, *moved)]
+
+
+def _fake_fold(
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    powers: Tensor,
+    source: str,
+    target: str,
+    shift: int,
+) -> list[Tensor]:
+    return [part.new_empty(part.shape) for part in (codes, *scales)]
+
+
+def _hadamard(x: Tensor, block: int) -> Tensor:
+    return hadamard(x, block)
+
+
+def _fake_hadamard(x: Tensor, block: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _pack(codes: Tensor, bits: int) -> Tensor:
     return pack(codes, bits).clone()  # 8-bit codes pack to themselves: never return an argument
 
@@ -157,6 +199,8 @@ for _name, _schema, _run, _fake in (
     ("fpc::encode", ENCODE, _encode, _fake_encode),
     ("fpc::dequantize", DEQUANTIZE, _dequantize, _fake_dequantize),
     ("fpc::linear", LINEAR, _linear, _fake_linear),
+    ("fpc::fold", FOLD, _fold, _fake_fold),
+    ("fpc::hadamard", HADAMARD, _hadamard, _fake_hadamard),
     ("fpc::pack", PACK, _pack, _fake_pack),
     ("fpc::unpack", UNPACK, _unpack, _fake_unpack),
 ):

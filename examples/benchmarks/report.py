@@ -19,11 +19,15 @@ COLUMNS = {
     "whisper": ("Whisper tiny.en, WER", "word_error_rate", ".3f"),
 }
 """For each model: heading, metric, how it is written."""
+SHORT = {"w=f4E2M1FN@row:f32,a=f4E2M1FN@tensor:f32": "W4 row, A4 tensor"}
+"""Schemes without a name, as the table has them."""
 
 
 def main() -> None:
     """Print the tables."""
     print(accuracy())
+    print()
+    print(methods())
 
 
 def accuracy() -> str:
@@ -41,6 +45,33 @@ def accuracy() -> str:
         ratio = f"{scheme['quantized_bytes_ratio_to_bf16']:.3f}"
         lines.append(f"| {scheme['name']} | " + " | ".join([*cells, ratio]) + " |")
     return "\n".join(lines)
+
+
+def methods() -> str:
+    """Return the table of what the methods of ``compile`` recover."""
+    reports = {name: _read(f"methods-{name}.json") for name in COLUMNS if _recorded(name)}
+    headings = [COLUMNS[name][0] for name in reports]
+    lines = [
+        "| scheme | method | " + " | ".join(headings) + " |",
+        "| --- | --- |" + " ---: |" * len(headings),
+        "| fp32 | | " + " | ".join(_cell(n, r["fp32"]) for n, r in reports.items()) + " |",
+    ]
+    found = {name: {_key(row): row for row in report["rows"]} for name, report in reports.items()}
+    for key in dict.fromkeys(key for rows in found.values() for key in rows):
+        scheme, method = key
+        cells = [
+            _cell(name, rows[key]["metrics"]) if key in rows else "" for name, rows in found.items()
+        ]
+        lines.append(f"| {SHORT.get(scheme, scheme)} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _recorded(name: str) -> bool:
+    return (RESULTS / f"methods-{name}.json").exists()
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["scheme"], row["method"]
 
 
 def _fp32(name: str, report: dict[str, Any]) -> str:

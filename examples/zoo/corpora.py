@@ -75,6 +75,12 @@ def lee() -> tuple[list[str], Tensor]:
     return [line.strip() for line in lines if line.strip()], torch.from_numpy(ratings)
 
 
+def lee_background() -> list[str]:
+    """Return 299 news texts of the time of :func:`lee`, none of which is among those 50."""
+    lines = packages.LEE_BACKGROUND.path().read_text(encoding="latin-1").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
 def photographs(size: int = 224) -> Tensor:
     """Return eight photographs as normalized RGB [8, 3, size, size], cut to the middle square.
 
@@ -82,6 +88,15 @@ def photographs(size: int = 224) -> Tensor:
         DependencyError: If scikit-image is missing.
     """
     return torch.stack([_photograph(file.path(), size) for file in packages.PHOTOGRAPHS])
+
+
+def more_pictures(size: int = 224) -> Tensor:
+    """Return eight other pictures in the same form: textures, cells, the moon, stars, a page.
+
+    Raises:
+        DependencyError: If scikit-image is missing.
+    """
+    return torch.stack([_photograph(file.path(), size) for file in packages.MORE_PICTURES])
 
 
 def _photograph(path: Path, size: int) -> Tensor:
@@ -106,6 +121,20 @@ def librivox(folder: Path = LIBRIVOX) -> list[tuple[Tensor, str]]:
         )
     lines = re.findall(r"<s> (.*?) </s> \((.*?)\)", transcription.read_text())
     return [(_sound(folder / f"{name}.wav"), words) for words, name in lines]
+
+
+def spoken_cards(folder: Path) -> list[Tensor]:
+    """Return five clips in which cards of a game are named: sound [samples] at 16 kHz.
+
+    Raises:
+        DependencyError: If the Debian package with the clips is missing.
+    """
+    files = sorted(folder.glob("*.wav"))
+    if not files:
+        raise DependencyError(
+            f"there are no speech clips in {folder}. Run: apt-get install pocketsphinx-testdata"
+        )
+    return [_sound(file) for file in files]
 
 
 def _sound(path: Path) -> Tensor:

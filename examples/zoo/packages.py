@@ -101,6 +101,8 @@ WIKIPEDIA = DataFile(*_GENSIM, f"{_TEXTS}/{_WIKIPEDIA}", sha256="a53f4648dec4046
 """The beginning of a dump of English Wikipedia, CC BY-SA."""
 LEE_TEXTS = DataFile(*_GENSIM, f"{_TEXTS}/lee.cor", sha256="a878f9a58f6743c3")
 """50 short news texts."""
+LEE_BACKGROUND = DataFile(*_GENSIM, f"{_TEXTS}/lee_background.cor", sha256="5d78d6dafd953bbf")
+"""299 other news texts."""
 LEE_RATINGS = DataFile(*_GENSIM, f"{_TEXTS}/similarities0-1.txt", sha256="23762bc6b7288971")
 """The mean human similarity of each pair of the 50 texts."""
 PHOTOGRAPHS = tuple(
@@ -117,3 +119,17 @@ PHOTOGRAPHS = tuple(
     )
 )
 """Eight photographs, free to use."""
+MORE_PICTURES = tuple(
+    DataFile("scikit-image", "0.26.0", f"skimage/data/{name}", sha256=sha256)
+    for name, sha256 in (
+        ("hubble_deep_field.jpg", "3a19c5dd8a927a93"),
+        ("ihc.png", "f8dd1aa387ddd1f4"),
+        ("grass.png", "b6b6022426b38936"),
+        ("gravel.png", "c48615b451bf1e60"),
+        ("brick.png", "7966caf324f6ba84"),
+        ("moon.png", "78739619d11f7eb9"),
+        ("cell.png", "8d23a7fb81f7cc87"),
+        ("page.png", "341a6f0a61557662"),
+    )
+)
+"""Eight other pictures, free to use."""

@@ -11,7 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from examples.zoo import corpora, dinov2, metrics, minilm, smollm2, whisper
+from examples.zoo import calibration, corpora, dinov2, metrics, minilm, smollm2, whisper
+from examples.zoo.calibration import Batches
 from examples.zoo.runs import Tensors
 
 
@@ -41,6 +42,10 @@ class Task(ABC):
         """Load the model; return its parts by name."""
 
     @abstractmethod
+    def calibration(self, parts: Mapping[str, Part]) -> Mapping[str, Batches]:
+        """Return calibration data for each part, none of which :meth:`inputs` returns."""
+
+    @abstractmethod
     def inputs(self) -> dict[str, Tensor]:
         """Return what ``runs.RUNS[name]`` reads."""
 
@@ -67,6 +72,10 @@ class SmolLM2(Task):
         probe = smollm2.tokens(1024 + 128)[None, 1024:]
         return {"model": Part(smollm2.load(), smollm2.example_inputs(), (probe,))}
 
+    def calibration(self, parts: Mapping[str, Part]) -> Mapping[str, Batches]:
+        """Return the beginnings of later articles."""
+        return {"model": calibration.smollm2_batches()}
+
     def inputs(self) -> dict[str, Tensor]:
         """Return the text."""
         return {"ids": smollm2.tokens(self.tokens)}
@@ -91,6 +100,10 @@ class MiniLM(Task):
         texts, _ = corpora.lee()
         probe = minilm.batch(texts[4:8], longest=64)
         return {"model": Part(minilm.load(), minilm.example_inputs(), probe)}
+
+    def calibration(self, parts: Mapping[str, Part]) -> Mapping[str, Batches]:
+        """Return other news texts."""
+        return {"model": calibration.minilm_batches()}
 
     def inputs(self) -> dict[str, Tensor]:
         """Return the 50 texts."""
@@ -120,6 +133,10 @@ class DINOv2(Task):
         """Return the backbone with its head."""
         pixels = corpora.photographs()
         return {"model": Part(dinov2.load(), (pixels[:2],), (pixels[2:4],))}
+
+    def calibration(self, parts: Mapping[str, Part]) -> Mapping[str, Batches]:
+        """Return other pictures."""
+        return {"model": calibration.dinov2_batches()}
 
     def inputs(self) -> dict[str, Tensor]:
         """Return all photographs."""
@@ -155,6 +172,11 @@ class Whisper(Task):
             "encoder": Part(encoder, (features[:1],), (features[1:2],)),
             "decoder": Part(decoder, example, probe),
         }
+
+    def calibration(self, parts: Mapping[str, Part]) -> Mapping[str, Batches]:
+        """Return other clips."""
+        encoder, decoder = parts["encoder"].module, parts["decoder"].module
+        return calibration.whisper_batches(self.clips, encoder, decoder)
 
     def inputs(self) -> dict[str, Tensor]:
         """Return the clips."""

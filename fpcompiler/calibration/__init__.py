@@ -3,6 +3,7 @@
 from fpcompiler.calibration.calibration import Calibration, parse_bytes
 from fpcompiler.calibration.data import Call, bind_calls, calls
 from fpcompiler.calibration.groups import Group, input_groups
+from fpcompiler.calibration.once import run_once
 from fpcompiler.calibration.statistics import InputStatistics
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "InputStatistics",
     "input_groups",
     "parse_bytes",
+    "run_once",
 ]

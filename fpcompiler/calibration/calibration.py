@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
+from fpcompiler.artifact import package_versions
 from fpcompiler.calibration.float_graph import raise_without_quantization
 from fpcompiler.calibration.groups import Group
+from fpcompiler.calibration.preflight import Preflight
 from fpcompiler.calibration.segments import Environment, Segments, Spill
 from fpcompiler.calibration.statistics import Accumulator, InputStatistics
 from fpcompiler.errors import OptionError
@@ -46,8 +49,8 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         OptionError: If it is none.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-z]*)\s*", str(text).lower())
-    if not match or match[2] not in _UNITS or match[1].count(".") > 1 or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(text).lower())
+    if not match or match[2] not in _UNITS or float(match[1]) * _UNITS[match[2]] < 1:
         raise OptionError(f"{text!r} is no amount of memory; write for instance 4GiB or 512MiB.")
     return int(float(match[1]) * _UNITS[match[2]])
 
@@ -63,7 +66,8 @@ class Calibration:
         seed: Decides which.
         device: Where the model runs; by default the GPU if there is one.
         folder: Results and what is needed to go on are kept here, so that a run that was killed
-            resumes with the last finished piece; by default a temporary folder.
+            goes on after the last finished group; by default a temporary folder.
+        report: Is told what the work will take, once its first batch has run.
     """
 
     batches: Sequence[tuple[Tensor, ...]]
@@ -72,6 +76,7 @@ class Calibration:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: _default_device())
     folder: Path | None = None
+    report: Callable[[str], None] = _LOG.info
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -134,18 +139,14 @@ class _Run:
         self.module, nodes = raise_without_quantization(program, taps)
         names = (group.name for piece in self.pieces for group in piece)
         self.nodes = dict(zip(names, nodes, strict=True))
-        ends = [self._last_node(piece) for piece in self.pieces]
-        self.segments = Segments(self.module, ends, calibration.device)
-
-    def _last_node(self, piece: Sequence[Group]) -> fx.Node:
-        order = {node: index for index, node in enumerate(self.module.graph.nodes)}
-        return max((self.nodes[group.name] for group in piece), key=order.__getitem__)
+        tapped = [[self.nodes[group.name] for group in piece] for piece in self.pieces]
+        self.segments = Segments(self.module, tapped, calibration.device)
 
     def all(self, work: Work, label: str, progress: Progress) -> dict[str, Result]:
         done = self._finished()
         steps = self._steps(work, done)
         count = (len(self.pieces) - done) * len(self.calibration.batches) + sum(
-            len(piece) for piece in self.pieces[done:]
+            len(self._missing(piece)) for piece in self.pieces[done:]
         )
         if done:
             _LOG.info("%s: going on after piece %d of %d", label, done, len(self.pieces))
@@ -159,17 +160,24 @@ class _Run:
         """Return how many pieces need not be done again."""
         done = 0
         for number, piece in enumerate(self.pieces):
-            if all(self.results.has(group.name) for group in piece):
+            if not self._missing(piece):
                 done = number + 1
         return done
 
+    def _missing(self, piece: Sequence[Group]) -> list[Group]:
+        return [group for group in piece if not self.results.has(group.name)]
+
     def _steps(self, work: Work, done: int) -> Iterator[None]:
-        """Do everything, yielding after each batch and after each group."""
+        """Do what is missing, yielding after each batch and after each group."""
+        self.spill.forget_all_but(done - 1)
         for number in range(done, len(self.pieces)):
-            piece = self.pieces[number]
+            piece = self._missing(self.pieces[number])
             accumulators = self._accumulators(piece)
             for batch in range(len(self.calibration.batches)):
+                start = time.perf_counter()
                 self._run_batch(number, batch, accumulators)
+                if number == done and batch == 0:
+                    self._report(accumulators, time.perf_counter() - start)
                 yield
             for group in piece:
                 self.results.write(group.name, work(group, accumulators.pop(group.name).result()))
@@ -177,17 +185,32 @@ class _Run:
             if number:
                 self.spill.forget(number - 1)
 
+    def _report(self, accumulators: Mapping[str, Accumulator], seconds: float) -> None:
+        tokens = max(accumulator.tokens for accumulator in accumulators.values())
+        calibration = self.calibration
+        calibration.report(
+            str(
+                Preflight.predict(
+                    self.pieces, len(calibration.batches), calibration.sample, tokens, seconds
+                )
+            )
+        )
+
     def _accumulators(self, piece: Sequence[Group]) -> dict[str, Accumulator]:
-        quota = -(-self.calibration.sample // len(self.calibration.batches))
-        settings = (quota, self.calibration.seed, self.calibration.device)
+        settings = (self.calibration.seed, self.calibration.device)
         return {group.name: Accumulator(group.k, *settings) for group in piece}
+
+    def _quota(self, batch: int) -> int:
+        """Return how many tokens of a batch go into the sample: equal parts, up to one token."""
+        sample, count = self.calibration.sample, len(self.calibration.batches)
+        return (batch + 1) * sample // count - batch * sample // count
 
     def _run_batch(self, number: int, batch: int, accumulators: Mapping[str, Accumulator]) -> None:
         taps: dict[fx.Node, Callable[[Tensor], None]] = {}
         for name, accumulator in accumulators.items():
-            _chain(taps, self.nodes[name], partial(accumulator.add, batch=batch, name=name))
-        environment = self._environment(number, batch)
-        left = self.segments.run(number, environment, taps)
+            tap = partial(accumulator.add, batch=batch, quota=self._quota(batch), name=name)
+            _chain(taps, self.nodes[name], tap)
+        left = self.segments.run(number, self._environment(number, batch), taps)
         if number + 1 < len(self.pieces):
             self.spill.write(number, batch, left)
 
@@ -256,10 +279,11 @@ def _pieces(calibration: Calibration, groups: Sequence[Group]) -> list[list[Grou
 
 
 def _fingerprint(calibration: Calibration, program: Program, label: str) -> str:
-    """Return what tells one piece of work from another: program, weights, data and options."""
+    """Return what tells one work from another: program, weights, data, options, versions."""
     digest = hashlib.sha256()
     settings = [label, calibration.max_memory, calibration.sample, calibration.seed]
-    digest.update(json.dumps([*settings, str(calibration.device)]).encode())
+    settings += [str(calibration.device), *sorted(package_versions().items())]
+    digest.update(json.dumps(settings).encode())
     digest.update(print_program(program).encode())
     for name in sorted(program.weights):
         digest.update(name.encode())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fpcompiler.errors import FpcompilerError, OptionError
 from fpcompiler.plan import Signature
-from fpcompiler.runtime.inputs import bind
+from fpcompiler.runtime.inputs import Takes, bind, check, leaf_names
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword arguments."""
@@ -36,18 +36,27 @@ def _call(batch: Any) -> Call:
     return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
 
 
-def bind_calls(signature: Signature, given: Iterable[Call]) -> tuple[tuple[Tensor, ...], ...]:
+def bind_calls(
+    signature: Signature, program: Takes, given: Iterable[Call]
+) -> tuple[tuple[Tensor, ...], ...]:
     """Return the tensors of each call, in the order of the program's arguments.
+
+    Args:
+        signature: How the model is called.
+        program: The dtypes and shapes that it takes.
+        given: The calls.
 
     Raises:
         RunError: If a batch does not fit the captured call; a note says which.
     """
-    return tuple(_bind(signature, number, call) for number, call in enumerate(given))
+    return tuple(_bind(signature, program, number, call) for number, call in enumerate(given))
 
 
-def _bind(signature: Signature, number: int, call: Call) -> tuple[Tensor, ...]:
+def _bind(signature: Signature, program: Takes, number: int, call: Call) -> tuple[Tensor, ...]:
     try:
-        return tuple(bind(signature, *call))
+        leaves = bind(signature, *call)
+        check(program, leaf_names(signature), leaves, None)
+        return tuple(leaves)
     except FpcompilerError as error:
         error.add_note(f"in calibration batch {number}")
         raise

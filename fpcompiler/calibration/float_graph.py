@@ -43,6 +43,7 @@ class _FloatRaiser(Raiser):
         self.handlers["fpq.quantize"] = lambda op, args: args[0]
         self.handlers["fpq.encode"] = lambda op, args: args[0]
         self.handlers["fpq.dequantize"] = lambda op, args: args[0]
+        self.handlers["fpq.fold"] = lambda op, args: args[0]  # fpq.linear divides
         self.handlers["fpq.assemble"] = self._decode
         self.handlers["fpq.linear"] = self._float_linear
 
@@ -63,4 +64,14 @@ class _FloatRaiser(Raiser):
         assert result is not None
         if op.operands[1].owner.name == "fpq.assemble":  # decoded, which gives fp32
             weight = self._call(torch.ops.aten.to.dtype, (weight, result.dtype))
+        if op.operands[1].owner.name == "fpq.fold":
+            x, weight = self._folded(x, weight, op.operands[1].owner.operands[1])
         return self._call(torch.ops.aten.linear.default, (x, weight, bias))
+
+    def _folded(self, x: fx.Node, weight: fx.Node, powers: ir.Value) -> tuple[fx.Node, fx.Node]:
+        """Divide the columns of a weight; fp16 has no room for that, so there the input."""
+        kind, divisor = tensor_type(powers), self.values[powers]
+        assert kind is not None
+        if kind.dtype == torch.float16:
+            return self._call(torch.ops.aten.div.Tensor, (x, divisor)), weight
+        return x, self._call(torch.ops.aten.div.Tensor, (weight, divisor))

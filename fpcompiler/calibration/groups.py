@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch_mlir import ir
@@ -16,7 +17,8 @@ class Group:
     """Layers that share one input, such as q, k and v.
 
     Attributes:
-        name: The name of the first layer.
+        name: The name of the first layer; ``LAYER@2`` for the second group that starts with it,
+            where the model calls a layer twice.
         x: The input before it is quantized, ``[..., K]``.
         quantize: The operation that quantizes it, or None where it stays as it is.
         layers: The ``fpq.linear`` operations, in program order.
@@ -46,11 +48,17 @@ def input_groups(program: Program) -> list[Group]:
     found: dict[ir.Value, list[ir.Operation]] = {}
     for op in program.operations("fpq.linear"):
         found.setdefault(op.operands[0], []).append(op)
-    return [_group(value, layers) for value, layers in found.items()]
+    names: Counter[str] = Counter()
+    groups = []
+    for value, layers in found.items():
+        layer = text_of(layers[0].attributes["layer"])
+        names[layer] += 1
+        name = layer if names[layer] == 1 else f"{layer}@{names[layer]}"
+        groups.append(_group(name, value, layers))
+    return groups
 
 
-def _group(value: ir.Value, layers: list[ir.Operation]) -> Group:
-    name = text_of(layers[0].attributes["layer"])
+def _group(name: str, value: ir.Value, layers: list[ir.Operation]) -> Group:
     if quantized_type(value) is None:
         return Group(name, value, None, tuple(layers))
     quantize = value.owner.operation

@@ -22,6 +22,7 @@ Environment = dict[str, Any]
 """Values of nodes by name: tensors and numbers."""
 
 _SCALARS: Final = "scalars"
+_STRIDES: Final = "strides"
 
 
 class Segments:
@@ -29,23 +30,30 @@ class Segments:
 
     Args:
         module: The graph; nothing in it may be written to in place before its end.
-        ends: The nodes after which it is cut, in order of the graph. A cut moves on to where
-            everything that crosses it is a tensor or a number.
+        pieces: For each piece the nodes that are tapped in it. It ends with the last of them, or
+            further on, where everything that crosses the cut is a tensor or a number. What an
+            earlier piece computed is carried to the piece that taps it.
         device: Where it runs; weights are brought there when they are read.
     """
 
     def __init__(
-        self, module: fx.GraphModule, ends: Sequence[fx.Node], device: torch.device
+        self, module: fx.GraphModule, pieces: Sequence[Sequence[fx.Node]], device: torch.device
     ) -> None:
         self._module = module
         self._device = device
         self._nodes = [node for node in module.graph.nodes if node.op != "output"]
         position = {node: index for index, node in enumerate(self._nodes)}
+        self._position = position
         self._last = {
             node: max((position.get(user, len(self._nodes)) for user in node.users), default=-1)
             for node in self._nodes
         }
-        self._cuts = [0, *(self._cut_after(position[node]) for node in ends)]
+        self._cuts = [0]
+        for taps in pieces:
+            last = max(position[node] for node in taps)
+            self._cuts.append(max(self._cuts[-1], self._cut_after(last)))
+        for start, taps in zip(self._cuts, pieces, strict=False):
+            self._last |= {node: max(self._last[node], start) for node in taps}
 
     def __len__(self) -> int:
         """Return the number of pieces."""
@@ -65,7 +73,7 @@ class Segments:
         Args:
             piece: Its number.
             environment: What the piece before left, or for the first the inputs by name.
-            taps: Are called with the values of nodes of this piece.
+            taps: Are called with the values of the nodes that this piece was made for.
 
         Returns:
             The values that later pieces read.
@@ -74,6 +82,9 @@ class Segments:
         values: dict[fx.Node, Any] = {
             node: environment[node.name] for node in self._nodes if node.name in environment
         }
+        for node, tap in taps.items():
+            if self._position[node] < start:
+                tap(self._argument(node, values))
         with torch.no_grad():
             for index in range(start, stop):
                 node = self._nodes[index]
@@ -94,15 +105,18 @@ class Segments:
         if node.op == "get_attr":
             return self._weight(node)
 
-        def argument(used: fx.Node) -> Any:
-            # Weights are read again in each piece: they are not carried from one to the next.
-            return values[used] if used in values else self._weight(used)
+        def argument(used: Any) -> Any:
+            if isinstance(used, torch.device):
+                return self._device
+            return self._argument(used, values) if isinstance(used, fx.Node) else used
 
-        args = fx.map_arg(node.args, argument)
-        kwargs = fx.map_arg(node.kwargs, argument)
-        moved = {k: self._device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+        args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), argument)
         assert callable(node.target)
-        return node.target(*args, **moved)
+        return node.target(*args, **kwargs)
+
+    def _argument(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        # Weights are read again in each piece: they are not carried from one to the next.
+        return values[node] if node in values else self._weight(node)
 
     def _weight(self, node: fx.Node) -> Tensor:
         tensor = getattr(self._module, str(node.target))
@@ -117,6 +131,12 @@ def _is_list(node: fx.Node) -> bool:
     return len(returns) != 1 or str(returns[0].type).startswith("List")
 
 
+def _laid_out(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return a copy with the strides that a value had: the last bits of products depend on them."""
+    empty = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return empty.copy_(tensor)
+
+
 class Spill:
     """Environments in a folder, one file for each batch."""
 
@@ -125,25 +145,39 @@ class Spill:
 
     def write(self, piece: int, batch: int, environment: Environment) -> None:
         """Keep what a piece left for a batch."""
-        folder = self._folder / f"piece-{piece:04}"
+        folder = self._piece(piece)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.contiguous() for k, v in environment.items() if isinstance(v, Tensor)}
+        # Cloned, because values that share memory (views) must be written on their own.
+        tensors = {k: v.clone() for k, v in environment.items() if isinstance(v, Tensor)}
         scalars = {k: v for k, v in environment.items() if k not in tensors}
+        strides = {k: v.stride() for k, v in tensors.items()}
         path = folder / f"batch-{batch:05}.safetensors"
         unfinished = path.with_suffix(".tmp")
-        # Values that share memory (views) must be written on their own.
-        unique = {k: v.clone() for k, v in tensors.items()}
-        save_file(unique, unfinished, metadata={_SCALARS: json.dumps(scalars)})
+        metadata = {_SCALARS: json.dumps(scalars), _STRIDES: json.dumps(strides)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished, metadata=metadata)
         os.replace(unfinished, path)
 
     def read(self, piece: int, batch: int, device: torch.device) -> Environment:
         """Return what :meth:`write` kept."""
-        path = self._folder / f"piece-{piece:04}" / f"batch-{batch:05}.safetensors"
+        path = self._piece(piece) / f"batch-{batch:05}.safetensors"
         with safe_open(path, framework="pt", device=str(device)) as file:
-            values: Environment = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            values |= json.loads(file.metadata()[_SCALARS])
+            metadata = file.metadata()
+            strides = json.loads(metadata[_STRIDES])
+            values: Environment = {
+                key: _laid_out(file.get_tensor(key), stride) for key, stride in strides.items()
+            }
+            values |= json.loads(metadata[_SCALARS])
         return values
 
     def forget(self, piece: int) -> None:
         """Delete what a piece left."""
-        shutil.rmtree(self._folder / f"piece-{piece:04}", ignore_errors=True)
+        shutil.rmtree(self._piece(piece), ignore_errors=True)
+
+    def forget_all_but(self, piece: int) -> None:
+        """Delete what other pieces left, in a run that was killed."""
+        for folder in self._folder.glob("piece-*"):
+            if folder != self._piece(piece):
+                shutil.rmtree(folder)
+
+    def _piece(self, piece: int) -> Path:
+        return self._folder / f"piece-{piece:04}"

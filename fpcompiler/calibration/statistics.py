@@ -26,22 +26,34 @@ class InputStatistics:
     gram: Tensor
     sample: Tensor
 
+    def divided(self, powers: Tensor) -> InputStatistics:
+        """Return the statistics of the input with channel ``j`` divided by ``powers[j]``, exactly.
+
+        Args:
+            powers: Powers of two, ``[K]``.
+        """
+        factor = powers.to(self.gram.device, torch.float32)
+        return InputStatistics(
+            self.tokens,
+            self.amax / factor,
+            self.gram / factor / factor[:, None],
+            (self.sample.float() / factor).to(self.sample.dtype),
+        )
+
 
 class Accumulator:
     """Collects the statistics of one input.
 
     Args:
         k: Channels.
-        quota: Tokens to draw from each batch.
         seed: Of the draw; together with the number of the batch it decides which tokens.
         device: Where the sums are kept.
     """
 
-    def __init__(self, k: int, quota: int, seed: int, device: torch.device) -> None:
+    def __init__(self, k: int, seed: int, device: torch.device) -> None:
         self._amax = torch.zeros(k, device=device)
         self._gram = torch.zeros(k, k, device=device)
         self._samples: list[Tensor] = []
-        self._quota = quota
         self._seed = seed
         self._tokens = 0
 
@@ -50,12 +62,13 @@ class Accumulator:
         """Return the memory that an accumulator of ``tokens`` sampled tokens needs."""
         return 4 * (k * k + k + tokens * k)
 
-    def add(self, x: Tensor, batch: int, name: str) -> None:
+    def add(self, x: Tensor, batch: int, quota: int, name: str) -> None:
         """Add one batch.
 
         Args:
             x: ``[..., K]``.
             batch: Its number.
+            quota: Tokens to draw from it; all of them if it has fewer.
             name: Of the layer, for errors.
 
         Raises:
@@ -67,14 +80,20 @@ class Accumulator:
         if not bool(amax.isfinite().all()):
             raise NumericsError(
                 f"{describe_layer(name)}: its input holds NaN/Inf for calibration batch {batch}. "
-                "Check that batch with the original model, or leave it out."
+                "Run the original model on that batch to see where they begin: in the batch, or "
+                "with the weight of a layer before."
             )
         torch.maximum(self._amax, amax, out=self._amax)
         self._gram.addmm_(wide.T, wide)
         self._tokens += len(rows)
         generator = torch.Generator().manual_seed(self._seed + batch)
-        chosen = torch.randperm(len(rows), generator=generator)[: self._quota]
+        chosen = torch.randperm(len(rows), generator=generator)[:quota]
         self._samples.append(rows[chosen.sort().values.to(rows.device)])
+
+    @property
+    def tokens(self) -> int:
+        """How many rows were seen."""
+        return self._tokens
 
     def result(self) -> InputStatistics:
         """Return what was collected."""

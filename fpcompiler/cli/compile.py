@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fpcompiler.cli import calibration
 from fpcompiler.cli.command import OK, Command
 from fpcompiler.cli.output import print_json, progress
 from fpcompiler.cli.source import load_source
@@ -23,6 +24,8 @@ _EXAMPLE: Final = """\
   fpcompiler compile ./my-llama --scheme w4a6 -o my-llama.fpc
   fpcompiler compile model.pt2 --scheme 'w4a6; *.down_proj: w4a8' -o model.fpc
   fpcompiler compile my_package.models:build --recipe recipe.yaml -o model.fpc
+  fpcompiler compile ./my-llama --scheme w4a4 --method rotate-gptq --calibration my_data:batches \\
+      -o my-llama.fpc
 
 A SOURCE function takes nothing and returns (model, example_inputs)."""
 
@@ -43,6 +46,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="reference", help="by default reference")
     parser.add_argument("--dump-dir", metavar="DIR", help="write the program after each pass there")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    calibration.add_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -89,6 +93,12 @@ def _compile(args: argparse.Namespace) -> CompiledModel:
             scheme,
             example_inputs=source.inputs.args,
             example_kwargs=dict(source.inputs.kwargs),
+            calibration=calibration.read_batches(args.calibration),
+            method=args.method,
+            attention=args.attention,
+            max_memory=args.max_memory,
+            work_dir=args.work_dir,
+            seed=args.seed,
             target=args.target,
             dump_dir=args.dump_dir,
             progress=track,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from fpcompiler.cli import compile as compile_command
-from fpcompiler.cli import doctor, formats, inspect, opt, run, targets, verify
+from fpcompiler.cli import doctor, formats, inspect, methods, opt, run, targets, verify
 from fpcompiler.cli import eval as eval_command
 from fpcompiler.cli.command import FAILED, Command
 from fpcompiler.errors import FpcompilerError
@@ -26,13 +26,15 @@ COMMANDS: Final[tuple[Command, ...]] = (
     opt.COMMAND,
     formats.COMMAND,
     targets.COMMAND,
+    methods.COMMAND,
     doctor.COMMAND,
 )
 """Every command, in the order of ``--help``."""
 
 _EPILOG: Final = """\
 exit codes: 0 done, 1 failed or verification failed, 2 wrong call
-environment: FPC_DUMP, FPC_LOGS, FPC_CACHE, FPC_PROGRESS (FPC_LOGS=debug shows tracebacks)
+environment: FPC_DUMP, FPC_LOGS, FPC_CACHE, FPC_NATIVE, FPC_PROGRESS
+(FPC_LOGS=debug shows tracebacks)
 """
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from fpcompiler.cli.tensors import Inputs
 from fpcompiler.errors import DependencyError, OptionError
 
-__all__ = ["Source", "load_source"]
+__all__ = ["Source", "call_named", "load_source"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,18 @@ def _example_call(model: Any) -> Inputs:
 
 
 def _from_function(text: str, inputs: Inputs | None) -> Source:
+    result = call_named(text)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise OptionError(f"{text}() must return (model, example_inputs).")
+    return Source(result[0], inputs or _as_inputs(result[1]))
+
+
+def call_named(text: str) -> Any:
+    """Return what the function ``package.module:function`` returns.
+
+    Raises:
+        OptionError: If there is no such function.
+    """
     module_name, _, function_name = text.partition(":")
     # As with python -m: modules of the current folder can be named.
     sys.path.insert(0, str(Path.cwd()))
@@ -115,10 +127,7 @@ def _from_function(text: str, inputs: Inputs | None) -> Source:
         sys.path.pop(0)
     if not callable(function):
         raise OptionError(f"{text}: the module {module_name} has no function {function_name!r}.")
-    result = function()
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise OptionError(f"{text}() must return (model, example_inputs).")
-    return Source(result[0], inputs or _as_inputs(result[1]))
+    return function()
 
 
 def _as_inputs(value: Any) -> Inputs:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import pkgutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fpcompiler.cli.source import call_named
 from fpcompiler.cli.tensors import read_inputs, read_tensors
 from fpcompiler.cli.texts import (
     read_lines,
@@ -131,15 +129,7 @@ def _named_task(text: str) -> Task:
     """Return the task that a function returns."""
     from fpcompiler.evaluation import Task
 
-    # As with python -m: modules of the current folder can be named.
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = pkgutil.resolve_name(text)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        raise OptionError(f"there is no task {text}: {error}.") from error
-    finally:
-        sys.path.pop(0)
-    task = function() if callable(function) else function
+    task = call_named(text)
     if not isinstance(task, Task):
         raise OptionError(
             f"{text}() returns {type(task).__name__}; it must return a fpcompiler.evaluation.Task."

@@ -5,6 +5,8 @@
 ``fpq.encode``       tensor -> quantized; computes the codes, with scales that are given
 ``fpq.dequantize``   quantized -> tensor
 ``fpq.assemble``     codes and scales (stored weights) -> quantized
+``fpq.fold``         quantized -> quantized; columns divided by powers of two, exactly
+``fpq.hadamard``     tensor -> tensor; the Hadamard transform of blocks of the last axis
 ``fpq.linear``       ``x @ w.T + bias``; x is a tensor or quantized, w quantized
 ``fpq.scaled_gemm``  an ``fpq.linear`` for which a target and a kernel have been chosen
 ===================  ==============================================================================
@@ -29,6 +31,9 @@ from fpcompiler.ir.types import (
     ranked_text,
     tensor_type,
 )
+from fpcompiler.numerics.folding import takes_powers
+from fpcompiler.numerics.hadamard import HADAMARD_BLOCKS
+from fpcompiler.numerics.shift_lowering import container_shifts
 from fpcompiler.operand import Granularity
 
 
@@ -165,6 +170,30 @@ def _check_assemble(op: ir.Operation) -> None:
     _check_types(op.operands, (result.payload, *_slot_types(result)), "operands")
 
 
+def _check_fold(op: ir.Operation) -> None:
+    source, result = _quantized(op.operands[0], "input"), _quantized(op.results[0], "result")
+    _same_shape(result.shape, source.shape, "result")
+    powers = _tensor(op.operands[1], "powers")
+    _same_shape(powers.shape, source.shape[-1:], "powers")
+    before, after = source.operand, result.operand
+    if before.levels != after.levels or not before.levels:
+        raise VerifyError(f"the scale levels of {before} and {after} differ, or there are none")
+    shift = ir.IntegerAttr(op.attributes["shift"]).value
+    if before.format is after.format:
+        if shift or not takes_powers(before):
+            raise VerifyError(f"the scales of {before} cannot take powers of two")
+    elif shift not in container_shifts(before.format, after.format):
+        raise VerifyError(f"{after.format} does not hold {before.format} times 2**{shift}")
+
+
+def _check_hadamard(op: ir.Operation) -> None:
+    source, result = _tensor(op.operands[0], "input"), _tensor(op.results[0], "result")
+    _same_shape(result.shape, source.shape, "result")
+    block = ir.IntegerAttr(op.attributes["block"]).value
+    if block not in HADAMARD_BLOCKS or not source.shape or (source.shape[-1] or 1) % block:
+        raise VerifyError(f"blocks of {block} do not fit an input {_text(source.shape)}")
+
+
 def _check_linear(op: ir.Operation) -> None:
     weight = _quantized(op.operands[1], "weight")
     x = quantized_type(op.operands[0]) or _tensor(op.operands[0], "input")
@@ -247,6 +276,37 @@ class AssembleOp(Fpq.Operation, name="assemble", traits=[Pure]):
     def verify_invariants(op: ir.OpView) -> bool:
         """Check that codes and scales have the types that the result needs."""
         return _checked(op, _check_assemble)
+
+
+class FoldOp(Fpq.Operation, name="fold", traits=[Pure]):
+    """``fpq.fold``: a weight with each column divided by a power of two, in codes or block scales.
+
+    With a wider format, codes are held as ``2**shift`` times their size, and the scales make up for
+    that. A pass that stores the weight computes it.
+    """
+
+    input: Operand[Quantized]
+    powers: Operand[Any]
+    shift: ir.IntegerAttr
+    result: Result[Quantized]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check that the result has room for the powers."""
+        return _checked(op, _check_fold)
+
+
+class HadamardOp(Fpq.Operation, name="hadamard", traits=[Pure]):
+    """``fpq.hadamard``: the orthonormal Hadamard transform of each block of the last axis."""
+
+    input: Operand[Any]
+    block: ir.IntegerAttr
+    result: Result[Any]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check that blocks fit the last axis."""
+        return _checked(op, _check_hadamard)
 
 
 class LinearOp(Fpq.Operation, name="linear", traits=[Pure]):

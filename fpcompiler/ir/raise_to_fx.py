@@ -65,6 +65,8 @@ class Raiser:
             "fpq.encode": self._encode,
             "fpq.dequantize": self._dequantize,
             "fpq.assemble": lambda op, args: [arg for arg in args if arg is not None],
+            "fpq.fold": self._fold,
+            "fpq.hadamard": self._hadamard,
             "fpq.linear": self._linear,
             "fpq.scaled_gemm": self._linear,
         }
@@ -192,6 +194,20 @@ class Raiser:
         return self._call(
             torch.ops.fpc.dequantize.default, (parts, str(kind.operand), result.dtype)
         )
+
+    def _fold(self, op: ir.Operation, args: list[Any]) -> list[fx.Node]:
+        before, after = quantized_type(op.operands[0]), quantized_type(op.results[0])
+        assert before is not None
+        assert after is not None
+        (codes, *scales), powers = args
+        shift = ir.IntegerAttr(op.attributes["shift"]).value
+        called = (codes, scales, powers, str(before.operand), str(after.operand), shift)
+        node = self._call(torch.ops.fpc.fold.default, called)
+        return [self._call(operator.getitem, (node, i)) for i in range(1 + len(scales))]
+
+    def _hadamard(self, op: ir.Operation, args: list[Any]) -> fx.Node:
+        block = ir.IntegerAttr(op.attributes["block"]).value
+        return self._call(torch.ops.fpc.hadamard.default, (args[0], block))
 
     def _linear(self, op: ir.Operation, args: list[Any]) -> fx.Node:
         x, weight, bias = args

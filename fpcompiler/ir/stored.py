@@ -10,7 +10,7 @@ from torch_mlir import ir
 from fpcompiler.ir import build
 from fpcompiler.ir.dialect import SCALE_SLOTS, AssembleOp, scale_slots, scale_texts
 from fpcompiler.ir.program import Program
-from fpcompiler.ir.types import QuantizedType
+from fpcompiler.ir.types import QuantizedType, TensorType
 
 
 def store_scales(
@@ -29,7 +29,7 @@ def store_scales(
     """
     values: dict[str, ir.Value] = {}
     for slot, text, tensor in zip(scale_slots(kind), scale_texts(kind), scales, strict=True):
-        values[slot] = _store(program, f"{name}.{slot}_scale", text, tensor)
+        values[slot] = store_builtin(program, f"{name}.{slot}_scale", text, tensor)
     return [values[slot] if slot in values else build.constant(None) for slot in SCALE_SLOTS]
 
 
@@ -47,12 +47,22 @@ def store_quantized(
     scales: Sequence[torch.Tensor],
 ) -> ir.Value:
     """Return a quantized value whose packed codes and scales are stored in globals."""
-    codes = _store(program, f"{name}.codes", kind.payload, packed)
+    codes = store_builtin(program, f"{name}.codes", kind.payload, packed)
     operands = (codes, *store_scales(program, name, kind, scales))
     return AssembleOp(*operands, kind.to_mlir()).result
 
 
-def _store(program: Program, wanted: str, text: str, tensor: torch.Tensor) -> ir.Value:
+def store_tensor(program: Program, wanted: str, tensor: torch.Tensor, kind: TensorType) -> ir.Value:
+    """Declare a global for a tensor, and load it as a torch tensor of a type."""
+    name = program.weights.unused_name(wanted)
+    program.weights[name] = tensor
+    text = build.torch_global_text(tensor)
+    build.declare_global(program.module.operation, name, text)
+    return build.load_global(name, text, kind.to_mlir())
+
+
+def store_builtin(program: Program, wanted: str, text: str, tensor: torch.Tensor) -> ir.Value:
+    """Declare a global of a builtin tensor type for a tensor, and load it as what it is."""
     name = program.weights.unused_name(wanted)
     program.weights[name] = tensor
     build.declare_global(program.module.operation, name, text)

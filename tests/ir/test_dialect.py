@@ -30,6 +30,15 @@ def linear(x: str = A6, w: str = W4, bias: str = NONE, result: str = OUT) -> str
     return program("linear", (x, w, bias), result, '{layer = "fc"}')
 
 
+K64 = "!torch.vtensor<[64],f32>"
+ROWS = '!fpq.quantized<tensor<8x64xf4E2M1FN>, "row:f32">'
+WIDE = '!fpq.quantized<tensor<8x64xf6E3M2FN>, "row:f32">'
+
+
+def fold(before: str = ROWS, after: str = WIDE, powers: str = K64, shift: int = 0) -> str:
+    return program("fold", (before, powers), after, f"{{shift = {shift} : i64}}")
+
+
 ASSEMBLED = ("tensor<8x64xf4E2M1FN>", "tensor<8x1xf32>", "tensor<8x2xf8E8M0FNU>")
 
 GOOD = {
@@ -50,6 +59,9 @@ GOOD = {
         ("tensor<8x65xf4E2M1FN>", NONE, "tensor<8x3xf8E8M0FNU>"),
         '!fpq.quantized<tensor<8x65xf4E2M1FN>, "block32:f8E8M0FNU">',
     ),
+    "fold": fold(),
+    "fold-shifted": fold(shift=2),
+    "fold-into-block-scales": fold(W4, W4),
     "linear": linear(),
     "linear-float-input": linear(x=F32),
     "linear-bias": linear(bias="!torch.vtensor<[8],f32>"),
@@ -134,6 +146,27 @@ BAD = {
         program("assemble", (ASSEMBLED[0], NONE, ASSEMBLED[2]), W4),
         "'fpq.assemble' op operands tensor<8x64xf4E2M1FN>, !torch.none, tensor<8x2xf8E8M0FNU> "
         "are not tensor<8x64xf4E2M1FN>, tensor<8x1xf32>, tensor<8x2xf8E8M0FNU>",
+    ),
+    "fold-powers": (
+        fold(powers="!torch.vtensor<[32],f32>"),
+        "'fpq.fold' op powers: shape [32] is not [64]",
+    ),
+    "fold-levels": (
+        fold(after='!fpq.quantized<tensor<8x64xf6E3M2FN>, "tensor:f32">'),
+        "'fpq.fold' op the scale levels of f4E2M1FN@row:f32 and f6E3M2FN@tensor:f32 differ, or "
+        "there are none",
+    ),
+    "fold-no-block-scales": (
+        fold(after=ROWS),
+        "'fpq.fold' op the scales of f4E2M1FN@row:f32 cannot take powers of two",
+    ),
+    "fold-narrower": (
+        fold(WIDE, ROWS),
+        "'fpq.fold' op f4E2M1FN does not hold f6E3M2FN times 2**0",
+    ),
+    "fold-out-of-range": (
+        fold(shift=3),
+        "'fpq.fold' op f6E3M2FN does not hold f4E2M1FN times 2**3",
     ),
     "linear-float-weight": (
         linear(w="!torch.vtensor<[8,64],f32>"),

@@ -131,6 +131,15 @@ def test_the_operators_are_good_citizens_of_torch(weight, activation):
         torch.library.opcheck(torch.ops.fpc.dequantize.default, dequantized)
 
 
+@pytest.mark.parametrize("target", ["f6E3M2FN@row:f32", "f4E2M1FN@row:f32/block32:f8E8M0FNU"])
+def test_fold_is_a_good_citizen_of_torch(target):
+    levels = target.partition("@")[2]
+    (codes, *scales), _ = quantized(torch.randn(4, 64), f"f4E2M1FN@{levels}")
+    powers = torch.tensor([1.0, 8.0]).repeat_interleave(32)
+    arguments = (codes, scales, powers, f"f4E2M1FN@{levels}", target, 0)
+    torch.library.opcheck(torch.ops.fpc.fold.default, arguments)
+
+
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_pack_is_a_good_citizen_of_torch(bits):
     codes = torch.randint(0, 1 << bits, (3, 10), dtype=torch.uint8)

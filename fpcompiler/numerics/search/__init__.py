@@ -13,6 +13,7 @@ from fpcompiler.numerics.search.layer import SearchOptions, search_layer
 from fpcompiler.numerics.search.problem import Choice
 from fpcompiler.numerics.search.result import SearchResult
 from fpcompiler.numerics.search.scaled import quantize_packed_with_scale, quantize_with_scale
+from fpcompiler.numerics.search.shared import Decision, search_shared
 
 __all__ = [
     "search_layer",
@@ -22,6 +23,8 @@ __all__ = [
     "Grid",
     "WEIGHT_GRID",
     "ACTIVATION_GRID",
+    "search_shared",
+    "Decision",
     "search_layer_faithful",
     "FaithfulOptions",
     "Order",

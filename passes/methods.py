@@ -1,0 +1,108 @@
+"""The pipelines of :func:`fpcompiler.compile`: what is the same for all, and methods by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final
+
+from fpcompiler.errors import PassError
+from fpcompiler.passes.base import Pass
+from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
+from fpcompiler.passes.fold_constants import FoldConstants
+from fpcompiler.passes.gptq import Gptq
+from fpcompiler.passes.insert_quantize import InsertQuantize
+from fpcompiler.passes.lower_gemm import LowerGemm
+from fpcompiler.passes.normalize import Normalize
+from fpcompiler.passes.pipeline import Pipeline
+from fpcompiler.passes.preshift import Preshift
+from fpcompiler.passes.quantize_attention import QuantizeAttention
+from fpcompiler.passes.quantize_weights import QuantizeWeights
+from fpcompiler.passes.rotate import Rotate
+from fpcompiler.passes.search_formats import SearchFormats
+from fpcompiler.passes.smooth import Smooth
+
+
+@dataclass(frozen=True)
+class Method:
+    """How formats, scales and roundings are found.
+
+    Attributes:
+        passes: What runs between ``insert-quantize`` and ``quantize-weights``.
+        description: What it does, in a line.
+        needs_data: Whether it learns from calibration data.
+    """
+
+    passes: tuple[Pass, ...]
+    description: str
+    needs_data: bool = True
+
+
+METHODS: Final[Mapping[str, Method]] = MappingProxyType(
+    {
+        "rtn": Method((), "round to nearest", needs_data=False),
+        "smooth": Method((Smooth(),), "outliers of inputs moved into weights (SmoothQuant)"),
+        "rotate": Method(
+            (Rotate(),), "Hadamard transforms of quantized inputs, then rtn", needs_data=False
+        ),
+        "preshift": Method(
+            (Preshift(rho="search"),), "inputs times powers of two, weights divided (LLM-FP4)"
+        ),
+        "preshift-gptq": Method((Preshift(rho="search"), Gptq()), "preshift, then gptq"),
+        "search": Method((SearchFormats(),), "formats and scales by the error of the output"),
+        "faithful": Method(
+            (SearchFormats(mode="faithful"),), "the search as LLM-FP4 published it, to compare with"
+        ),
+        "gptq": Method((Gptq(),), "each rounding makes up for those before (GPTQ)"),
+        "search-gptq": Method((SearchFormats(), Gptq()), "search, then gptq with its scales"),
+        "rotate-gptq": Method(
+            (Rotate(weights_too=True), Gptq()), "rotate inputs of all layers, then gptq"
+        ),
+    }
+)
+"""The methods by name."""
+
+
+def default_pipeline(
+    scheme: str,
+    target: str = "reference",
+    clip: str = "max",
+    method: str = "rtn",
+    attention: str | None = None,
+) -> Pipeline:
+    """Return the passes that :func:`fpcompiler.compile` runs.
+
+    Args:
+        scheme: The exact text of a scheme.
+        target: Name of the target.
+        clip: How row scales of weights are chosen, see ``quantize-weights``.
+        method: A name in :data:`METHODS`.
+        attention: The operand of queries, keys and values, or None to leave them as they are.
+
+    Raises:
+        PassError: If there is no such method.
+        FormatError: If the operand for attention means nothing.
+    """
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, list(METHODS), n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise PassError(f"There is no method {method!r}. {hint}Methods: {', '.join(METHODS)}.")
+    return (
+        Cse(),
+        Normalize(),
+        FoldConstants(),
+        InsertQuantize(scheme=scheme),
+        Cse(),
+        *(_for_target(item, target) for item in METHODS[method].passes),
+        *((QuantizeAttention(operand=attention),) if attention else ()),
+        QuantizeWeights(clip=clip),
+        LowerGemm(target=target),
+        Canonicalize(),
+        SymbolDce(),
+    )
+
+
+def _for_target(item: Pass, target: str) -> Pass:
+    return replace(item, target=target) if isinstance(item, SearchFormats) else item

@@ -1,0 +1,209 @@
+"""``search-formats``: choose formats and scales by the error they make on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+from torch_mlir import ir
+
+from fpcompiler import target as targets
+from fpcompiler.calibration import Group, InputStatistics, input_groups
+from fpcompiler.errors import PassError
+from fpcompiler.formats import FORMATS
+from fpcompiler.ir.dialect import EncodeOp, QuantizeOp
+from fpcompiler.ir.program import Program, Stage
+from fpcompiler.ir.stored import store_scales
+from fpcompiler.ir.types import QuantizedType, quantized_type
+from fpcompiler.numerics import search
+from fpcompiler.operand import Operand
+from fpcompiler.passes.base import Pass, PassContext, pass_text
+from fpcompiler.passes.weights import OpenWeight, OpenWeights
+from fpcompiler.target import Target
+
+_MODES: Final = ("default", "faithful")
+_FORMATS: Final = ("same-bits", "given")
+
+
+@dataclass(frozen=True)
+class SearchFormats(Pass):
+    """Search formats and clips, layer by layer (LLM-FP4, arXiv 2310.16836).
+
+    Layers that share an input are searched together, with the inputs of the original model. An
+    input with a scale per tensor gets a static one, if its weights have one scale per row. Other
+    scales of inputs stay as they are computed at each call, and the format is chosen. Weights get
+    scales per row, or per block, that make the error of the output small. What the target cannot
+    run is not tried.
+
+    Attributes:
+        mode: ``default``, whose grid of clips does not depend on the scale of the tensors and which
+            is never worse than rounding to nearest; or ``faithful``, the published search.
+        formats: ``same-bits`` chooses among the formats that are as wide as the given one;
+            ``given`` keeps it.
+        target: Name of the target.
+    """
+
+    name: ClassVar[str] = "search-formats"
+    requires: ClassVar[Stage] = Stage.QUANTIZED
+    mode: str = "default"
+    formats: str = "same-bits"
+    target: str = "reference"
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            PassError: If there is no such mode or choice of formats.
+        """
+        for option, known in (("mode", _MODES), ("formats", _FORMATS)):
+            if getattr(self, option) not in known:
+                raise PassError(
+                    f"{self.name}: {option} must be one of {', '.join(known)}: "
+                    f"{getattr(self, option)!r}"
+                )
+
+    def run(self, program: Program, context: PassContext) -> None:
+        """Search and rewrite every group of layers.
+
+        Raises:
+            PassError: If there is no calibration data.
+            NumericsError: If a weight or an input holds NaN or infinity; the layer is named.
+        """
+        calibration = context.calibrated(self.name)
+        every = input_groups(program)
+        weights = OpenWeights(program, every)
+        groups = [group for group in every if weights.of(group) and not weights.folded(group)]
+        context.count("groups left: shifted already", sum(map(weights.folded, every)))
+        work = partial(self._search, weights, targets.lookup(self.target))
+        results = calibration.visit(
+            program, groups, work, label=pass_text(self), progress=context.progress
+        )
+        for group in groups:
+            _Rewriter(program, group, results[group.name], context).run(weights.of(group))
+
+    def _search(
+        self, weights: OpenWeights, target: Target, group: Group, statistics: InputStatistics
+    ) -> dict[str, Tensor]:
+        device = statistics.gram.device
+        given = [] if group.quantize is None else [_operand(group.quantize)]
+        decision = search.search_shared(
+            statistics.sample,
+            statistics.gram,
+            [weights.value(weight).to(device) for weight in weights.of(group)],
+            *self._possible(target, [weight.operand for weight in weights.of(group)], given),
+            search.search_layer_faithful if self.mode == "faithful" else search.search_layer,
+        )
+        return _encoded(decision)
+
+    def _possible(
+        self, target: Target, weights: Sequence[Operand], given: Sequence[Operand]
+    ) -> tuple[list[list[Operand]], list[Operand]]:
+        """Return candidates for each weight and for the input; any of them go together.
+
+        What is given comes first, also where the target cannot run it: ``lower-gemm`` says so.
+        """
+
+        def runs(weight: Operand, activation: Operand | None) -> bool:
+            return target.kind_for(weight, activation) is not None
+
+        x = given[0] if given else None
+        lists = [[w for w in self._candidates(own) if w == own or runs(w, x)] for own in weights]
+        every = {w for candidates in lists for w in candidates}
+        inputs = [a for own in given for a in self._candidates(own)]
+        return lists, [a for a in inputs if a == x or all(runs(w, a) for w in every)]
+
+    def _candidates(self, operand: Operand) -> list[Operand]:
+        """Return the operand, and then those that differ in the format only."""
+        if self.formats == "given":
+            return [operand]
+        same = [
+            spec
+            for spec in FORMATS.values()
+            if spec.signed and spec.storage_bits == operand.format.storage_bits
+        ]
+        others = [spec for spec in same if spec is not operand.format]
+        return [operand, *(replace(operand, format=spec) for spec in others)]
+
+
+def _operand(op: ir.Operation) -> Operand:
+    kind = quantized_type(op.results[0])
+    assert kind is not None
+    return kind.operand
+
+
+def _encoded(decision: search.Decision) -> dict[str, Tensor]:
+    """Return a decision as tensors, operands as the bytes of their text."""
+    result = {"losses": torch.tensor([decision.rtn_loss, decision.loss], dtype=torch.float64)}
+    if decision.activation is not None:
+        result["input"] = _bytes(str(decision.activation))
+    if decision.activation_scale is not None:
+        result["input.scale"] = decision.activation_scale
+    for number, (operand, scales) in enumerate(decision.weights):
+        result[f"{number}"] = _bytes(str(operand))
+        result |= {f"{number}.scale{level}": scale for level, scale in enumerate(scales)}
+    return result
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _text(tensor: Tensor) -> str:
+    return bytes(tensor.tolist()).decode()
+
+
+class _Rewriter:
+    """Puts what was found for one group into the program."""
+
+    def __init__(
+        self, program: Program, group: Group, found: Mapping[str, Tensor], context: PassContext
+    ) -> None:
+        self.program = program
+        self.group = group
+        self.found = found
+        self.context = context
+
+    def run(self, weights: Sequence[OpenWeight]) -> None:
+        """Rewrite the input and the weights."""
+        for number, weight in enumerate(weights):
+            self._weight(number, weight)
+        if self.group.quantize is not None:
+            self._input(self.group.quantize)
+        rtn, loss = self.found["losses"].tolist()
+        self.context.count("groups of layers searched")
+        self.context.count("groups better than round to nearest", int(loss < rtn))
+
+    def _weight(self, number: int, weight: OpenWeight) -> None:
+        operand = Operand.parse(_text(self.found[f"{number}"]))
+        scales = [self.found[f"{number}.scale{i}"] for i in range(len(operand.levels))]
+        kind = QuantizedType(weight.kind.shape, operand)
+        self._replace(weight.op, kind, f"{weight.layer}.weight", scales)
+        self.context.count(f"weights in {operand.format}")
+
+    def _input(self, op: ir.Operation) -> None:
+        before = quantized_type(op.results[0])
+        assert before is not None
+        operand = Operand.parse(_text(self.found["input"]))
+        kind = QuantizedType(before.shape, operand)
+        self.context.count(f"inputs in {operand.format}")
+        if "input.scale" not in self.found:
+            self._replace(op, kind, "", ())
+            return
+        scale = self.found["input.scale"].view((1,) * len(before.shape))
+        self._replace(op, kind, f"{self.group.name}.input", (scale,))
+
+    def _replace(
+        self, op: ir.Operation, kind: QuantizedType, name: str, scales: Sequence[Tensor]
+    ) -> None:
+        with ir.InsertionPoint(op), op.location:
+            if scales:
+                values = store_scales(self.program, name, kind, scales)
+                new = EncodeOp(op.operands[0], *values, kind.to_mlir()).result
+            else:
+                new = QuantizeOp(op.operands[0], kind.to_mlir()).result
+        op.results[0].replace_all_uses_with(new)
+        op.erase()
