@@ -101,14 +101,21 @@ def compile(
         CaptureError: If torch.export cannot turn the model into a graph.
         NumericsError: If a weight holds NaN or infinity; the message names the layer.
     """
-    from fpcompiler.passes import default_pipeline, parse_pipeline
+    from fpcompiler.passes import METHODS, default_pipeline, parse_pipeline
     from fpcompiler.scheme import Scheme as SchemeClass
     from fpcompiler.target import lookup
 
     parsed = SchemeClass.of(scheme)
     lookup(target)
     # What is wrong with the passes is said before a model is captured.
+    if pipeline is not None and (method != "rtn" or attention is not None):
+        raise OptionError("pipeline= names all passes; leave out method= and attention=.")
     if pipeline is None:
+        if method in METHODS and METHODS[method].needs_data and calibration is None:
+            raise OptionError(
+                f"the method {method} learns from data: give calibration=batches, such as [x] "
+                "(--calibration on the command line)."
+            )
         pipeline = default_pipeline(str(parsed), target, clip, method, attention)
     passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
     data = None
@@ -138,8 +145,10 @@ class _Data:
 
         self.calls = calls(batches)
         self.max_memory = parse_bytes(max_memory)
-        self.folder = None if work_dir is None else Path(work_dir)
+        self.folder = None if work_dir is None else _made(Path(work_dir).expanduser())
         self.seed = seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise OptionError(f"seed must be a whole number from 0 to 2**32 - 1, not {seed!r}.")
 
     def bound(self, captured: CapturedProgram) -> Calibration:
         """Return it as the tensors that the captured program reads."""
@@ -154,6 +163,14 @@ class _Data:
         if not Options.from_env().shows_progress(sys.stderr):
             return calibration
         return replace(calibration, report=lambda text: print(text, file=sys.stderr))
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"work_dir: {folder} cannot be made: {error.strerror}.") from error
+    return folder
 
 
 class _Job:

@@ -30,7 +30,8 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 """Levels that ``FPC_LOGS`` knows."""
 
 LOG_PARTS: Final = (
-    "api", "artifact", "capture", "cli", "codegen", "ir", "numerics", "passes", "runtime",
+    "api", "artifact", "calibration", "capture", "cli", "codegen", "ir", "numerics", "passes",
+    "runtime",
 )  # fmt: skip
 """Parts of fpcompiler that log; each is the logger ``fpcompiler.<part>``."""
 

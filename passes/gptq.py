@@ -20,7 +20,8 @@ class Gptq(Pass):
     """Quantize weights with GPTQ (arXiv 2210.17323) on the grid of their format.
 
     Scales are those that a search has found, or the operand's own; they are fixed before the first
-    channel is rounded. A row that would not get better keeps rounding to nearest.
+    channel is rounded. A row that would not get better keeps rounding to nearest, and so does a
+    weight that multiplies several inputs.
 
     Attributes:
         act_order: Whether channels with large inputs come first.
@@ -42,7 +43,9 @@ class Gptq(Pass):
         calibration = context.calibrated(self.name)
         every = input_groups(program)
         weights = OpenWeights(program, every)
-        groups = [group for group in every if weights.of(group)]
+        groups = [group for group in every if weights.own(group)]
+        shared = len(weights.every()) - sum(len(weights.own(group)) for group in groups)
+        context.count("weights left, since they multiply several inputs", shared)
 
         def work(group: Group, statistics: InputStatistics) -> dict[str, Tensor]:
             return self._group(weights, group, statistics)
@@ -51,7 +54,7 @@ class Gptq(Pass):
             program, groups, work, label=pass_text(self), progress=context.progress
         )
         for group in groups:
-            for number, weight in enumerate(weights.of(group)):
+            for number, weight in enumerate(weights.own(group)):
                 found = results[group.name]
                 scales = [
                     found[f"{number}.scale{level}"] for level in range(len(weight.operand.levels))
@@ -64,7 +67,7 @@ class Gptq(Pass):
         gram = weights.statistics(group, statistics).gram
         factor = factorize(gram, act_order=self.act_order, damping=self.damping, layer=group.name)
         result: dict[str, Tensor] = {}
-        for number, weight in enumerate(weights.of(group)):
+        for number, weight in enumerate(weights.own(group)):
             codes, scales = _rounded(weights, weight, factor)
             result[f"{number}.codes"] = codes
             result |= {f"{number}.scale{level}": scale for level, scale in enumerate(scales)}

@@ -48,7 +48,8 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             (Rotate(),), "Hadamard transforms of quantized inputs, then rtn", needs_data=False
         ),
         "preshift": Method(
-            (Preshift(rho="search"),), "inputs times powers of two, weights divided (LLM-FP4)"
+            (Preshift(rho="search"),),
+            "inputs times 2**k, weights by 2**-k, in wider codes",
         ),
         "preshift-gptq": Method((Preshift(rho="search"), Gptq()), "preshift, then gptq"),
         "search": Method((SearchFormats(),), "formats and scales by the error of the output"),

@@ -50,6 +50,7 @@ class Rotate(Pass):
         """Rotate every group of layers whose weights are all open."""
         groups = input_groups(program)
         weights = OpenWeights(program, groups)
+        weights.require_unsearched(self.name, groups)
         for group in context.progress(groups, len(groups), "rotating"):
             block = self._block(group.k)
             wanted = group.quantize is not None or self.weights_too

@@ -76,14 +76,14 @@ class SearchFormats(Pass):
         calibration = context.calibrated(self.name)
         every = input_groups(program)
         weights = OpenWeights(program, every)
-        groups = [group for group in every if weights.of(group) and not weights.folded(group)]
+        groups = [group for group in every if weights.own(group) and not weights.folded(group)]
         context.count("groups left: shifted already", sum(map(weights.folded, every)))
         work = partial(self._search, weights, targets.lookup(self.target))
         results = calibration.visit(
             program, groups, work, label=pass_text(self), progress=context.progress
         )
         for group in groups:
-            _Rewriter(program, group, results[group.name], context).run(weights.of(group))
+            _Rewriter(program, group, results[group.name], context).run(weights.own(group))
 
     def _search(
         self, weights: OpenWeights, target: Target, group: Group, statistics: InputStatistics
@@ -93,8 +93,8 @@ class SearchFormats(Pass):
         decision = search.search_shared(
             statistics.sample,
             statistics.gram,
-            [weights.value(weight).to(device) for weight in weights.of(group)],
-            *self._possible(target, [weight.operand for weight in weights.of(group)], given),
+            [weights.value(weight).to(device) for weight in weights.own(group)],
+            *self._possible(target, [weight.operand for weight in weights.own(group)], given),
             search.search_layer_faithful if self.mode == "faithful" else search.search_layer,
         )
         return _encoded(decision)

@@ -57,6 +57,7 @@ class Smooth(Pass):
         calibration = context.calibrated(self.name)
         every = input_groups(program)
         weights = OpenWeights(program, every)
+        weights.require_unsearched(self.name, every)
         groups = [g for g in every if g.quantize is not None and weights.are_whole(g)]
         context.count("groups of layers not smoothed", len(every) - len(groups))
         found = calibration.visit(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch_mlir import ir
 
 from fpcompiler.calibration import Group, InputStatistics
+from fpcompiler.errors import PassError, describe_layer
 from fpcompiler.ir.build import global_of
 from fpcompiler.ir.evaluate import ConstantEvaluator
 from fpcompiler.ir.program import Program
@@ -90,12 +91,38 @@ class OpenWeights:
         assert isinstance(value, Tensor)
         return value
 
+    def own(self, group: Group) -> list[OpenWeight]:
+        """Return the open weights of a group that no layer outside of it uses.
+
+        What a group's input says about a weight holds for these only: another input that the same
+        weight multiplies may say the opposite.
+        """
+        layers = set(group.layers)
+        return [weight for weight in self.of(group) if _users(weight.op.results[0]) <= layers]
+
     def are_whole(self, group: Group) -> bool:
         """Return whether all weights of a group are open, and used by its layers alone."""
         used = {before_fold(linear.operands[1]) for linear in group.layers}
-        users = {use.owner for value in used for use in value.uses}
-        own = len(self.of(group)) == len(used)
-        return own and users <= set(group.layers)
+        return len(self.own(group)) == len(used)
+
+    def require_unsearched(self, name: str, groups: Sequence[Group]) -> None:
+        """Check that a pass that changes weights or inputs comes before those that scale or round.
+
+        Args:
+            name: The pass.
+            groups: The layers.
+
+        Raises:
+            PassError: If scales have been found, or all weights are stored already.
+        """
+        if groups and not self.every():
+            raise PassError(f"{name}: all weights are rounded already; put it before that pass.")
+        searched = [weight.layer for weight in self.every() if weight.op.name == "fpq.encode"]
+        if searched:
+            raise PassError(
+                f"{describe_layer(searched[0])}: its scales were searched for the weight as it is; "
+                f"put {name} before search-formats."
+            )
 
     def replace(self, weight: OpenWeight, value: Tensor, what: str) -> None:
         """Quantize another tensor instead, stored as ``LAYER.weight.WHAT``."""
@@ -203,3 +230,12 @@ def before_fold(weight: ir.Value) -> ir.Value:
     owner = weight.owner
     folds = not isinstance(owner, ir.Block) and owner.operation.name == "fpq.fold"
     return owner.operation.operands[0] if folds else weight
+
+
+def _users(value: ir.Value) -> set[ir.Operation]:
+    """Return the layers that use a quantized weight, folded or not."""
+    users: set[ir.Operation] = set()
+    for use in value.uses:
+        owner = use.owner.operation
+        users |= _users(owner.results[0]) if owner.name == "fpq.fold" else {owner}
+    return users

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
@@ -26,7 +26,7 @@ from fpcompiler.calibration.groups import Group
 from fpcompiler.calibration.preflight import Preflight
 from fpcompiler.calibration.segments import Environment, Segments, Spill
 from fpcompiler.calibration.statistics import Accumulator, InputStatistics
-from fpcompiler.errors import OptionError
+from fpcompiler.errors import OptionError, RunError, describe_layer
 from fpcompiler.ir.printer import print_program
 from fpcompiler.ir.program import Program
 
@@ -36,8 +36,11 @@ Result = Mapping[str, Tensor]
 Work = Callable[[Group, InputStatistics], Result]
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
-_LOG: Final = logging.getLogger("fpcompiler.passes")
-_UNITS: Final = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_LOG: Final = logging.getLogger("fpcompiler.calibration")
+_UNITS: Final = {
+    **{"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+    **{"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+}
 _SAMPLE: Final = 1024
 _SHARE: Final = 0.5
 """Of the memory, for statistics; the rest is for one batch on its way and for the work itself."""
@@ -144,7 +147,7 @@ class _Run:
 
     def all(self, work: Work, label: str, progress: Progress) -> dict[str, Result]:
         done = self._finished()
-        steps = self._steps(work, done)
+        steps = self._steps(work, label, done)
         count = (len(self.pieces) - done) * len(self.calibration.batches) + sum(
             len(self._missing(piece)) for piece in self.pieces[done:]
         )
@@ -167,7 +170,7 @@ class _Run:
     def _missing(self, piece: Sequence[Group]) -> list[Group]:
         return [group for group in piece if not self.results.has(group.name)]
 
-    def _steps(self, work: Work, done: int) -> Iterator[None]:
+    def _steps(self, work: Work, label: str, done: int) -> Iterator[None]:
         """Do what is missing, yielding after each batch and after each group."""
         self.spill.forget_all_but(done - 1)
         for number in range(done, len(self.pieces)):
@@ -177,7 +180,7 @@ class _Run:
                 start = time.perf_counter()
                 self._run_batch(number, batch, accumulators)
                 if number == done and batch == 0:
-                    self._report(accumulators, time.perf_counter() - start)
+                    self._report(label, accumulators, time.perf_counter() - start)
                 yield
             for group in piece:
                 self.results.write(group.name, work(group, accumulators.pop(group.name).result()))
@@ -185,16 +188,13 @@ class _Run:
             if number:
                 self.spill.forget(number - 1)
 
-    def _report(self, accumulators: Mapping[str, Accumulator], seconds: float) -> None:
+    def _report(self, label: str, accumulators: Mapping[str, Accumulator], seconds: float) -> None:
         tokens = max(accumulator.tokens for accumulator in accumulators.values())
         calibration = self.calibration
-        calibration.report(
-            str(
-                Preflight.predict(
-                    self.pieces, len(calibration.batches), calibration.sample, tokens, seconds
-                )
-            )
+        predicted = Preflight.predict(
+            self.pieces, len(calibration.batches), calibration.sample, tokens, seconds
         )
+        calibration.report(f"{label.partition('{')[0]}: {predicted}")
 
     def _accumulators(self, piece: Sequence[Group]) -> dict[str, Accumulator]:
         settings = (self.calibration.seed, self.calibration.device)
@@ -210,7 +210,11 @@ class _Run:
         for name, accumulator in accumulators.items():
             tap = partial(accumulator.add, batch=batch, quota=self._quota(batch), name=name)
             _chain(taps, self.nodes[name], tap)
-        left = self.segments.run(number, self._environment(number, batch), taps)
+        try:
+            left = self.segments.run(number, self._environment(number, batch), taps)
+        except RunError as error:
+            error.add_note(f"in calibration batch {batch}")
+            raise
         if number + 1 < len(self.pieces):
             self.spill.write(number, batch, left)
 
@@ -250,7 +254,12 @@ class _Results:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
     def has(self, name: str) -> bool:
-        return self._path(name).exists()
+        """Return whether there is a result that can be read; a run can be killed by a full disk."""
+        try:
+            self.read(name)
+        except (OSError, SafetensorError):
+            return False
+        return True
 
     def write(self, name: str, result: Result) -> None:
         path = self._path(name)
@@ -270,6 +279,11 @@ def _pieces(calibration: Calibration, groups: Sequence[Group]) -> list[list[Grou
     used = 0.0
     for group in groups:
         need = Accumulator.bytes(group.k, calibration.sample)
+        if need > calibration.max_memory:
+            calibration.report(
+                f"{describe_layer(group.name)}: the statistics of its {group.k} inputs take "
+                f"{-(-need // 2**20)} MiB, more than max_memory, and cannot be split."
+            )
         if not pieces or used + need > room:
             pieces.append([])
             used = 0.0
@@ -284,7 +298,8 @@ def _fingerprint(calibration: Calibration, program: Program, label: str) -> str:
     settings = [label, calibration.max_memory, calibration.sample, calibration.seed]
     settings += [str(calibration.device), *sorted(package_versions().items())]
     digest.update(json.dumps(settings).encode())
-    digest.update(print_program(program).encode())
+    # Without places: an empty line in the user's file changes nothing.
+    digest.update(print_program(program, locations=False).encode())
     for name in sorted(program.weights):
         digest.update(name.encode())
         _update(digest, program.weights[name])

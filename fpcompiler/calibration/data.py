@@ -24,6 +24,11 @@ def calls(batches: Iterable[Any]) -> tuple[Call, ...]:
     Raises:
         OptionError: If there is none.
     """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise OptionError(
+            "calibration must be several batches, or a list of one such as [x], not one "
+            f"{type(batches).__name__}."
+        )
     found = tuple(_call(batch) for batch in batches)
     if not found:
         raise OptionError("the calibration data is empty; give at least one batch.")

@@ -55,9 +55,9 @@ class Preflight:
 
     def __str__(self) -> str:
         """Return the prediction in a line."""
-        pieces = "1 piece" if self.pieces == 1 else f"{self.pieces} pieces"
         return (
-            f"{self.groups} groups of layers in {pieces}, {self.batches} batches: about "
+            f"{_number(self.groups, 'group')} of layers in {_number(self.pieces, 'piece')}, "
+            f"{_number(self.batches, 'batch', 'batches')}: about "
             f"{_size(self.statistics_bytes + 4 * self.input_bytes)} beside the model, and "
             f"{_time(self.seconds)} for running it"
         )
@@ -69,3 +69,7 @@ def _size(count: float) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{max(1, seconds):.0f} s"
+
+
+def _number(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"

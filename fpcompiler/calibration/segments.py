@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
+from fpcompiler.errors import RunError
+
 Environment = dict[str, Any]
 """Values of nodes by name: tensors and numbers."""
 
@@ -112,7 +114,13 @@ class Segments:
 
         args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), argument)
         assert callable(node.target)
-        return node.target(*args, **kwargs)
+        try:
+            return node.target(*args, **kwargs)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{node.meta.get('place', node.name)}: the model cannot run on the calibration "
+                f"data: {error}. Compare the batch with the inputs that the model takes."
+            ) from error
 
     def _argument(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         # Weights are read again in each piece: they are not carried from one to the next.

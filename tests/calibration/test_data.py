@@ -46,7 +46,7 @@ def test_amounts_of_memory(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GiB", ".", "1.2.3", "-4GiB", "0", "0.1b", "4GB", "4 Gi B", "1e9", "nan", "9" * 400],
+    ["", "GiB", ".", "1.2.3", "-4GiB", "0", "0.1b", "4GO", "4 Gi B", "1e9", "nan", "9" * 400],
 )
 def test_texts_that_are_no_amount(text: str) -> None:
     with pytest.raises(OptionError) as caught:
@@ -79,8 +79,11 @@ def test_a_batch_of_another_shape_or_dtype_is_named_by_its_number(batch, message
 
 
 def test_without_data_a_method_says_what_to_pass() -> None:
-    with pytest.raises(PassError, match=r"^gptq needs calibration data: compile\(\.\.\., calibr"):
+    with pytest.raises(OptionError, match="the method gptq learns from data: give calibration="):
         fpcompiler.compile(tiny(Mlp), example_inputs=normal(2, 32), method="gptq")
+    pipeline = "normalize,insert-quantize,gptq,lower-gemm"
+    with pytest.raises(PassError, match=r"^gptq needs calibration data: compile\(\.\.\., calibr"):
+        fpcompiler.compile(tiny(Mlp), example_inputs=normal(2, 32), pipeline=pipeline)
     with pytest.raises(OptionError, match="the calibration data is empty"):
         fpcompiler.compile(tiny(Mlp), calibration=[], method="gptq")
     with pytest.raises(PassError, match=r"There is no method 'gtpq'\. Did you mean gptq\?"):

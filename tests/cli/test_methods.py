@@ -57,7 +57,7 @@ def test_batches_come_from_files_and_a_run_can_go_on() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "gptq"], "gptq needs calibration data"),
+        (["--method", "gptq"], "the method gptq learns from data"),
         (["--method", "gtpq"], "Did you mean gptq?"),
         (["--method", "gptq", "--calibration", "no.npz"], "no.npz"),
         (["--calibration", "learned_models:batches", "--max-memory", "much"], "no amount"),

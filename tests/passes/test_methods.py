@@ -1,0 +1,87 @@
+"""Methods as a whole: what fits together, what is refused, and when."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fpcompiler
+from fpcompiler.errors import OptionError, PassError, RunError
+from fpcompiler.passes import METHODS
+from tests.passes.tiny import Mlp, tiny
+
+X = torch.randn(48, 32, generator=torch.Generator().manual_seed(2))
+DATA = [X[:24], X[24:]]
+BEFORE = "cse,normalize,fold-constants,insert-quantize{scheme=w4a4},cse"
+AFTER = "quantize-weights,lower-gemm"
+
+
+class Twice(nn.Module):
+    """A layer that two different inputs go through, as in ALBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.relu(self.layer(self.norm(x))))
+
+
+def distance(method: str, scheme: str) -> float:
+    torch.manual_seed(0)
+    model = Twice().eval()
+    x = torch.randn(256, 64)
+    x[:, 3] *= 20
+    compiled = fpcompiler.compile(model, scheme, calibration=[x], method=method)
+    with torch.no_grad():
+        return float((compiled(x) - model(x)).norm() / model(x).norm())
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("rtn", "smooth")])
+@pytest.mark.parametrize("scheme", ["w4a6", "w4a16"])
+def test_a_weight_with_two_inputs_gets_no_worse(method: str, scheme: str) -> None:
+    assert distance(method, scheme) <= 1.1 * distance("rtn", scheme)
+
+
+@pytest.mark.parametrize("item", ["smooth", "rotate"])
+def test_what_changes_weights_comes_before_what_scales_or_rounds_them(item: str) -> None:
+    for first, reason in (
+        ("search-formats", f"put {item} before search-formats"),
+        ("gptq", f"{item}: all weights are rounded already"),
+    ):
+        with pytest.raises(PassError, match=reason):
+            fpcompiler.compile(
+                tiny(Mlp), calibration=DATA, pipeline=f"{BEFORE},{first},{item},{AFTER}"
+            )
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS.items())
+def test_every_method_runs_or_says_at_once_what_it_needs(name: str, method) -> None:
+    model = tiny(Mlp)
+    if method.needs_data:
+        with pytest.raises(OptionError, match=f"the method {name} learns from data"):
+            fpcompiler.compile(model, method=name)
+    compiled = fpcompiler.compile(model, "w4a4", calibration=DATA, method=name)
+    assert (compiled(X) - model(X)).norm() < 0.5 * model(X).norm()
+
+
+REFUSED = {
+    "one tensor": ({"calibration": X}, "not one Tensor"),
+    "one dict": ({"calibration": {"x": X}}, "not one dict"),
+    "a number": ({"calibration": 5}, "not one int"),
+    "a seed": ({"calibration": DATA, "seed": 1.5}, "seed must be a whole number"),
+    "a folder": ({"calibration": DATA, "work_dir": __file__}, "work_dir: .* cannot be made"),
+    "two of one": ({"calibration": DATA, "method": "gptq", "pipeline": "cse"}, "leave out method="),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_arguments_that_cannot_be_meant_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        fpcompiler.compile(tiny(Mlp), **arguments)
+
+
+def test_a_batch_that_the_model_cannot_run_is_named() -> None:
+    data = [X.bfloat16(), X.bfloat16()]
+    with pytest.raises(RunError, match="the model cannot run on the calibration") as caught:
+        fpcompiler.compile(tiny(Mlp), "w4a4", calibration=data, method="gptq")
+    assert "in calibration batch 0" in caught.value.__notes__
