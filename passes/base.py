@@ -120,6 +120,13 @@ def rewrite(
     return matched
 
 
+def add_note(layer: ir.Operation, text: str) -> None:
+    """Say in the plan and in dumps what a pass has done to a layer (an ``fpq.linear``)."""
+    if "fpq.note" in layer.attributes:
+        text = f"{ir.StringAttr(layer.attributes['fpq.note']).value}; {text}"
+    layer.attributes["fpq.note"] = ir.StringAttr.get(text)
+
+
 def has_no_uses(op: ir.Operation) -> bool:
     """Return whether nothing reads the results of an operation."""
     return all(next(iter(result.uses), None) is None for result in op.results)

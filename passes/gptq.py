@@ -11,7 +11,7 @@ from fpcompiler.calibration import Group, InputStatistics, input_groups
 from fpcompiler.ir.program import Program, Stage
 from fpcompiler.numerics import pack
 from fpcompiler.numerics.gptq import GptqFactor, factorize, gptq_factored
-from fpcompiler.passes.base import Pass, PassContext, pass_text
+from fpcompiler.passes.base import Pass, PassContext, add_note, pass_text
 from fpcompiler.passes.weights import OpenWeight, OpenWeights
 
 
@@ -54,6 +54,7 @@ class Gptq(Pass):
             program, groups, work, label=pass_text(self), progress=context.progress
         )
         for group in groups:
+            _describe(group, weights)
             for number, weight in enumerate(weights.own(group)):
                 found = results[group.name]
                 scales = [
@@ -72,6 +73,13 @@ class Gptq(Pass):
             result[f"{number}.codes"] = codes
             result |= {f"{number}.scale{level}": scale for level, scale in enumerate(scales)}
         return result
+
+
+def _describe(group: Group, weights: OpenWeights) -> None:
+    rounded = {weight.layer for weight in weights.own(group)}
+    for layer, name in zip(group.layers, group.names, strict=True):
+        if name in rounded:
+            add_note(layer, "weight rounded by gptq")
 
 
 def _rounded(

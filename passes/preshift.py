@@ -21,7 +21,7 @@ from fpcompiler.numerics.preshift import ShiftRounding
 from fpcompiler.numerics.shift_lowering import Buckets, bucket_permutation
 from fpcompiler.operand import Granularity, Operand
 from fpcompiler.passes.absorb_shifts import Absorber
-from fpcompiler.passes.base import Pass, PassContext, has_no_uses, pass_text
+from fpcompiler.passes.base import Pass, PassContext, add_note, has_no_uses, pass_text
 from fpcompiler.passes.shift_channels import (
     Shift,
     block_of,
@@ -240,7 +240,7 @@ def _describe(shift: Shift, place: str, proof: str) -> None:
     where = f"in {place}" if place else "by a multiplication"
     note = f"input times 2**k, k to {shift.largest}, {where}; {shift.describe()}"
     for linear in shift.group.layers:
-        linear.attributes["fpq.note"] = ir.StringAttr.get(note)
+        add_note(linear, note)
         linear.attributes["fpq.proof"] = ir.StringAttr.get(proof)
 
 

@@ -12,7 +12,7 @@ from fpcompiler.errors import PassError
 from fpcompiler.ir.dialect import HadamardOp
 from fpcompiler.ir.program import Program, Stage
 from fpcompiler.numerics.hadamard import HADAMARD_BLOCKS, hadamard
-from fpcompiler.passes.base import Pass, PassContext
+from fpcompiler.passes.base import Pass, PassContext, add_note
 from fpcompiler.passes.weights import OpenWeights
 
 
@@ -75,3 +75,5 @@ def _rotate(group: Group, weights: OpenWeights, block: int) -> None:
         x = HadamardOp(group.x, size, group.x.type).result
     for reader in readers:
         reader.operands[0] = x
+    for layer in group.layers:
+        add_note(layer, f"input and weight rotated in blocks of {block}")

@@ -21,7 +21,7 @@ from fpcompiler.ir.stored import store_scales
 from fpcompiler.ir.types import QuantizedType, quantized_type
 from fpcompiler.numerics import search
 from fpcompiler.operand import Operand
-from fpcompiler.passes.base import Pass, PassContext, pass_text
+from fpcompiler.passes.base import Pass, PassContext, add_note, pass_text
 from fpcompiler.passes.weights import OpenWeight, OpenWeights
 from fpcompiler.target import Target
 
@@ -174,6 +174,8 @@ class _Rewriter:
         if self.group.quantize is not None:
             self._input(self.group.quantize)
         rtn, loss = self.found["losses"].tolist()
+        for layer in self.group.layers:
+            add_note(layer, f"searched: output error {loss / rtn if rtn else 1.0:.2f} of rtn")
         self.context.count("groups of layers searched")
         self.context.count("groups better than round to nearest", int(loss < rtn))
 

@@ -16,7 +16,7 @@ from fpcompiler.ir.program import Program, Stage
 from fpcompiler.ir.stored import store_tensor
 from fpcompiler.ir.types import TensorType, tensor_type
 from fpcompiler.numerics.smooth import smooth_scales
-from fpcompiler.passes.base import Pass, PassContext, pass_text
+from fpcompiler.passes.base import Pass, PassContext, add_note, pass_text
 from fpcompiler.passes.weights import OpenWeights
 
 
@@ -72,6 +72,8 @@ class Smooth(Pass):
             for weight in weights.of(group):
                 value = weights.value(weight)
                 weights.replace(weight, value * found[group.name]["factors"].to(value), "smoothed")
+            for layer in group.layers:
+                add_note(layer, "outliers of the input moved to the weight")
             context.count("groups of layers smoothed")
 
     def _factors(

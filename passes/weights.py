@@ -101,9 +101,10 @@ class OpenWeights:
         return [weight for weight in self.of(group) if _users(weight.op.results[0]) <= layers]
 
     def are_whole(self, group: Group) -> bool:
-        """Return whether all weights of a group are open, and used by its layers alone."""
-        used = {before_fold(linear.operands[1]) for linear in group.layers}
-        return len(self.own(group)) == len(used)
+        """Return whether all weights of a group are open, not folded, and used by it alone."""
+        used = {linear.operands[1] for linear in group.layers}
+        folded = any(fold_of(linear) is not None for linear in group.layers)
+        return not folded and len(self.own(group)) == len(used)
 
     def require_unsearched(self, name: str, groups: Sequence[Group]) -> None:
         """Check that a pass that changes weights or inputs comes before those that scale or round.

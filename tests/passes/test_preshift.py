@@ -244,7 +244,7 @@ def test_an_artifact_holds_the_shifted_model(tmp_path: Path) -> None:
     assert rows["q_proj"]["weight"] == "f6E3M2FN@row:f32"
     assert rows["q_proj"]["reason"] == (
         "decode: torch.matmul; input times 2**k, k to 3, in attention_norm.weight; "
-        "weights hold 2**-k in their codes"
+        "weights hold 2**-k in their codes; weight rounded by gptq"
     )
 
 
