@@ -1,9 +1,10 @@
-"""How fast weights are quantized and packed, and packed weights decoded.
+"""How fast weights are quantized and packed, one token quantized, and packed weights decoded.
 
 Each candidate alternates with ``copy_`` of the fp32 tensor, which moves the bytes and does nothing
 else, and medians are compared: of processor time with one thread, of the clock with more (for
-which the machine must be idle). Run it with ``python examples/benchmarks/packing.py``; it prints a
-table and writes ``results/packing.json`` beside this file.
+which the machine must be idle). ``FPC_NATIVE=0`` measures PyTorch in place of the native library,
+for which ``results/packing-pytorch.json`` is the record. Run it with ``python
+examples/benchmarks/packing.py``; it prints a table and writes ``results/packing.json``.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fpcompiler import numerics
+from fpcompiler import native, numerics
+from fpcompiler.native import INSTRUCTION_SETS
 from fpcompiler.operand import Operand
 
 OPERANDS = (
@@ -33,6 +36,9 @@ OPERANDS = (
     "f4E2M1FN@tensor:f32/block16:f8E4M3FN",
     "f6E2M3FN@block32:f8E8M0FNU",
 )
+SMALL = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
+"""The weights of one layer of SmolLM2-135M, which has 30."""
+TOKEN = ("f6E2M3FN@token:f32", "f6E2M3FN@block32:f8E8M0FNU")
 DECODED = ("f4E2M1FN", "f6E2M3FN", "f8E4M3FN")
 
 
@@ -70,41 +76,63 @@ def compare(
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is timed: a name, fp32 values [R, K] that are read (or written), and what is done."""
+
+    name: str
+    values: list[torch.Tensor]
+    run: Callable[[], object]
+
+
+def works(size: int, device: torch.device) -> list[Work]:
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(size, size, generator=generator).to(device)
+    small = [torch.randn(*shape, generator=generator).to(device) for shape in SMALL]
+    token = torch.randn(1, 576, generator=generator).to(device)
+    named = [("quantize+pack", [large], text) for text in OPERANDS]
+    named += [("the weights of a layer of SmolLM2,", small, text) for text in OPERANDS[::2]]
+    named += [("one token of 576,", [token], text) for text in TOKEN]
+    found = [Work(f"{what} {text}", v, quantizing(v, text)) for what, v, text in named]
+    return [*found, *(Work(f"decode {name}", [large], decoding(large, name)) for name in DECODED)]
+
+
+def quantizing(values: list[torch.Tensor], text: str) -> Callable[[], object]:
+    operand = Operand.parse(text)
+    return lambda: [numerics.quantize_packed(value, operand) for value in values]
+
+
+def decoding(value: torch.Tensor, name: str) -> Callable[[], object]:
+    operand, target = Operand.parse(f"{name}@row:f32"), torch.empty_like(value)
+    packed, _ = numerics.quantize_packed(value, operand)
+    return lambda: numerics.decode_packed(packed, operand.format, value.shape[1], out=target)
+
+
 def measure(size: int, rounds: int, threads: int, device: torch.device) -> list[dict[str, object]]:
     torch.set_num_threads(threads)
-    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    target = torch.empty_like(weight)
-
-    def copy() -> None:
-        target.copy_(weight)
-
-    def quantizing(operand: Operand) -> Callable[[], object]:
-        return lambda: numerics.quantize_packed(weight, operand)
-
-    def decoding(name: str) -> Callable[[], object]:
-        operand = Operand.parse(f"{name}@row:f32")
-        packed, _ = numerics.quantize_packed(weight, operand)
-        return lambda: numerics.decode_packed(packed, operand.format, size, out=target)
-
-    work = {f"quantize+pack {text}": quantizing(Operand.parse(text)) for text in OPERANDS}
-    work |= {f"decode {name}": decoding(name) for name in DECODED}
     rows: list[dict[str, object]] = []
-    for name, candidate in work.items():
-        taken, copied = compare(candidate, copy, rounds, device)
+    for work in works(size, device):
+        targets = [torch.empty_like(value) for value in work.values]
+        pairs = list(zip(targets, work.values, strict=True))
+        taken, copied = compare(
+            work.run, lambda pairs=pairs: [a.copy_(b) for a, b in pairs], rounds, device
+        )
+        count = sum(value.numel() for value in work.values)
         rows.append(
             {
-                "name": name,
+                "name": work.name,
                 "threads": threads,
+                "values": count,
                 "seconds": taken,
                 "copy_seconds": copied,
-                "fp32_gigabytes_per_second": 4e-9 * size * size / taken,
-                "gigavalues_per_second": 1e-9 * size * size / taken,
+                "fp32_gigabytes_per_second": 4e-9 * count / taken,
+                "gigavalues_per_second": 1e-9 * count / taken,
                 "times_the_copy": taken / copied,
             }
         )
         print(
-            f"{name:58} {threads} threads {taken * 1e3:8.2f} ms {4e-9 * size**2 / taken:8.2f} GB/s "
-            f"{taken / copied:6.1f} x copy_"
+            f"{work.name:68} {threads} threads {taken * 1e3:9.3f} ms "
+            f"{4e-9 * count / taken:7.2f} GB/s {taken / copied:6.1f} x copy_"
         )
     return rows
 
@@ -123,11 +151,13 @@ def main() -> None:
     rows = [
         row for n in options.threads for row in measure(options.size, options.rounds, n, device)
     ]
+    library = native.library() if device.type == "cpu" else None
     report = {
         "device": device_name(device),
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "native": library and INSTRUCTION_SETS[library.instructions],
         "shape": [options.size, options.size],
         "rounds": options.rounds,
         "results": rows,

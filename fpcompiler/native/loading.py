@@ -75,7 +75,8 @@ def library() -> Library | None:
         return found
     if wanted:
         raise OptionError(f"FPC_NATIVE=require, but {found}.")
-    _LOG.debug("%s; quantizing with PyTorch instead", found)
+    # Once: the result of this function is kept.
+    _LOG.warning("%s. Quantizing with PyTorch instead: the same result, slower.", found)
     return None
 
 
