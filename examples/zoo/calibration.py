@@ -60,4 +60,4 @@ def _decoder_call(
 ) -> tuple[Tensor, Tensor]:
     states, end = encode(features), int(inputs["end"])
     spoken = transcribe_greedy(decode, states, inputs["start"], end, inputs["special"], 64)
-    return torch.cat([inputs["start"].flatten(), spoken])[None], states
+    return spoken[None], states
