@@ -48,11 +48,19 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
             (Rotate(),), "Hadamard transforms of quantized inputs, then rtn", needs_data=False
         ),
         "preshift": Method(
-            (Preshift(rho="search"),),
+            (Preshift(rho="search", limit=15),),
             "inputs times 2**k, weights by 2**-k, in wider codes",
         ),
-        "preshift-gptq": Method((Preshift(rho="search"), Gptq()), "preshift, then gptq"),
+        "preshift-gptq": Method((Preshift(rho="search", limit=15), Gptq()), "preshift, then gptq"),
+        "search-preshift": Method(
+            (SearchFormats(inputs="keep"), Preshift(rho="search", formats="same-bits", limit=15)),
+            "formats and scales of weights searched, then inputs shifted in the best format",
+        ),
         "search": Method((SearchFormats(),), "formats and scales by the error of the output"),
+        "search-fisher": Method(
+            (SearchFormats(objective="fisher"),),
+            "search, errors weighted by what they do to the model's output",
+        ),
         "faithful": Method(
             (SearchFormats(mode="faithful"),), "the search as LLM-FP4 published it, to compare with"
         ),
@@ -106,4 +114,4 @@ def default_pipeline(
 
 
 def _for_target(item: Pass, target: str) -> Pass:
-    return replace(item, target=target) if isinstance(item, SearchFormats) else item
+    return replace(item, target=target) if isinstance(item, SearchFormats | Preshift) else item

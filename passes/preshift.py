@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Final, TypedDict
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 from torch_mlir import ir
 
+from fpcompiler import target as targets
 from fpcompiler.calibration import Calibration, Group, InputStatistics, input_groups
 from fpcompiler.errors import PassError
+from fpcompiler.formats import FloatSpec, parse_format
 from fpcompiler.ir.program import Program, Stage
 from fpcompiler.ir.stored import given_scales
 from fpcompiler.ir.types import tensor_type
 from fpcompiler.numerics import preshift
 from fpcompiler.numerics.preshift import ShiftRounding
 from fpcompiler.numerics.shift_lowering import Buckets, bucket_permutation
+from fpcompiler.numerics.shift_search import channel_ranges, search_powers, search_rho
 from fpcompiler.operand import Granularity, Operand
 from fpcompiler.passes.absorb_shifts import Absorber
 from fpcompiler.passes.base import Pass, PassContext, add_note, has_no_uses, pass_text
+from fpcompiler.passes.candidates import CHOICES, check_choice, for_input
 from fpcompiler.passes.shift_channels import (
     Shift,
     block_of,
     divide_weights,
+    limit_for,
     lowering_for,
     quantize_input,
     shift_input,
@@ -38,14 +43,6 @@ _RHOS: Final = ("max", "search")
 _LARGEST_LIMIT: Final = 31
 _FP16_LIMIT: Final = 15
 """The largest exponent of a power of two in fp16."""
-
-
-class _Common(TypedDict):
-    """Arguments of both ways to choose ``k_j``."""
-
-    rounding: ShiftRounding
-    limit: int
-    layer: str
 
 
 @dataclass(frozen=True)
@@ -65,15 +62,20 @@ class Preshift(Pass):
             ``container``.
         absorb: Whether norm weights, biases and rows of weights before take ``2**k``; where they
             cannot, and without this, a multiplication is added.
-        rho: How the range of an input with a scale per tensor is chosen. ``max``: it is the largest
-            magnitude, or what a static scale says. ``search`` finds the static scale with the
-            least error of the layers' outputs.
+        rho: How ranges are chosen. ``max``: that of a channel is its largest magnitude, and that of
+            a tensor the largest of all, or what a static scale says. ``search`` finds those with
+            the least error of the layers' outputs, no shift among them, and a static scale where
+            an input has one for the tensor.
+        formats: What ``rho=search`` may choose the input's format among: only the ``given`` one, or
+            those of the ``same-bits``, which have other ranges of ``k_j``.
         rounding: How ``k_j`` is rounded: ``floor``, ``round`` or ``code``, see
             :class:`fpcompiler.numerics.preshift.ShiftRounding`.
-        limit: The largest ``k_j``; 0: as large as the exponent bits of the input's format allow.
+        limit: The largest ``k_j``, less where no wider format would hold the weights; 0:
+            ``2**e - 1`` for the exponent bits of the input's format, as in the paper.
         max_buckets: How many different ``k_j`` ``permute`` keeps.
         max_padding: How many zeros ``permute`` may add, relative to the number of channels; it
             keeps fewer different ``k_j`` where there would be more.
+        target: Name of the target, which must be able to run the format.
     """
 
     name: ClassVar[str] = "preshift"
@@ -81,10 +83,12 @@ class Preshift(Pass):
     lowering: str = "auto"
     absorb: bool = True
     rho: str = "max"
+    formats: str = "given"
     rounding: str = "floor"
     limit: int = 0
     max_buckets: int = 4
     max_padding: float = 0.25
+    target: str = "reference"
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -93,13 +97,9 @@ class Preshift(Pass):
             PassError: If there is no such lowering or rounding, or a number is out of range.
         """
         roundings = [rounding.value for rounding in ShiftRounding]
-        choices = (("lowering", _LOWERINGS), ("rho", _RHOS), ("rounding", roundings))
-        for option, known in choices:
-            if getattr(self, option) not in known:
-                raise PassError(
-                    f"{self.name}: {option} must be one of {', '.join(known)}: "
-                    f"{getattr(self, option)!r}"
-                )
+        known = {"lowering": _LOWERINGS, "rho": _RHOS, "formats": CHOICES, "rounding": roundings}
+        for option, values in known.items():
+            check_choice(self.name, option, getattr(self, option), values)
         if not 0 <= self.limit <= _LARGEST_LIMIT or self.max_buckets < 1 or self.max_padding < 0:
             raise PassError(
                 f"{self.name}: limit must be 0 to 31, max_buckets at least 1 and max_padding at "
@@ -115,7 +115,12 @@ class Preshift(Pass):
             NumericsError: If an input holds NaN or infinity.
         """
         calibration = context.calibrated(self.name)
-        shifts = self._shifts(program, calibration, context)
+        every = self._shifts(program, calibration, context)
+        shifts = [shift for shift in every if shift.largest]
+        for shift in every:
+            if not shift.largest and shift.scale is not None:
+                quantize_input(program, shift)
+                _describe_scale(shift)
         if not shifts:
             return
         proof = Proof(program, calibration, shifts)
@@ -152,12 +157,14 @@ class Preshift(Pass):
         shifts = []
         for group in groups:
             shift = self._shift(group, found[group.name])
-            if shift.largest:
+            if shift.largest or shift.scale is not None:
                 shifts.append(shift)
-            elif int(found[group.name]["exponents"].max()):
+            if shift.largest:
+                continue
+            if int(found[group.name]["exponents"].max()):
                 context.count("inputs left: more zeros than max_padding")
             else:
-                context.count("inputs left: channels of equal range")
+                context.count("inputs left: a shift does not help")
         return shifts
 
     def _biases(
@@ -166,37 +173,56 @@ class Preshift(Pass):
         """Return ``k_j``, and the scale of the tensor where it was searched."""
         assert group.quantize is not None
         operand = kind_of(group.quantize).operand
-        common: _Common = {
-            "rounding": ShiftRounding(self.rounding),
-            "limit": self._limit(group),
-            "layer": group.name,
-        }
-        own = weights.of(group)
-        if self.rho == "search" and _is_static(operand) and own:
-            sample = statistics.sample.float()
-            rounded = [weights.rounded(weight).to(sample.device) for weight in own]
-            shift = preshift.search_rho(
-                sample, rounded, operand.format, amax=statistics.amax, **common
+        limit = self._limit(group)
+        rounding = ShiftRounding(self.rounding)
+        own = weights.of(group) if self.rho == "search" else []
+        if not own:
+            gamma = _gamma(program, group.quantize, statistics.amax)
+            shift = preshift.preshift(
+                statistics.amax, operand.format, gamma=gamma, rounding=rounding, limit=limit,
+                layer=group.name,
+            )  # fmt: skip
+            return {"exponents": shift.exponents}
+        sample = statistics.sample.float()
+        rounded = [weights.rounded(weight).to(sample.device) for weight in own]
+        ranges = channel_ranges(statistics.amax, statistics.gram, statistics.tokens)
+        if not _is_static(operand):
+            found = search_powers(
+                sample, rounded, operand, ranges=ranges, limit=limit, layer=group.name
             )
-            return {"exponents": shift.exponents, "scale": torch.tensor([shift.scale])}
-        gamma = _gamma(program, group.quantize, statistics.amax)
-        shift = preshift.preshift(statistics.amax, operand.format, gamma=gamma, **common)
-        return {"exponents": shift.exponents}
+            return {"exponents": found}
+        shift = search_rho(
+            sample, rounded, self._formats(group), ranges=ranges, rounding=rounding, limit=limit,
+            layer=group.name,
+        )  # fmt: skip
+        scale, name = torch.tensor([shift.scale]), torch.tensor(list(shift.format.name.encode()))
+        return {"exponents": shift.exponents, "scale": scale, "format": name.to(torch.uint8)}
 
     def _limit(self, group: Group) -> int:
+        """Return the largest exponent that the type of the input and the weights allow."""
         assert group.quantize is not None
-        bits = kind_of(group.quantize).operand.format.exponent_bits
-        limit = self.limit or min((1 << bits) - 1, _LARGEST_LIMIT)
+        most = self.limit or preshift.paper_limit(kind_of(group.quantize).operand.format)
         kind = tensor_type(group.x)
-        return min(limit, _FP16_LIMIT) if kind is not None and kind.element == "f16" else limit
+        if kind is not None and kind.element == "f16":
+            most = min(most, _FP16_LIMIT)
+        return limit_for(group, lowering_for(group, self.lowering), most)
+
+    def _formats(self, group: Group) -> list[FloatSpec]:
+        assert group.quantize is not None
+        operands = [kind_of(op.operands[1].owner.operation).operand for op in group.layers]
+        given = kind_of(group.quantize).operand
+        own = for_input(targets.lookup(self.target), operands, given, self.formats)
+        return [operand.format for operand in own]
 
     def _shift(self, group: Group, found: Mapping[str, Tensor]) -> Shift:
         lowering = lowering_for(group, self.lowering)
         exponents, scale = found["exponents"].cpu(), found.get("scale")
-        if lowering != "permute":
-            return Shift(group, exponents, lowering, scale=scale)
+        name = found.get("format")
+        format = None if name is None else parse_format(bytes(name.tolist()).decode())
+        if lowering != "permute" or not int(exponents.max()):
+            return Shift(group, exponents, lowering, scale=scale, format=format)
         buckets = self._buckets(exponents, block_of(group))
-        return Shift(group, buckets.exponents, lowering, buckets, scale)
+        return Shift(group, buckets.exponents, lowering, buckets, scale, format)
 
     def _buckets(self, exponents: Tensor, block: int) -> Buckets:
         """Return as many buckets as the zeros that they cost allow."""
@@ -242,6 +268,11 @@ def _describe(shift: Shift, place: str, proof: str) -> None:
     for linear in shift.group.layers:
         add_note(linear, note)
         linear.attributes["fpq.proof"] = ir.StringAttr.get(proof)
+
+
+def _describe_scale(shift: Shift) -> None:
+    for linear in shift.group.layers:
+        add_note(linear, "static scale of the input searched; no shift helps")
 
 
 def _count(shift: Shift, place: str, context: PassContext) -> None:

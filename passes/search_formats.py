@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Final
 
@@ -12,9 +13,7 @@ from torch import Tensor
 from torch_mlir import ir
 
 from fpcompiler import target as targets
-from fpcompiler.calibration import Group, InputStatistics, input_groups
-from fpcompiler.errors import PassError
-from fpcompiler.formats import FORMATS
+from fpcompiler.calibration import Group, InputStatistics, SquaredGradients, input_groups
 from fpcompiler.ir.dialect import EncodeOp, QuantizeOp
 from fpcompiler.ir.program import Program, Stage
 from fpcompiler.ir.stored import store_scales
@@ -22,11 +21,13 @@ from fpcompiler.ir.types import QuantizedType, quantized_type
 from fpcompiler.numerics import search
 from fpcompiler.operand import Operand
 from fpcompiler.passes.base import Pass, PassContext, add_note, pass_text
+from fpcompiler.passes.candidates import CHOICES, check_choice, for_input, for_weights
 from fpcompiler.passes.weights import OpenWeight, OpenWeights
 from fpcompiler.target import Target
 
 _MODES: Final = ("default", "faithful")
-_FORMATS: Final = ("same-bits", "given")
+_OBJECTIVES: Final = ("mse", "fisher")
+_INPUTS: Final = ("search", "keep")
 
 
 @dataclass(frozen=True)
@@ -42,29 +43,35 @@ class SearchFormats(Pass):
     Attributes:
         mode: ``default``, whose grid of clips does not depend on the scale of the tensors and which
             is never worse than rounding to nearest; or ``faithful``, the published search.
+        objective: What is made small: ``mse``, the squared error of the layers' outputs; or
+            ``fisher``, the same weighted with squared gradients of the model's output, as the paper
+            does for BERT and ViT. It runs the model backwards, a batch at a time.
         formats: ``same-bits`` chooses among the formats that are as wide as the given one;
             ``given`` keeps it.
+        inputs: ``keep`` leaves inputs as they are, and searches the weights for inputs that are not
+            quantized: for a pass that comes after and decides about the inputs.
         target: Name of the target.
     """
 
     name: ClassVar[str] = "search-formats"
     requires: ClassVar[Stage] = Stage.QUANTIZED
     mode: str = "default"
+    objective: str = "mse"
     formats: str = "same-bits"
+    inputs: str = "search"
     target: str = "reference"
 
     def __post_init__(self) -> None:
         """Check the options.
 
         Raises:
-            PassError: If there is no such mode or choice of formats.
+            PassError: If there is no such mode, objective, or choice of formats or inputs.
         """
-        for option, known in (("mode", _MODES), ("formats", _FORMATS)):
-            if getattr(self, option) not in known:
-                raise PassError(
-                    f"{self.name}: {option} must be one of {', '.join(known)}: "
-                    f"{getattr(self, option)!r}"
-                )
+        known = {
+            "mode": _MODES, "objective": _OBJECTIVES, "formats": CHOICES, "inputs": _INPUTS,
+        }  # fmt: skip
+        for option, values in known.items():
+            check_choice(self.name, option, getattr(self, option), values)
 
     def run(self, program: Program, context: PassContext) -> None:
         """Search and rewrite every group of layers.
@@ -73,60 +80,63 @@ class SearchFormats(Pass):
             PassError: If there is no calibration data.
             NumericsError: If a weight or an input holds NaN or infinity; the layer is named.
         """
-        calibration = context.calibrated(self.name)
         every = input_groups(program)
         weights = OpenWeights(program, every)
         groups = [group for group in every if weights.own(group) and not weights.folded(group)]
         context.count("groups left: shifted already", sum(map(weights.folded, every)))
-        work = partial(self._search, weights, targets.lookup(self.target))
-        results = calibration.visit(
-            program, groups, work, label=pass_text(self), progress=context.progress
-        )
+        results = self._results(program, context, groups, weights)
         for group in groups:
             _Rewriter(program, group, results[group.name], context).run(weights.own(group))
 
+    def _results(
+        self,
+        program: Program,
+        context: PassContext,
+        groups: Sequence[Group],
+        weights: OpenWeights,
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        calibration, text = context.calibrated(self.name), pass_text(self)
+        work = partial(self._search, weights, targets.lookup(self.target))
+        with ExitStack() as stack:
+            if self.objective == "fisher":
+                gradients = stack.enter_context(
+                    calibration.squared_gradients(program, label=text, progress=context.progress)
+                )
+                work = partial(work, gradients=gradients)
+            return calibration.visit(program, groups, work, label=text, progress=context.progress)
+
     def _search(
-        self, weights: OpenWeights, target: Target, group: Group, statistics: InputStatistics
+        self,
+        weights: OpenWeights,
+        target: Target,
+        group: Group,
+        statistics: InputStatistics,
+        gradients: SquaredGradients | None = None,
     ) -> dict[str, Tensor]:
         device = statistics.gram.device
-        given = [] if group.quantize is None else [_operand(group.quantize)]
+        own = weights.own(group)
+        fisher = None if gradients is None else [gradients.of(weight.layer) for weight in own]
+        given = None if group.quantize is None else _operand(group.quantize)
         decision = search.search_shared(
             statistics.sample,
             statistics.gram,
-            [weights.value(weight).to(device) for weight in weights.own(group)],
-            *self._possible(target, [weight.operand for weight in weights.own(group)], given),
+            [weights.value(weight).to(device) for weight in own],
+            *self._possible(target, [weight.operand for weight in own], given),
             search.search_layer_faithful if self.mode == "faithful" else search.search_layer,
+            fisher=fisher,
+            layer=group.name,
         )
         return _encoded(decision)
 
     def _possible(
-        self, target: Target, weights: Sequence[Operand], given: Sequence[Operand]
+        self, target: Target, weights: Sequence[Operand], given: Operand | None
     ) -> tuple[list[list[Operand]], list[Operand]]:
-        """Return candidates for each weight and for the input; any of them go together.
-
-        What is given comes first, also where the target cannot run it: ``lower-gemm`` says so.
-        """
-
-        def runs(weight: Operand, activation: Operand | None) -> bool:
-            return target.kind_for(weight, activation) is not None
-
-        x = given[0] if given else None
-        lists = [[w for w in self._candidates(own) if w == own or runs(w, x)] for own in weights]
-        every = {w for candidates in lists for w in candidates}
-        inputs = [a for own in given for a in self._candidates(own)]
-        return lists, [a for a in inputs if a == x or all(runs(w, a) for w in every)]
-
-    def _candidates(self, operand: Operand) -> list[Operand]:
-        """Return the operand, and then those that differ in the format only."""
-        if self.formats == "given":
-            return [operand]
-        same = [
-            spec
-            for spec in FORMATS.values()
-            if spec.signed and spec.storage_bits == operand.format.storage_bits
-        ]
-        others = [spec for spec in same if spec is not operand.format]
-        return [operand, *(replace(operand, format=spec) for spec in others)]
+        """Return candidates for each weight and for the input; any of them go together."""
+        lists = for_weights(target, weights, given, self.formats)
+        if given is None or self.inputs == "keep":
+            return lists, []
+        every = {weight for own in lists for weight in own}
+        return lists, for_input(target, list(every), given, self.formats)
 
 
 def _operand(op: ir.Operation) -> Operand:
@@ -171,7 +181,7 @@ class _Rewriter:
         """Rewrite the input and the weights."""
         for number, weight in enumerate(weights):
             self._weight(number, weight)
-        if self.group.quantize is not None:
+        if self.group.quantize is not None and "input" in self.found:
             self._input(self.group.quantize)
         rtn, loss = self.found["losses"].tolist()
         for layer in self.group.layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch_mlir import ir
 
 from fpcompiler.calibration import Group
 from fpcompiler.errors import NumericsError, PassError, describe_layer
-from fpcompiler.formats import parse_format
+from fpcompiler.formats import FloatSpec, parse_format
 from fpcompiler.ir import build
 from fpcompiler.ir.dialect import EncodeOp, FoldOp, QuantizeOp
 from fpcompiler.ir.program import Program
@@ -18,7 +18,7 @@ from fpcompiler.ir.stored import store_scales, store_tensor
 from fpcompiler.ir.types import QuantizedType, TensorType, quantized_type, tensor_type
 from fpcompiler.numerics.folding import takes_powers
 from fpcompiler.numerics.powers import exact_power
-from fpcompiler.numerics.shift_lowering import Buckets, container
+from fpcompiler.numerics.shift_lowering import Buckets, container, container_limit
 from fpcompiler.operand import Operand
 from fpcompiler.passes.absorb_shifts import Absorber, model_device
 from fpcompiler.passes.weights import before_fold, fold_of, kind_of
@@ -37,6 +37,7 @@ class Shift:
         lowering: ``permute``, ``container`` or ``smooth``.
         buckets: The order of channels for ``permute``.
         scale: The static scale of the input, fp32 of one value, if one was searched.
+        format: The element format that was found with it.
     """
 
     group: Group
@@ -44,6 +45,7 @@ class Shift:
     lowering: str
     buckets: Buckets | None = None
     scale: Tensor | None = None
+    format: FloatSpec | None = None
 
     @property
     def largest(self) -> int:
@@ -115,6 +117,8 @@ def quantize_input(program: Program, shift: Shift) -> None:
             index = _constant(program, shift, "input.order", shift.buckets.order)
             x, kind = _permuted(x, index), _longer(quantize, index)
             _permute_weights(program, shift, index)
+        if shift.format is not None:
+            kind = QuantizedType(kind.shape, replace(kind.operand, format=shift.format))
         if shift.scale is not None:
             scale = shift.scale.view((1,) * len(kind.shape))
             scales = store_scales(program, f"{shift.group.name}.input", kind, (scale,))
@@ -155,6 +159,18 @@ def lowering_for(group: Group, wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "permute" if all(blocks) else "container"
+
+
+def limit_for(group: Group, lowering: str, most: int) -> int:
+    """Return the largest exponent up to ``most`` that the divided weights of a group can have."""
+    if lowering != "container":
+        return most
+    wide = _containers()
+    return min(container_limit(own.format, most, wide) for own in _operands(group))
+
+
+def _containers() -> list[FloatSpec]:
+    return [parse_format(name) for name in CONTAINERS]
 
 
 def block_of(group: Group) -> int:
@@ -209,7 +225,7 @@ def _fold(weight: ir.Value, powers: ir.Value, shift: Shift, kind: QuantizedType)
     format, offset = kind.operand.format, 0
     if shift.lowering == "container":
         try:
-            held = container(format, shift.largest, [parse_format(name) for name in CONTAINERS])
+            held = container(format, shift.largest, _containers())
         except NumericsError as error:
             raise PassError(f"{describe_layer(shift.group.name)}: {error}") from error
         format, offset = held.format, held.shift

@@ -8,7 +8,7 @@ to its arguments, and none returns a view of them. Operands travel as text (see
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -207,3 +207,16 @@ for _name, _schema, _run, _fake in (
     torch.library.define(_name, _schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(_name, "default", _run)
     torch.library.register_fake(_name, _fake)
+
+
+def _keep_block(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    ctx.block = inputs[1]
+
+
+def _hadamard_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    """The transform is symmetric, so it is its own derivative's transpose."""
+    return torch.ops.fpc.hadamard(gradient.contiguous(), ctx.block), None
+
+
+# Calibration differentiates the model; nothing else here has a derivative.
+torch.library.register_autograd("fpc::hadamard", _hadamard_gradient, setup_context=_keep_block)

@@ -2,6 +2,7 @@
 
 from fpcompiler.calibration.calibration import Calibration, parse_bytes
 from fpcompiler.calibration.data import Call, bind_calls, calls
+from fpcompiler.calibration.gradients import SquaredGradients
 from fpcompiler.calibration.groups import Group, input_groups
 from fpcompiler.calibration.once import run_once
 from fpcompiler.calibration.statistics import InputStatistics
@@ -13,6 +14,7 @@ __all__ = [
     "calls",
     "Group",
     "InputStatistics",
+    "SquaredGradients",
     "input_groups",
     "parse_bytes",
     "run_once",

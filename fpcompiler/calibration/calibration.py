@@ -10,6 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, fx
 
 from fpcompiler.artifact import package_versions
 from fpcompiler.calibration.float_graph import raise_without_quantization
+from fpcompiler.calibration.gradients import SquaredGradients
 from fpcompiler.calibration.groups import Group
 from fpcompiler.calibration.preflight import Preflight
 from fpcompiler.calibration.segments import Environment, Segments, Spill
@@ -129,6 +131,42 @@ class Calibration:
         place = self.folder / _fingerprint(self, program, label)
         return _Run(self, place, program, groups).all(work, label, progress)
 
+    @contextmanager
+    def squared_gradients(
+        self, program: Program, *, label: str, progress: Progress
+    ) -> Iterator[SquaredGradients]:
+        """Provide the squared gradients at the outputs of the layers, on the sampled tokens.
+
+        They are computed when this is entered; a run that was killed goes on after its last batch.
+
+        Args:
+            program: The program, at stage ``quantized``.
+            label: As for :meth:`visit`.
+            progress: Wraps an iterable for a progress bar.
+
+        Raises:
+            RunError: If the model cannot run on a batch, or has no derivative.
+        """
+        with ExitStack() as stack:
+            if self.folder is None:
+                temporary = tempfile.TemporaryDirectory(prefix="fpcompiler-")
+                folder = Path(stack.enter_context(temporary))
+            else:
+                folder = self.folder / _fingerprint(self, program, label)
+            batches = range(len(self.batches))
+            found = SquaredGradients(
+                program, folder / "gradients", self.batches, [self.quota(b) for b in batches],
+                self.seed, self.device,
+            )  # fmt: skip
+            for batch in progress(batches, len(batches), "gradients"):
+                found.compute(batch)
+            yield found
+
+    def quota(self, batch: int) -> int:
+        """Return how many tokens of a batch go into the sample: equal parts, up to one token."""
+        count = len(self.batches)
+        return (batch + 1) * self.sample // count - batch * self.sample // count
+
 
 class _Run:
     def __init__(
@@ -200,15 +238,12 @@ class _Run:
         settings = (self.calibration.seed, self.calibration.device)
         return {group.name: Accumulator(group.k, *settings) for group in piece}
 
-    def _quota(self, batch: int) -> int:
-        """Return how many tokens of a batch go into the sample: equal parts, up to one token."""
-        sample, count = self.calibration.sample, len(self.calibration.batches)
-        return (batch + 1) * sample // count - batch * sample // count
-
     def _run_batch(self, number: int, batch: int, accumulators: Mapping[str, Accumulator]) -> None:
         taps: dict[fx.Node, Callable[[Tensor], None]] = {}
         for name, accumulator in accumulators.items():
-            tap = partial(accumulator.add, batch=batch, quota=self._quota(batch), name=name)
+            tap = partial(
+                accumulator.add, batch=batch, quota=self.calibration.quota(batch), name=name
+            )
             _chain(taps, self.nodes[name], tap)
         try:
             left = self.segments.run(number, self._environment(number, batch), taps)

@@ -86,9 +86,7 @@ class Accumulator:
         torch.maximum(self._amax, amax, out=self._amax)
         self._gram.addmm_(wide.T, wide)
         self._tokens += len(rows)
-        generator = torch.Generator().manual_seed(self._seed + batch)
-        chosen = torch.randperm(len(rows), generator=generator)[:quota]
-        self._samples.append(rows[chosen.sort().values.to(rows.device)])
+        self._samples.append(rows[draw(len(rows), quota, self._seed, batch).to(rows.device)])
 
     @property
     def tokens(self) -> int:
@@ -98,3 +96,9 @@ class Accumulator:
     def result(self) -> InputStatistics:
         """Return what was collected."""
         return InputStatistics(self._tokens, self._amax, self._gram, torch.cat(self._samples))
+
+
+def draw(rows: int, quota: int, seed: int, batch: int) -> Tensor:
+    """Return which rows of a batch go into the sample, in ascending order."""
+    generator = torch.Generator().manual_seed(seed + batch)
+    return torch.randperm(rows, generator=generator)[:quota].sort().values

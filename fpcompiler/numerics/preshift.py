@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,10 +24,8 @@ from torch import Tensor
 
 from fpcompiler.errors import NumericsError, describe_layer
 from fpcompiler.formats import FloatSpec
-from fpcompiler.numerics.clip import RATIOS
 from fpcompiler.numerics.powers import exact_power
 from fpcompiler.numerics.rounding import round_to
-from fpcompiler.numerics.scratch import chunks
 
 _LARGEST_LIMIT: Final = 31
 """The largest exponent of a channel: that of a format with five exponent bits."""
@@ -98,6 +95,11 @@ class PreShift:
         return round_to(self.shifted(x.float()) / scale, self.format)
 
 
+def paper_limit(spec: FloatSpec) -> int:
+    """Return ``2**e - 1``, the largest ``k_j`` of the paper's text and code (eq. 15 differs)."""
+    return min((1 << spec.exponent_bits) - 1, _LARGEST_LIMIT)
+
+
 def channel_bias(amax: Tensor, spec: FloatSpec) -> Tensor:
     """Return ``b_j``, the bias that puts the largest magnitude of a channel at the largest number.
 
@@ -133,8 +135,7 @@ def preshift(
             largest magnitude of all.
         gamma: Multiplies ``Qmax``: the part of the range that is kept.
         rounding: How ``k_j`` is rounded.
-        limit: The largest ``k_j``; by default ``2**e - 1`` for ``e`` exponent bits (the paper's
-            text and code; its eq. 15 has ``2**(e - 1)``).
+        limit: The largest ``k_j``; by default :func:`paper_limit`.
         layer: Named in errors.
 
     Returns:
@@ -144,7 +145,7 @@ def preshift(
         NumericsError: If ``amax`` is not ``[K]`` of finite numbers of at least 0, ``gamma`` is not
             positive, or ``limit`` is not 0 to 31.
     """
-    limit = min((1 << spec.exponent_bits) - 1, _LARGEST_LIMIT) if limit is None else limit
+    limit = paper_limit(spec) if limit is None else limit
     _require_maxima(amax, gamma, limit, layer)
     largest = float(amax.amax()) if amax.numel() else 0.0
     if rho is not None:
@@ -154,56 +155,6 @@ def preshift(
     steps = _steps(amax.detach().double(), qmax, spec, rounding)
     exponents = steps.masked_fill_(amax == 0, 0.0).clamp_(0, limit).to(torch.int32)
     return PreShift(spec, qmax, exponents)
-
-
-def search_rho(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    spec: FloatSpec,
-    *,
-    amax: Tensor | None = None,
-    gammas: Sequence[float] = RATIOS,
-    rounding: ShiftRounding = ShiftRounding.FLOOR,
-    limit: int | None = None,
-    layer: str = "",
-) -> PreShift:
-    """Return the biases with the least squared error of the layer's output.
-
-    The error is ``sum_i |(quantize(x) - x) w_i^T|**2``. Candidates are ``Qmax = gamma * max|x|``;
-    ``k_j`` follows each of them, ``b_j`` stays. Equal errors go to the candidate that comes first.
-    With 1 among the candidates the result is never worse than the range that clips nothing.
-
-    Args:
-        x: Calibration inputs ``[T, K]``.
-        weights: The quantized weights that share the input, each ``[N_i, K]``; at least one.
-        spec: The format.
-        amax: Largest magnitude of each channel ``[K]``; by default that of ``x``.
-        gammas: The candidates; at least one.
-        rounding: As for :func:`preshift`.
-        limit: As for :func:`preshift`.
-        layer: Named in errors.
-
-    Returns:
-        The best biases. Memory beside the inputs is a few chunks of tokens and, where the weights
-        have more rows than columns, their Gram matrix ``[K, K]``.
-
-    Raises:
-        NumericsError: As :func:`preshift` does, or if the shapes do not fit.
-    """
-    fits = all(weight.ndim == 2 and weight.shape[1] == x.shape[-1] for weight in weights)
-    if x.ndim != 2 or not x.numel() or not weights or not gammas or not fits:
-        raise NumericsError(
-            f"{describe_layer(layer)}: inputs {list(x.shape)}, weights "
-            f"{[list(weight.shape) for weight in weights]} and {len(gammas)} candidates do not fit:"
-            " [T, K] with T > 0, at least one [N, K] and at least one candidate are needed."
-        )
-    amax = x.detach().abs().amax(0) if amax is None else amax
-    shifts = [
-        preshift(amax, spec, gamma=gamma, rounding=rounding, limit=limit, layer=layer)
-        for gamma in gammas
-    ]
-    errors = _output_errors(x.detach(), weights, shifts)
-    return shifts[int(errors.argmin())]
 
 
 def fold(weight: Tensor, exponents: Tensor, *, layer: str = "") -> Tensor:
@@ -250,30 +201,6 @@ def _steps(amax: Tensor, qmax: float, spec: FloatSpec, rounding: ShiftRounding) 
     if rounding is ShiftRounding.ROUND:
         return ratio.log2().round_()
     return torch.frexp(ratio).exponent.double().sub_(1)
-
-
-def _output_errors(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[PreShift]) -> Tensor:
-    """Return the squared error of the output for each candidate, fp64."""
-    matrices = [weight.detach().to(x.device, torch.float32) for weight in weights]
-    by_gram = sum(map(len, matrices)) > x.shape[1]
-    matrix = _gram(matrices) if by_gram else torch.cat(matrices).T
-    errors = torch.zeros(len(shifts), dtype=torch.float64, device=x.device)
-    for part in chunks(len(x), x.shape[1], x.device):
-        tokens = x[part].float()
-        for index, shift in enumerate(shifts):
-            difference = shift.quantize(tokens).sub_(tokens)
-            outputs = difference @ matrix
-            squares = outputs.mul_(difference) if by_gram else outputs.square_()
-            errors[index] += squares.sum(dtype=torch.float64)
-    return errors
-
-
-def _gram(matrices: Sequence[Tensor]) -> Tensor:
-    """Return ``sum_i w_i^T w_i``, of which the squared length of an output is a quadratic form."""
-    gram = matrices[0].T @ matrices[0]
-    for matrix in matrices[1:]:
-        gram.addmm_(matrix.T, matrix)
-    return gram
 
 
 def _require_bias(rho: float, spec: FloatSpec, layer: str) -> None:

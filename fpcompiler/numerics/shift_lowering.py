@@ -114,6 +114,14 @@ def container(source: FloatSpec, limit: int, candidates: Sequence[FloatSpec]) ->
     )
 
 
+def container_limit(source: FloatSpec, most: int, candidates: Sequence[FloatSpec]) -> int:
+    """Return the largest exponent, up to ``most``, for which there is a :func:`container`."""
+    held = (
+        k for k in range(most, 0, -1) if any(container_shifts(source, t, k) for t in candidates)
+    )
+    return next(held, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class Buckets:
     """An order of channels in which each group has one exponent.

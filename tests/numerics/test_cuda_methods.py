@@ -9,8 +9,9 @@ from fpcompiler.formats import parse_format
 from fpcompiler.numerics import dequantize
 from fpcompiler.numerics.gptq import gptq, output_error
 from fpcompiler.numerics.hadamard import hadamard, inverse_hadamard, random_signs
-from fpcompiler.numerics.preshift import ShiftRounding, fold, preshift, search_rho
+from fpcompiler.numerics.preshift import ShiftRounding, fold, preshift
 from fpcompiler.numerics.shift_lowering import bucket_permutation, container
+from fpcompiler.numerics.shift_search import search_rho
 from fpcompiler.numerics.smooth import smooth_scales
 from fpcompiler.operand import Operand
 from tests.models import normal
@@ -58,8 +59,8 @@ def test_preshift(rounding: ShiftRounding) -> None:
     assert torch.equal(got.quantize(x.cuda()).cpu(), shift.quantize(x))
     folded = fold(weight.cuda(), got.exponents)
     assert torch.equal(folded.cpu(), fold(weight, shift.exponents))
-    found = search_rho(x.cuda(), [weight.cuda()], E2M1, rounding=rounding)
-    assert found.qmax == search_rho(x, [weight], E2M1, rounding=rounding).qmax
+    found = search_rho(x.cuda(), [weight.cuda()], [E2M1], rounding=rounding)
+    assert found.qmax == search_rho(x, [weight], [E2M1], rounding=rounding).qmax
 
 
 @pytest.mark.parametrize("most", [None, 2])

@@ -20,7 +20,6 @@ from fpcompiler.numerics.preshift import (
     channel_bias,
     fold,
     preshift,
-    search_rho,
 )
 from fpcompiler.operand import Operand
 from tests.models import normal
@@ -201,64 +200,6 @@ def output_error(x: Tensor, weights: list[Tensor], shift: PreShift) -> float:
     return sum(float((difference @ w.double().T).square().sum()) for w in weights)
 
 
-@pytest.mark.parametrize("rows", [[3], [40, 5]], ids=["few rows", "gram matrix"])
-@pytest.mark.parametrize("rounding", ShiftRounding)
-def test_the_search_finds_the_least_error(rows: list[int], rounding: ShiftRounding) -> None:
-    x, gammas = uneven(2000, 24), [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
-    weights = [normal(n, 24, seed=n) for n in rows]
-    amax = x.abs().amax(0)
-    shifts = [preshift(amax, E2M1, gamma=g, rounding=rounding) for g in gammas]
-    errors = [output_error(x, weights, shift) for shift in shifts]
-    found = search_rho(x, weights, E2M1, gammas=gammas, rounding=rounding)
-    assert found.qmax == shifts[errors.index(min(errors))].qmax
-    assert torch.equal(found.exponents, shifts[errors.index(min(errors))].exponents)
-    assert min(errors) < 0.9 * errors[0]
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 99), st.integers(1, 40), element_formats, st.integers(-20, 20))
-def test_the_search_never_loses_to_no_clip_and_follows_the_unit(
-    seed: int, rows: int, spec: FloatSpec, power: int
-) -> None:
-    x, weights = uneven(30, 16, seed), [normal(rows, 16, seed=seed + 1)]
-    found = search_rho(x, weights, spec)
-    plain = output_error(x, weights, preshift(x.abs().amax(0), spec))
-    # Candidates are compared in fp32: a sum of 16 products, squared.
-    assert output_error(x, weights, found) <= plain * (1 + 1e-4)
-    moved = search_rho(x * 2.0**power, weights, spec)
-    assert moved.qmax == found.qmax * 2.0**power
-    assert torch.equal(moved.exponents, found.exponents)
-
-
-def test_the_search_adds_the_errors_of_all_weights() -> None:
-    # Channel 0 lies on the grid of Qmax 6, channel 1 on that of Qmax 4.5.
-    x = torch.tensor([[6.0, 4.5], [4.0, 3.0], [3.0, 2.25], [2.0, 1.5]])
-    first, second = torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)
-    for weights, qmax in (
-        ([first], 6),
-        ([second], 4.5),
-        ([first, second], 6),
-        ([second, first], 6),
-        ([first, second * 9], 4.5),
-        ([first[:1], second[:1] * 9], 4.5),
-    ):
-        assert search_rho(x, weights, E2M1, gammas=[1.0, 0.75]).qmax == qmax
-
-
-def test_the_search_is_the_same_for_any_length_of_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weights = uneven(100, 16), [normal(20, 16)]
-    whole = search_rho(x, weights, E2M1)
-    monkeypatch.setattr("fpcompiler.numerics.scratch._CPU_CHUNK", 16 * 7)
-    assert search_rho(x, weights, E2M1).qmax == whole.qmax
-
-
-def test_the_search_takes_maxima_of_the_calibration() -> None:
-    x, weights = uneven(100, 16), [normal(20, 16)]
-    amax = x.abs().amax(0) * 4
-    found = search_rho(x, weights, E2M1, amax=amax, gammas=[1.0])
-    assert found.qmax == float(amax.max())
-
-
 def test_shifts_help_uneven_channels() -> None:
     x, weights = uneven(300, 64), [normal(64, 64)]
     amax = x.abs().amax(0)
@@ -281,18 +222,3 @@ def test_shifts_help_uneven_channels() -> None:
 def test_refusals(change: dict[str, object], message: str) -> None:
     with pytest.raises(NumericsError, match=f"layer 'fc': .*{message}"):
         preshift(**{"amax": MAXIMA, "spec": E2M1, "layer": "fc", **change})
-
-
-@pytest.mark.parametrize(
-    ("x", "weights", "gammas"),
-    [
-        (torch.zeros(0, 4), [torch.ones(2, 4)], [1.0]),
-        (torch.ones(4), [torch.ones(2, 4)], [1.0]),
-        (torch.ones(3, 4), [], [1.0]),
-        (torch.ones(3, 4), [torch.ones(2, 5)], [1.0]),
-        (torch.ones(3, 4), [torch.ones(2, 4)], []),
-    ],
-)
-def test_search_refusals(x: Tensor, weights: list[Tensor], gammas: list[float]) -> None:
-    with pytest.raises(NumericsError, match=r"layer 'fc': inputs .* candidates do not fit"):
-        search_rho(x, weights, E2M1, gammas=gammas, layer="fc")

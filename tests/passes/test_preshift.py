@@ -13,12 +13,15 @@ import fpcompiler
 from fpcompiler import ir, numerics, passes
 from fpcompiler.calibration import input_groups
 from fpcompiler.errors import PassError
-from fpcompiler.formats import parse_format
+from fpcompiler.formats import FORMATS, parse_format
+from fpcompiler.ir.stored import given_scales
+from fpcompiler.ir.torch_ops import text_of
 from fpcompiler.ir.types import quantized_type
 from fpcompiler.numerics.powers import exact_power
 from fpcompiler.numerics.preshift import preshift
-from fpcompiler.numerics.shift_lowering import bucket_permutation
+from fpcompiler.numerics.shift_lowering import bucket_permutation, container_limit
 from fpcompiler.operand import Operand
+from fpcompiler.passes.shift_channels import CONTAINERS
 from fpcompiler.passes.weights import OpenWeights
 from tests.models import LlamaBlock, normal
 from tests.passes.shifting import (
@@ -260,7 +263,7 @@ def test_inputs_that_it_cannot_help_are_counted() -> None:
     assert result.statistics == {"inputs left: not quantized": 3}
     even = quantized(Product(normal(8, 32)), torch.ones(4, 32), scheme=ROW)
     (result,) = run(even, "preshift", torch.ones(4, 32))
-    assert result.statistics == {"inputs left: channels of equal range": 1}
+    assert result.statistics == {"inputs left: a shift does not help": 1}
     stored = quantized(tiny(Mlp), x, scheme=ROW)
     run(stored, "quantize-weights", x)
     (result,) = run(stored, "preshift", x)
@@ -295,9 +298,37 @@ def test_rows_have_no_block_scales_to_permute_for() -> None:
         run(program, "preshift{lowering=permute}", x)
 
 
-def test_a_fold_that_no_format_holds_is_refused() -> None:
+def test_shifts_go_as_far_as_a_format_holds_the_weights() -> None:
     x = normal(64, 32) * exact_power(-torch.arange(32))
     scheme = "w=f6E2M3FN@row:f32,a=f8E5M2@token:f32,skip=none"
     program = quantized(Product(normal(8, 32)), x, scheme=scheme)
-    with pytest.raises(PassError, match="layer 'layer': none of f6E3M2FN, f8E4M3FN, f8E5M2 holds"):
-        run(program, "preshift", x)
+    (result,) = run(program, "preshift", x)
+    held = container_limit(FORMATS["f6E2M3FN"], 31, [FORMATS[name] for name in CONTAINERS])
+    assert result.statistics["largest k"] == held == 11
+    none = "w=f8E5M2@row:f32,a=f8E5M2@token:f32,skip=none"
+    program = quantized(Product(normal(8, 32)), x, scheme=none)
+    (result,) = run(program, "preshift", x)
+    assert result.statistics == {"inputs left: a shift does not help": 1}
+
+
+def test_a_static_scale_is_searched_where_no_shift_helps() -> None:
+    x = normal(64, 1).expand(64, 32).contiguous()
+    x[0] = 40.0
+    program = quantized(Product(normal(40, 32)), x, scheme=TENSOR)
+    (result,) = run(program, "preshift{rho=search}", x)
+    assert result.statistics == {"inputs left: a shift does not help": 1}
+    (encode,) = program.operations("fpq.encode")
+    (scale,) = given_scales(program, encode)
+    assert 0 < float(scale) < 40 / 6
+    (linear,) = program.operations("fpq.linear")
+    assert "static scale" in text_of(linear.attributes["fpq.note"])
+
+
+@pytest.mark.parametrize("method", ["preshift", "search-preshift"])
+def test_methods_shift_and_choose(method: str) -> None:
+    model, x = tiny(Mlp), uneven_input(64, 32)
+    wanted = model(x).detach()
+    compiled = fpcompiler.compile(model, TENSOR, calibration=[x], method=method)
+    plain = fpcompiler.compile(model, TENSOR, calibration=[x], method="rtn")
+    assert float((compiled(x) - wanted).norm()) < 0.8 * float((plain(x) - wanted).norm())
+    assert "input times 2**k" in compiled.plan().rows[0].reason

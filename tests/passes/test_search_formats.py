@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fpcompiler
 from fpcompiler import ir, numerics, passes, target
-from fpcompiler.calibration import Calibration
+from fpcompiler.calibration import Calibration, input_groups
 from fpcompiler.errors import PassError
 from fpcompiler.ir.types import quantized_type
 from fpcompiler.operand import Operand
@@ -226,6 +226,16 @@ def test_options_that_do_not_exist_are_refused() -> None:
         passes.parse_pipeline("search-formats{mode=fast}")
     with pytest.raises(PassError, match="formats must be one of same-bits, given: 'all'"):
         passes.parse_pipeline("search-formats{formats=all}")
+    with pytest.raises(PassError, match="inputs must be one of search, keep: 'none'"):
+        passes.parse_pipeline("search-formats{inputs=none}")
+
+
+def test_inputs_can_be_kept_for_a_pass_that_comes_after() -> None:
+    program = quantized(tiny(Mlp), normal(8, 32), scheme=STATIC)
+    inputs = [group.quantize for group in input_groups(program)]
+    calibrated(program, "search-formats{inputs=keep}", Calibration([(normal(8, 32),)], device=CPU))
+    assert [group.quantize for group in input_groups(program)] == inputs
+    assert count(program, "fpq.encode") == 3  # the weights
 
 
 def test_the_golden_dump_of_a_search_and_a_rotation(golden) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fpcompiler.errors import OptionError
 from fpcompiler.formats import FloatSpec
 from fpcompiler.numerics.search.formats import bias_of, largest_of
+from fpcompiler.numerics.search.input_losses import InputLosses, input_losses
 from fpcompiler.numerics.search.layer import check_formats, rtn_choices
 from fpcompiler.numerics.search.losses import pair_losses, row_losses
 from fpcompiler.numerics.search.problem import Choice, Problem, scale_of
@@ -158,10 +159,10 @@ class _Faithful:
 
     def search_activation_biases(self) -> None:
         """Find the best bias of the inputs in each format, for the committed weight."""
-        weight = self._problem.round_weight(self._weight)
+        losses_of = self._input_losses()
         for spec in self._best_inputs:
             scales = candidate_scales(self._problem.x_largest, spec)
-            losses = self._input_losses([Choice(spec, scale) for scale in scales], weight)
+            losses = losses_of([Choice(spec, scale) for scale in scales])
             self._best_inputs[spec] = Choice(spec, scales[int(losses.argmin())])
 
     def commit_weight(self) -> None:
@@ -179,15 +180,13 @@ class _Faithful:
         choices = list(self._best_inputs.values())
         if not choices:
             return
-        weight = self._problem.round_weight(self._weight)
-        for choice, total in zip(
-            choices, self._input_losses(choices, weight).tolist(), strict=True
-        ):
+        for choice, total in zip(choices, self._input_losses()(choices).tolist(), strict=True):
             self._by_activation[choice.spec.name] = self._problem.mean(total)
         self._activation = min(choices, key=lambda choice: self._by_activation[choice.spec.name])
 
-    def _input_losses(self, choices: Sequence[Choice], weight: Tensor) -> Tensor:
-        return pair_losses(self._problem, choices, [weight])[:, 0].sum(-1)
+    def _input_losses(self) -> InputLosses:
+        """Return the losses of inputs with the committed weight."""
+        return input_losses(self._problem, self._problem.round_weight(self._weight))
 
 
 _STEPS: Final[Mapping[Order, tuple[Callable[[_Faithful], None], ...]]] = MappingProxyType(

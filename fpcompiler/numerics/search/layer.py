@@ -24,6 +24,7 @@ from fpcompiler.numerics.search.grid import (
     resume,
     scan,
 )
+from fpcompiler.numerics.search.input_losses import InputLosses, input_losses
 from fpcompiler.numerics.search.losses import RowLosses, pair_losses, row_losses
 from fpcompiler.numerics.search.problem import Choice, Problem
 from fpcompiler.numerics.search.result import SearchResult, pair_table
@@ -180,9 +181,10 @@ class _Search:
         """Search clip and format of the inputs for the current weight; return if they changed."""
         problem, grid = self._problem, self._options.activation_grid
         weight = problem.round_weight(self._weight)
+        evaluate = input_losses(problem, weight, self._index)
         finalists = []
         for spec in self._activations:
-            losses = self._activation_losses(spec, weight)
+            losses = self._activation_losses(spec, evaluate)
             position = self._activation_positions.get(spec)
             like = problem.x_largest[0]
             found = scan(losses, grid, like) if position is None else resume(losses, grid, position)
@@ -197,13 +199,13 @@ class _Search:
         self._activation, self._loss = finalists[best], totals[best]
         return True
 
-    def _activation_losses(self, spec: FloatSpec, weight: Tensor) -> Losses:
+    def _activation_losses(self, spec: FloatSpec, evaluate: InputLosses) -> Losses:
         """Return the losses of clips of the inputs, on the sample of tokens."""
         problem, grid = self._problem, self._options.activation_grid
 
         def losses(positions: Sequence[Tensor]) -> Tensor:
             choices = [problem.activation_choice(spec, grid.gamma(p)) for p in positions]
-            return pair_losses(problem, choices, [weight], self._index)[:, 0].sum(-1, keepdim=True)
+            return evaluate(choices)[:, None]
 
         return losses
 

@@ -8,8 +8,10 @@ is chosen; scales of blocks of the weights are chosen by the error that they mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +25,21 @@ from fpcompiler.numerics.search.layer import search_layer
 from fpcompiler.numerics.search.result import SearchResult
 from fpcompiler.operand import Granularity, Operand
 
-LayerSearch = Callable[[Tensor, Tensor, Sequence[FloatSpec], Sequence[FloatSpec]], SearchResult]
-"""Like :func:`fpcompiler.numerics.search.search_layer`."""
+
+class LayerSearch(Protocol):
+    """Like :func:`fpcompiler.numerics.search.search_layer`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_formats: Sequence[FloatSpec],
+        activation_formats: Sequence[FloatSpec] = (),
+        *,
+        fisher: Tensor | None = None,
+        layer: str = "",
+    ) -> SearchResult:
+        """Search one layer."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,9 @@ def search_shared(
     weight_operands: Sequence[Sequence[Operand]],
     activations: Sequence[Operand],
     search: LayerSearch = search_layer,
+    *,
+    fisher: Sequence[Tensor] | None = None,
+    layer: str = "",
 ) -> Decision:
     """Choose formats and scales.
 
@@ -67,18 +85,23 @@ def search_shared(
             is the given one.
         activations: The same for the input; none if it stays as it is.
         search: Searches an input with one scale and weights with scales per row.
+        fisher: For each weight, weights ``[T, N]`` of the squared errors of its outputs; by default
+            1. Scales of blocks are chosen without them: a sum of ``x^T x`` for each row would be
+            needed.
+        layer: Named in errors.
 
     Raises:
         NumericsError: If tensors do not fit, or hold NaN or infinity.
     """
     wide = x.float()
+    search = partial(search, layer=layer)
     given = [operands[0] for operands in weight_operands]
     before = _rounded(weights, given)
-    rtn = _loss(wide, weights, before, activations[0] if activations else None)
+    rtn = _loss(wide, weights, before, activations[0] if activations else None, fisher)
     if _is_static(activations) and _is_per_row(given):
-        found = _jointly(wide, weights, weight_operands[0], activations, search)
+        found = _jointly(wide, weights, weight_operands[0], activations, search, fisher)
     else:
-        found = _apart(wide, gram, weights, weight_operands, activations, search)
+        found = _apart(wide, gram, weights, weight_operands, activations, search, fisher)
         if found.loss > rtn:  # weights alone are better, but not with the input as it is rounded
             found = _nearest(weights, given, activations, rtn)
     return replace(found, rtn_loss=rtn)
@@ -104,10 +127,14 @@ def _jointly(
     weight_operands: Sequence[Operand],
     activations: Sequence[Operand],
     search: LayerSearch,
+    fisher: Sequence[Tensor] | None,
 ) -> Decision:
-    stacked = torch.cat([weight.float() for weight in weights])
     result = search(
-        x, stacked, [o.format for o in weight_operands], [o.format for o in activations]
+        x,
+        torch.cat([weight.float() for weight in weights]),
+        [o.format for o in weight_operands],
+        [o.format for o in activations],
+        fisher=None if fisher is None else torch.cat(list(fisher), dim=1),
     )
     assert result.activation is not None
     operand = replace(weight_operands[0], format=result.weight.spec)
@@ -128,16 +155,20 @@ def _apart(
     weight_operands: Sequence[Sequence[Operand]],
     activations: Sequence[Operand],
     search: LayerSearch,
+    fisher: Sequence[Tensor] | None,
 ) -> Decision:
+    searches = (
+        [partial(search, fisher=own) for own in fisher] if fisher else [search] * len(weights)
+    )
     found = tuple(
-        _one_weight(x, gram, weight, operands, search)
-        for weight, operands in zip(weights, weight_operands, strict=True)
+        _one_weight(x, gram, *given)
+        for given in zip(weights, weight_operands, searches, strict=True)
     )
     rounded = [
         _values(weight, scales, operand)
         for weight, (operand, scales) in zip(weights, found, strict=True)
     ]
-    losses = [_loss(x, weights, rounded, operand) for operand in activations or (None,)]
+    losses = [_loss(x, weights, rounded, operand, fisher) for operand in activations or (None,)]
     best = min(range(len(losses)), key=losses.__getitem__)
     return Decision(found, activations[best] if activations else None, None, losses[best], 0.0)
 
@@ -203,12 +234,13 @@ def _loss(
     weights: Sequence[Tensor],
     rounded: Sequence[Tensor],
     activation: Operand | None,
+    fisher: Sequence[Tensor] | None,
 ) -> float:
-    """Return the mean squared error of the outputs of all layers."""
+    """Return the mean (weighted) squared error of the outputs of all layers."""
     seen = x if activation is None else dequantize(*quantize(x, activation), activation)
     total, count = 0.0, 0
-    for weight, quantized in zip(weights, rounded, strict=True):
-        error = seen @ quantized.T - x @ weight.float().T
-        total += float(error.double().square().sum())
+    for number, (weight, quantized) in enumerate(zip(weights, rounded, strict=True)):
+        error = (seen @ quantized.T - x @ weight.float().T).double().square()
+        total += float((error if fisher is None else error * fisher[number]).sum())
         count += error.numel()
     return total / count
