@@ -21,6 +21,7 @@ from fpcompiler.ir.stored import store_builtin, store_tensor
 from fpcompiler.ir.torch_ops import constant_value, operator_name, text_of
 from fpcompiler.ir.types import TensorType, tensor_type
 from fpcompiler.operand import Granularity, Operand
+from fpcompiler.passes.attention_heads import values_before_heads
 from fpcompiler.passes.layers import LAYER
 from fpcompiler.passes.weights import before_fold, kind_of
 
@@ -97,7 +98,8 @@ class Absorber:
             return self._finders[name](op)
         if name in _SAME_CHANNELS and _channels(op.operands[0]) == _channels(value):
             return self.find(op.operands[0])
-        return None
+        values = values_before_heads(op) if op.operands else None
+        return None if values is None else self.find(values)
 
     def absorb(self, site: Site, powers: Tensor) -> None:
         """Multiply what a site names by powers of two ``[K]``."""

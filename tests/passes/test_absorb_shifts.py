@@ -65,7 +65,7 @@ def test_norms_and_the_rows_before_a_gated_product_take_the_powers() -> None:
         "q_proj": norm,
         "k_proj": norm,
         "v_proj": norm,
-        "o_proj": "by a multiplication",  # heads lie between: their channels are not followed
+        "o_proj": "by a multiplication",  # two heads share their values
         "gate_proj": inner,
         "up_proj": inner,
         "down_proj": "in the rows of up_proj",
@@ -75,6 +75,45 @@ def test_norms_and_the_rows_before_a_gated_product_take_the_powers() -> None:
 def test_a_layer_norm_takes_them_in_weight_and_bias() -> None:
     found = places("attention")
     assert {found[layer] for layer in "qkv"} == {"in norm.weight and norm.bias"}
+
+
+class Values(nn.Module):
+    """Attention whose values are read elsewhere too, or belong to several heads."""
+
+    def __init__(self, heads: int = 2, returned: bool = False) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.k, self.v = nn.Linear(32, heads * 16), nn.Linear(32, heads * 16)
+        self.heads, self.returned = heads, returned
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = ((self.q, 2), (self.k, self.heads), (self.v, self.heads))
+        q, k, v = (f(x).view(*x.shape[:2], heads, 16).transpose(1, 2) for f, heads in layers)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=self.heads != 2)
+        y = self.out(y.transpose(1, 2).contiguous().view(*x.shape[:2], 32))
+        return y + v.transpose(1, 2).flatten(2) if self.returned else y
+
+
+@pytest.mark.parametrize(
+    ("heads", "returned", "place"),
+    [
+        (2, False, "in the rows of v"),
+        (1, False, "by a multiplication"),
+        (2, True, "by a multiplication"),
+    ],
+)
+def test_values_take_the_powers_of_what_attention_gives(
+    heads: int, returned: bool, place: str
+) -> None:
+    model = Values(heads, returned).eval()
+    with torch.no_grad():
+        model.v.weight.mul_(exact_power(torch.arange(16) % 6 - 3).repeat(heads)[:, None])
+    x = normal(2, 8, 32)
+    program = quantized(model, x, scheme=TENSOR)
+    expected = without_quantization(program, x)
+    run(program, "preshift", x)
+    assert notes(program)["out"].split(", ")[2].split(";")[0] == place
+    assert torch.equal(without_quantization(program, x), expected)
 
 
 def test_a_value_that_others_read_is_not_multiplied_where_it_is_made() -> None:
@@ -196,7 +235,7 @@ def test_half_precision_is_shifted_exactly_too(dtype: torch.dtype) -> None:
     program = quantized(uneven(Attention).to(dtype), x, scheme=ROW)
     expected = without_quantization(program, x)
     (result,) = run(program, "preshift", x)
-    assert result.statistics["inputs absorbed"] == 1
+    assert result.statistics["inputs absorbed"] == 2  # the norm's, and those of attention
     assert torch.equal(without_quantization(program, x), expected)
 
 
