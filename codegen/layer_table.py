@@ -9,15 +9,24 @@ from torch_mlir import ir
 from fpcompiler.ir.build import global_of
 from fpcompiler.ir.program import Program
 from fpcompiler.ir.torch_ops import operator_name, text_of
-from fpcompiler.ir.types import QuantizedType, TensorType, quantized_type, tensor_type
+from fpcompiler.ir.types import (
+    QuantizedType,
+    TensorType,
+    parse_quantized,
+    quantized_type,
+    tensor_type,
+)
 from fpcompiler.passes.layers import weights_of
+from fpcompiler.passes.quantize_cache import AFTER, BEFORE, KEPT, STORED
 from fpcompiler.plan import LayerRow
+from fpcompiler.runtime.tables import CACHE
 
 
 def layer_rows(program: Program) -> tuple[LayerRow, ...]:
     """Return one row for each layer of a program at stage ``lowered``, in program order.
 
-    A layer that runs several times has one row.
+    A layer that runs several times has one row. After the layers stand the caches of keys and
+    values that a pass has looked at.
     """
     rows: dict[str, LayerRow] = {}
     owners: dict[str, str] = {}
@@ -30,7 +39,43 @@ def layer_rows(program: Program) -> tuple[LayerRow, ...]:
             else:
                 continue
             rows.setdefault(row.name, row)
-    return tuple(rows.values())
+        caches = _cache_rows(program)
+    return *rows.values(), *caches
+
+
+def _cache_rows(program: Program) -> list[LayerRow]:
+    declared = (op.operation for op in program.module.body.operations)
+    caches = (op for op in declared if op.name == "ml_program.global")
+    return [row for row in (_cache_row(op, program) for op in caches) if row]
+
+
+def _cache_row(op: ir.Operation, program: Program) -> LayerRow | None:
+    """Return the row of a buffer that holds a cache, or of one that was not understood."""
+    name = text_of(op.attributes["sym_name"])
+    if STORED in op.attributes:
+        kind = parse_quantized(str(ir.TypeAttr(op.attributes[STORED]).value))
+        assert kind is not None
+        sizes = [ir.IntegerAttr(op.attributes[key]).value for key in (BEFORE, AFTER)]
+        shape, held, reason = _sizes(kind), str(kind.operand), "quantized where it is written"
+        name = name.removesuffix(".codes")
+    elif KEPT in op.attributes:
+        tensor = program.weights[name]
+        sizes, shape = [tensor.nbytes, tensor.nbytes], tuple(tensor.shape)
+        held, reason = str(tensor.dtype).removeprefix("torch."), text_of(op.attributes[KEPT])
+    else:
+        return None
+    return LayerRow(
+        name=name,
+        op=CACHE,
+        shape=shape,
+        weight=held,
+        activation="",
+        kernel="torch",
+        reason=reason,
+        bytes_before=sizes[0],
+        bytes_after=sizes[1],
+        quantized=STORED in op.attributes,
+    )
 
 
 def _quantized_row(op: ir.Operation, program: Program) -> LayerRow:

@@ -10,32 +10,36 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fpcompiler.arguments import PATH, require_type
 from fpcompiler.artifact import Artifact, Golden
-from fpcompiler.errors import OptionError
+from fpcompiler.errors import CaptureError, OptionError
 from fpcompiler.options import Options
 from fpcompiler.plan import Plan, Symbol
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.inputs import bind
 from fpcompiler.runtime.model import COMPILING, CompiledModel
 from fpcompiler.runtime.model import load as load
+from fpcompiler.runtime.tables import PlanTable
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from fpcompiler.calibration import Calibration
     from fpcompiler.capture import CapturedProgram
-    from fpcompiler.passes import Pipeline
+    from fpcompiler.passes import PassResult, Pipeline
     from fpcompiler.scheme import Scheme
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+_NONE = type(None)
 
 GOLDEN_SIZE = 16
 """Sizes that may vary are cut to this in the recorded call, to keep artifacts small."""
@@ -58,6 +62,7 @@ def compile(
     seed: int = 0,
     pipeline: str | Pipeline | None = None,
     dump_dir: str | os.PathLike[str] | None = None,
+    dump_weights: bool = False,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile a model.
@@ -81,22 +86,29 @@ def compile(
             sequence lengths, where the model allows it.
         method: How formats, scales and roundings are found, a name in
             :data:`fpcompiler.passes.METHODS`: ``"rtn"`` rounds to nearest and needs no data.
-        attention: Format and scales of queries, keys and values, such as ``"f8E4M3FN@token:f32"``;
-            by default they stay as they are.
+        attention: What of attention is quantized, by default nothing. An operand such as
+            ``"f8E4M3FN@token:f32"`` is that of queries, keys and values;
+            ``"qkv=OPERAND,weights=OPERAND,cache=OPERAND"``, or some of these parts, also names the
+            weights after softmax and the stored cache of models that keep keys and values in
+            buffers.
         max_memory: What calibration may take beside the model and the batches: ``"4GiB"``.
         work_dir: A folder for what calibration has finished, so that a run that was killed goes on
-            from there; the result is the same.
+            from there; the result is the same. A finished run leaves less than the artifact there,
+            a killed one what it needs to go on; delete the folder when no run uses it.
         seed: Of every random choice in calibration.
         pipeline: Passes to run instead of those that the scheme and the target ask for.
         dump_dir: A folder that gets the program after each pass, what the pass changed, and what
             it did to the numbers.
+        dump_weights: Whether the values of the weights are written there too, so that
+            ``fpcompiler opt`` can run any pass on any dump.
         clip: How row scales of weights are chosen: ``"max"`` maps the largest magnitude to the
             largest code, ``"mse"`` searches the clip with the least squared error.
         progress: Wraps an iterable of long work for a progress bar: ``progress(items, n, label)``.
             By default a bar on stderr, if that is a terminal (see ``FPC_PROGRESS``).
 
     Raises:
-        FormatError: If the scheme means nothing.
+        FormatError: If the scheme or an operand means nothing.
+        OptionError: If an option has an unusable value.
         TargetError: If the target is unknown, or cannot run a layer.
         CaptureError: If torch.export cannot turn the model into a graph.
         NumericsError: If a weight holds NaN or infinity; the message names the layer.
@@ -105,6 +117,11 @@ def compile(
     from fpcompiler.scheme import Scheme as SchemeClass
     from fpcompiler.target import lookup
 
+    require_type("target", target, (str,), "the name of a target, such as 'reference'")
+    require_type("method", method, (str,), "the name of a method, such as 'gptq'")
+    require_type("attention", attention, (str, _NONE), "an operand such as 'f8E4M3FN@token:f32'")
+    require_type("pipeline", pipeline, (str, tuple, list, _NONE), "a text or a tuple of passes")
+    require_type("dump_dir", dump_dir, (*PATH, _NONE), "a folder, such as 'dumps'")
     parsed = SchemeClass.of(scheme)
     lookup(target)
     # What is wrong with the passes is said before a model is captured.
@@ -117,18 +134,38 @@ def compile(
                 "(--calibration on the command line)."
             )
         pipeline = default_pipeline(str(parsed), target, clip, method, attention)
+        chosen = {"method": method, "attention": attention}
+    else:
+        chosen = {}
     passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
     data = None
     if calibration is not None:
         data = _Data(calibration, max_memory, work_dir, seed)
-    dumps, bar = _dump_folder(dump_dir), progress or _progress()
-    job = _Job(model, parsed, target, dynamic, passes, dumps, bar, data)
+    dumps, bar = _Dumps(_dump_folder(dump_dir), dump_weights), progress or _progress()
+    if dump_weights and dumps.folder is None:
+        raise OptionError("dump_weights= needs a folder: give dump_dir= too, or FPC_DUMP.")
+    job = _Job(model, parsed, target, dynamic, passes, dumps, bar, data, chosen)
     example = _example(example_inputs, example_kwargs, data)
     if example is None and isinstance(model, nn.Module):
-        return CompiledModel.deferred(job.build, scheme=str(parsed), dumps=job.dump_dir)
+        return CompiledModel.deferred(job.build, scheme=str(parsed), dumps=dumps.folder)
     # An ExportedProgram brings its own example call, unless it was saved without.
     args, kwargs = example or getattr(model, "example_inputs", None) or ((), {})
-    return CompiledModel(job.build(args, kwargs), dumps=job.dump_dir)
+    try:
+        return CompiledModel(job.build(args, kwargs), dumps=dumps.folder)
+    except CaptureError as error:
+        if example_inputs is None and example_kwargs is None and data is not None:
+            error.add_note(
+                "the example inputs are calibration batch 1; example_inputs= gives others"
+            )
+        raise
+
+
+@dataclass(frozen=True)
+class _Dumps:
+    """Where dumps go, if anywhere, and whether with the values of weights."""
+
+    folder: Path | None
+    weights: bool
 
 
 class _Data:
@@ -145,6 +182,7 @@ class _Data:
 
         self.calls = calls(batches)
         self.max_memory = parse_bytes(max_memory)
+        require_type("work_dir", work_dir, (*PATH, _NONE), "a folder, such as 'work'")
         self.folder = None if work_dir is None else _made(Path(work_dir).expanduser())
         self.seed = seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -183,18 +221,20 @@ class _Job:
         target: str,
         dynamic: Any,
         pipeline: Pipeline,
-        dump_dir: Path | None,
+        dumps: _Dumps,
         progress: Progress,
         data: _Data | None,
+        chosen: Mapping[str, str | None],
     ) -> None:
         self.model = model
         self.scheme = scheme
         self.target = target
         self.dynamic = dynamic
         self.pipeline = pipeline
-        self.dump_dir = dump_dir
+        self.dumps = dumps
         self.progress = progress
         self.data = data
+        self.chosen = chosen
 
     def build(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Artifact:
         """Capture the model with an example call and compile it, one model at a time."""
@@ -212,10 +252,14 @@ class _Job:
         pipeline = self.pipeline
         batch = _flat_inputs(captured, args, kwargs)
         observers = []
-        if self.dump_dir:
+        if self.dumps.folder:
             probe = passes.Probe(program, batch) if batch is not None else None
-            observers.append(passes.Dumper(self.dump_dir, program, pipeline, probe))
-        passes.run_pipeline(
+            observers.append(
+                passes.Dumper(
+                    self.dumps.folder, program, pipeline, probe, weights=self.dumps.weights
+                )
+            )
+        results = passes.run_pipeline(
             program,
             pipeline,
             observers=observers,
@@ -226,6 +270,7 @@ class _Job:
             program, captured.signature, captured.placeholders, captured.symbols
         )
         self._warn_unmatched(plan)
+        self._warn_of_method(results)
         return Artifact(
             plan=plan,
             tensors=tensors,
@@ -234,11 +279,23 @@ class _Job:
             targets=(self.target,),
             golden=_record(plan, tensors, batch),
             graph=ir.print_program(program),
-            recipe={"scheme": self.scheme.to_recipe(), "notes": list(captured.notes)},
+            recipe={
+                "scheme": self.scheme.to_recipe(),
+                **self.chosen,
+                "notes": list(captured.notes),
+            },
         )
 
+    def _warn_of_method(self, results: Sequence[PassResult]) -> None:
+        from fpcompiler.passes import advice
+
+        method = self.chosen.get("method")
+        for line in advice(method, self.scheme, results) if method else ():
+            warnings.warn(line, stacklevel=2)
+
     def _warn_unmatched(self, plan: Plan) -> None:
-        for rule in self.scheme.unmatched_rules([row.name for row in plan.layers]):
+        layers = PlanTable.of(plan.layers, "").rows
+        for rule in self.scheme.unmatched_rules([row.name for row in layers]):
             warnings.warn(
                 f"The rule {str(rule)!r} of the scheme matches no layer; plan() lists their names.",
                 stacklevel=2,
@@ -287,6 +344,10 @@ def _example(
     inputs: tuple[Any, ...] | Tensor | None, kwargs: Mapping[str, Any] | None, data: _Data | None
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
     """Return the example call, from the examples or from the first calibration batch."""
+    wanted = "a tensor, or a tuple of positional arguments such as (x,)"
+    require_type("example_inputs", inputs, (Tensor, tuple, list, _NONE), wanted)
+    wanted = "a dict of keyword arguments, such as {'x': x}"
+    require_type("example_kwargs", kwargs, (Mapping, _NONE), wanted)
     if inputs is not None or kwargs is not None:
         args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
         return args, dict(kwargs or {})

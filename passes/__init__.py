@@ -6,12 +6,14 @@ To write one, copy the smallest (``normalize.py``), give it a name, and pass it 
 
 from __future__ import annotations
 
+from fpcompiler.calibration import Calibration
 from fpcompiler.ir.printer import print_program
 from fpcompiler.ir.program import parse_program
 from fpcompiler.ir.weights import Weights
 from fpcompiler.passes.base import Pass, PassContext, pass_text, rewrite
-from fpcompiler.passes.dump import Dumper
+from fpcompiler.passes.dump import Dumper, weights_beside
 from fpcompiler.passes.manager import PassResult, run_pipeline
+from fpcompiler.passes.method_advice import advice
 from fpcompiler.passes.methods import METHODS, Method, default_pipeline
 from fpcompiler.passes.numerics import Probe
 from fpcompiler.passes.pipeline import (
@@ -22,24 +24,31 @@ from fpcompiler.passes.pipeline import (
 )
 
 
-def opt(text: str, pipeline: str, weights: Weights | None = None) -> str:
+def opt(
+    text: str,
+    pipeline: str,
+    weights: Weights | None = None,
+    calibration: Calibration | None = None,
+) -> str:
     """Run a pipeline on MLIR text, such as a dump, and return the text of the result.
 
     Args:
         text: A module with a function ``main``.
         pipeline: The passes, as :func:`parse_pipeline` reads them.
         weights: Values of the globals, for passes that read them.
+        calibration: Inputs of the program, for passes that learn from data.
 
     Raises:
         IRError: If the text is not valid, or a pass needs weights that are not given.
         PassError: If the pipeline is malformed or does not fit the stage of the program.
     """
     program = parse_program(text, weights)
-    run_pipeline(program, parse_pipeline(pipeline))
+    run_pipeline(program, parse_pipeline(pipeline), calibration=calibration)
     return print_program(program)
 
 
 __all__ = [
+    "advice",
     "METHODS",
     "Method",
     "PASSES",
@@ -56,4 +65,5 @@ __all__ = [
     "pipeline_text",
     "rewrite",
     "run_pipeline",
+    "weights_beside",
 ]

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from fpcompiler.errors import OptionError
 from fpcompiler.ir.printer import print_program
 from fpcompiler.ir.program import Program
@@ -29,23 +33,42 @@ class Dumper:
     ``timing.json``              seconds and statistics of every pass
     ``pipeline.txt``             the pipeline, as ``fpcompiler opt -p`` reads it
     ``05-lower-gemm.failed.mlir``  the input of a pass that failed
+    ``00-captured.safetensors``  the values of the globals, if they are wanted; for a later pass
+                                 only those that it made
     ===========================  ===================================================================
+
+    Args:
+        folder: Made if it is not there; dumps of before are deleted.
+        program: The program before the first pass.
+        pipeline: What will run.
+        probe: Measures numerics, if there is one.
+        weights: Whether values are written as well, so that any pass can run again on any dump.
+            They take as much as the model and the artifact together.
     """
 
     def __init__(
-        self, folder: Path, program: Program, pipeline: Pipeline, probe: Probe | None = None
+        self,
+        folder: Path,
+        program: Program,
+        pipeline: Pipeline,
+        probe: Probe | None = None,
+        *,
+        weights: bool = False,
     ) -> None:
         self.folder = folder
         self.probe = probe
+        self._written: set[str] | None = set() if weights else None
         self._number = 0
         self._text = print_program(program)
         self._results: list[PassResult] = []
         with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for old in [*folder.glob("[0-9][0-9]-*.mlir"), *folder.glob("[0-9][0-9]-*.diff")]:
-                old.unlink()
+            for kind in ("mlir", "diff", "safetensors"):
+                for old in folder.glob(f"[0-9][0-9]-*.{kind}"):
+                    old.unlink()
         self._write("pipeline.txt", pipeline_text(pipeline) + "\n")
         self._last = self._dump(program.stage.label, self._text, "")
+        self._dump_weights(program)
 
     def before(self, program: Program, item: Pass) -> None:
         """Count the pass."""
@@ -67,6 +90,7 @@ class Dumper:
         )
         self._write(f"{self._number:02}-{item.name}.diff", "".join(diff))
         self._last = self._dump(item.name, text, pass_text(item))
+        self._dump_weights(program)
         self._text = text
         if self.probe:
             self.probe.measure(program, f"{self._number:02}-{item.name}")
@@ -83,6 +107,21 @@ class Dumper:
         file = f"{self._number:02}-{name}.mlir"
         self._write(file, self._header(item) + text)
         return file
+
+    def _dump_weights(self, program: Program) -> None:
+        """Write the globals that no dump has yet; their values do not change."""
+        if self._written is None:
+            return
+        # Cloned: tied weights share memory, which the format has no way to say.
+        new = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in program.weights.items()
+            if name not in self._written
+        }
+        self._written |= set(new)
+        if new:
+            with _writable(self.folder):
+                save_file(new, self.folder / Path(self._last).with_suffix(".safetensors"))
 
     def _header(self, item: str) -> str:
         """Return comment lines that tell how the text was made from the dump before it."""
@@ -103,6 +142,19 @@ class Dumper:
     def _write(self, name: str, text: str) -> None:
         with _writable(self.folder):
             (self.folder / name).write_text(text, encoding="utf-8")
+
+
+def weights_beside(dump: Path) -> dict[str, Tensor]:
+    """Return the values that the dumps of a folder hold for one of them; empty without values.
+
+    Args:
+        dump: A dumped ``.mlir`` file, whose name begins with its number.
+    """
+    values: dict[str, Tensor] = {}
+    for file in sorted(dump.parent.glob("[0-9][0-9]-*.safetensors")):
+        if file.name[:2] <= dump.name[:2]:
+            values |= load_file(file)
+    return values
 
 
 @contextmanager

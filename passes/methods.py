@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from fpcompiler.errors import PassError
+from fpcompiler.passes.attention_option import attention_passes
 from fpcompiler.passes.base import Pass
 from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
@@ -18,7 +19,6 @@ from fpcompiler.passes.lower_gemm import LowerGemm
 from fpcompiler.passes.normalize import Normalize
 from fpcompiler.passes.pipeline import Pipeline
 from fpcompiler.passes.preshift import Preshift
-from fpcompiler.passes.quantize_attention import QuantizeAttention
 from fpcompiler.passes.quantize_weights import QuantizeWeights
 from fpcompiler.passes.rotate import Rotate
 from fpcompiler.passes.search_formats import SearchFormats
@@ -40,22 +40,31 @@ class Method:
     needs_data: bool = True
 
 
+_PRESHIFT: Final = Preshift(rho="search", limit=15)
+_SEARCH_PRESHIFT: Final = (
+    SearchFormats(inputs="keep"),
+    replace(_PRESHIFT, formats="same-bits"),
+)
+
 METHODS: Final[Mapping[str, Method]] = MappingProxyType(
     {
         "rtn": Method((), "round to nearest", needs_data=False),
+        "mse": Method(
+            (QuantizeWeights(clip="mse"),),
+            "rtn, rows of weights clipped where their squared error is least",
+            needs_data=False,
+        ),
         "smooth": Method((Smooth(),), "outliers of inputs moved into weights (SmoothQuant)"),
         "rotate": Method(
             (Rotate(),), "Hadamard transforms of quantized inputs, then rtn", needs_data=False
         ),
-        "preshift": Method(
-            (Preshift(rho="search", limit=15),),
-            "inputs times 2**k, weights by 2**-k, in wider codes",
-        ),
-        "preshift-gptq": Method((Preshift(rho="search", limit=15), Gptq()), "preshift, then gptq"),
+        "preshift": Method((_PRESHIFT,), "inputs times 2**k, weights by 2**-k, in wider codes"),
+        "preshift-gptq": Method((_PRESHIFT, Gptq()), "preshift, then gptq"),
         "search-preshift": Method(
-            (SearchFormats(inputs="keep"), Preshift(rho="search", formats="same-bits", limit=15)),
+            _SEARCH_PRESHIFT,
             "formats and scales of weights searched, then inputs shifted in the best format",
         ),
+        "search-preshift-gptq": Method((*_SEARCH_PRESHIFT, Gptq()), "search-preshift, then gptq"),
         "search": Method((SearchFormats(),), "formats and scales by the error of the output"),
         "search-fisher": Method(
             (SearchFormats(objective="fisher"),),
@@ -88,11 +97,12 @@ def default_pipeline(
         target: Name of the target.
         clip: How row scales of weights are chosen, see ``quantize-weights``.
         method: A name in :data:`METHODS`.
-        attention: The operand of queries, keys and values, or None to leave them as they are.
+        attention: What of attention is quantized, see :func:`attention_passes`; None: nothing.
 
     Raises:
         PassError: If there is no such method.
-        FormatError: If the operand for attention means nothing.
+        FormatError: If an operand for attention means nothing.
+        OptionError: If the text for attention cannot be read.
     """
     if method not in METHODS:
         near = difflib.get_close_matches(method, list(METHODS), n=1)
@@ -105,7 +115,7 @@ def default_pipeline(
         InsertQuantize(scheme=scheme),
         Cse(),
         *(_for_target(item, target) for item in METHODS[method].passes),
-        *((QuantizeAttention(operand=attention),) if attention else ()),
+        *(() if attention is None else attention_passes(attention)),
         QuantizeWeights(clip=clip),
         LowerGemm(target=target),
         Canonicalize(),

@@ -23,6 +23,7 @@ from fpcompiler.passes.lower_gemm import LowerGemm
 from fpcompiler.passes.normalize import Normalize
 from fpcompiler.passes.preshift import Preshift
 from fpcompiler.passes.quantize_attention import QuantizeAttention
+from fpcompiler.passes.quantize_cache import QuantizeCache
 from fpcompiler.passes.quantize_weights import QuantizeWeights
 from fpcompiler.passes.rotate import Rotate
 from fpcompiler.passes.search_formats import SearchFormats
@@ -39,6 +40,7 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     Preshift,
     SearchFormats,
     Gptq,
+    QuantizeCache,
     QuantizeAttention,
     QuantizeWeights,
     LowerGemm,

@@ -23,7 +23,8 @@ class Rotate(Pass):
     ``(x H)(w H)^T = x w^T`` for the block Hadamard matrix ``H`` (QuaRot, arXiv 2404.00456; in
     blocks as in MR-GPTQ, arXiv 2509.23202). Weights are transformed here, the input at each call,
     once for layers that share it. Where the number of channels is no multiple of the block, the
-    largest smaller block that fits is taken.
+    largest smaller block that fits is taken. It needs no data, and so does not check whether a
+    layer gets better: with inputs that are even already it can get a little worse.
 
     Attributes:
         block: Channels in a block: 16, 32, 64 or 128.
@@ -33,7 +34,7 @@ class Rotate(Pass):
 
     name: ClassVar[str] = "rotate"
     requires: ClassVar[Stage] = Stage.QUANTIZED
-    block: int = 32
+    block: int = 64
     weights_too: bool = False
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fpcompiler.errors import OptionError, RunError
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime.executor import Executor
-from fpcompiler.runtime.tables import CompareRow, CompareTable
+from fpcompiler.runtime.tables import CompareRow, CompareTable, PlanTable
 from fpcompiler.tree import Spec, describe, leaf_paths
 
 Batch: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
@@ -130,7 +130,7 @@ def compare(executor: Executor, model: nn.Module, batches: Iterable[Batch]) -> C
     """
     plan = executor.plan
     executor = executor.fresh()
-    layers = _Rows((row.name for row in plan.layers), "layer")
+    layers = _Rows((row.name for row in PlanTable.of(plan.layers, "").rows), "layer")
     results = _result_values(plan)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in layers.distances:

@@ -130,7 +130,7 @@ class CompiledModel:
         Raises:
             RunError: If the model has not been called yet.
         """
-        return PlanTable(self.artifact.plan.layers, self._scheme)
+        return PlanTable.of(self.artifact.plan.layers, self._scheme)
 
     def compare(self, model: nn.Module, batches: Iterable[Batch]) -> CompareTable:
         """Compare with the eager model: SQNR, cosine and largest error per layer and output.
@@ -173,10 +173,13 @@ class CompiledModel:
             self._ready()
 
     def __repr__(self) -> str:
-        """Return one line with the scheme and the number of layers."""
+        """Return one line with the scheme, the method and the number of layers."""
         if self._artifact is None:
             return f"CompiledModel({self._scheme!r}, captured by the first call)"
-        return f"CompiledModel({self._scheme!r}, {len(self._artifact.plan.layers)} layers)"
+        recipe = self._artifact.recipe
+        chosen = [f"{key}={recipe[key]!r}, " for key in ("method", "attention") if recipe.get(key)]
+        layers = len(self.plan().rows)
+        return f"CompiledModel({self._scheme!r}, {''.join(chosen)}{layers} layers)"
 
     def _ready(self) -> Executor:
         if self._executor is None:

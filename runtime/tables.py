@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -18,6 +19,9 @@ _UNITS: Final = ("KiB", "MiB", "GiB", "TiB")
 _PLAN_COLUMNS: Final = (
     ("shape", 5), ("weights", 8), ("activations", 8), ("kernel", 6), ("why", 6),
 )  # fmt: skip
+CACHE: Final = "cache"
+"""The ``op`` of a row of the plan that is a cache of keys and values, not a layer."""
+
 _TEXT_WIDTH: Final = 160  # Of str(): wide enough for the texts of two operands beside each other.
 
 
@@ -28,10 +32,18 @@ class PlanTable:
     Attributes:
         rows: One per layer, in the order of the program.
         scheme: Exact text of the scheme.
+        caches: One per cache of keys and values that was to be stored in few bits.
     """
 
     rows: tuple[LayerRow, ...]
     scheme: str = ""
+    caches: tuple[LayerRow, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Sequence[LayerRow], scheme: str) -> PlanTable:
+        """Return the table of the rows of a plan."""
+        layers = tuple(row for row in rows if row.op != CACHE)
+        return cls(layers, scheme, tuple(row for row in rows if row.op == CACHE))
 
     @property
     def bytes_before(self) -> int:
@@ -46,7 +58,20 @@ class PlanTable:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
-        return {"scheme": self.scheme, "rows": [asdict(row) for row in self.rows], **totals}
+        rows = {"rows": [asdict(row) for row in self.rows]}
+        if self.caches:
+            rows["caches"] = [asdict(row) for row in self.caches]
+        return {"scheme": self.scheme, **rows, **totals}
+
+    @property
+    def cache_text(self) -> str:
+        """How many caches are quantized, and their bytes before and after; empty without any."""
+        if not self.caches:
+            return ""
+        quantized = sum(row.quantized for row in self.caches)
+        before = size_text(sum(row.bytes_before for row in self.caches))
+        after = size_text(sum(row.bytes_after for row in self.caches))
+        return f"caches: {quantized} of {len(self.caches)} quantized, {before} -> {after}"
 
     def __rich__(self) -> Table:
         """Return the table for a rich console."""
@@ -60,7 +85,8 @@ class PlanTable:
             table.add_column(name, overflow="fold", min_width=width)
         for name, size in (("before", self.bytes_before), ("after", self.bytes_after)):
             table.add_column(name, size_text(size), justify="right", no_wrap=True)
-        for row in self.rows:
+        table.caption = Text(f"{self.cache_text}, not in the sums") if self.caches else None
+        for row in (*self.rows, *self.caches):
             shape = "x".join(map(str, row.shape))
             sizes = size_text(row.bytes_before), size_text(row.bytes_after)
             why = row.reason if row.rule in ("", "base") else f"{row.reason} ({row.rule})"

@@ -38,15 +38,24 @@ from fpcompiler.scheme import Scheme
 RESULTS = Path(__file__).resolve().parent / "results"
 PAPER = "w=f4E2M1FN@row:f32,a=f4E2M1FN@tensor:f32"
 """LLM-FP4's own setting: weights per row, inputs with one static scale."""
-ROWS = (
-    *(f"w4a16:{method}" for method in ("rtn", "search", "gptq", "rotate-gptq")),
-    *(f"w4a8:{method}" for method in ("rtn", "rotate-gptq")),
-    *(f"w4a6:{method}" for method in ("rtn", "smooth", "rotate", "gptq", "rotate-gptq")),
-    *(f"w4a6-row:{method}" for method in ("rtn", "rotate", "rotate-gptq")),
-    *(f"w4a4:{method}" for method in ("rtn", "search", "smooth", "rotate", "gptq", "rotate-gptq")),
-    *(f"{scheme}:{method}" for scheme in ("nvfp4", "mxfp4") for method in ("rtn", "rotate-gptq")),
-    *(f"{PAPER}:{method}" for method in ("rtn", "faithful", "search")),
-)
+METHODS_OF = {
+    "w4a16": ("rtn", "mse", "search", "gptq", "rotate-gptq"),
+    "w4a8": ("rtn", "mse", "search", "rotate-gptq"),
+    "w4a6": ("rtn", "mse", "search", "rotate-gptq"),
+    "w4a6-row": (
+        "rtn", "mse", "faithful", "search", "preshift", "search-preshift", "preshift-gptq",
+        "rotate-gptq",
+    ),
+    "w4a4": ("rtn", "mse", "search", "rotate", "rotate-gptq"),
+    "nvfp4": ("rtn", "search", "rotate-gptq"),
+    "mxfp4": ("rtn", "search", "rotate-gptq"),
+    PAPER: (
+        "rtn", "mse", "faithful", "search", "search-fisher", "preshift", "search-preshift",
+        "search-preshift-gptq",
+    ),
+}  # fmt: skip
+"""What is measured. ``mse`` is rounding to nearest with the clip of least squared error."""
+ROWS = tuple(f"{scheme}:{method}" for scheme, methods in METHODS_OF.items() for method in methods)
 
 
 def main() -> None:

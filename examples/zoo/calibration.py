@@ -12,6 +12,9 @@ from torch import Tensor
 from examples.zoo import corpora, minilm, smollm2, whisper
 from examples.zoo.metrics import transcribe_greedy
 
+_SPEECH = 20 * 16000
+"""Samples of speech in each recording of 30 seconds."""
+
 Batches = list[tuple[Any, ...]]
 """The arguments of one call each."""
 
@@ -41,14 +44,19 @@ def dinov2_batches() -> Batches:
 
 
 def whisper_batches(clips: Path, encode: Any, decode: Any) -> Mapping[str, Batches]:
-    """Return what encoder and decoder read for five clips of other speakers and words.
+    """Return what encoder and decoder read for recordings of other speakers and words.
+
+    Five clips of two seconds are joined and repeated, each time from another one on: padded with
+    silence, one by one, they would teach the encoder silence.
 
     Args:
         clips: The folder of :func:`examples.zoo.corpora.librivox`; the clips are beside it.
         encode: The encoder in fp32.
         decode: The decoder in fp32, whose own transcripts are what the decoder reads.
     """
-    inputs = whisper.inputs(corpora.spoken_cards(clips.parent / "cards"))
+    cards = corpora.spoken_cards(clips.parent / "cards")
+    joined = [torch.cat([*cards[i:], *cards[:i]] * 2)[:_SPEECH] for i in range(len(cards))]
+    inputs = whisper.inputs(joined)
     encoder = [(features,) for features in inputs["features"].split(1)]
     decoder = [_decoder_call(encode, decode, features, inputs) for (features,) in encoder]
     return {"encoder": encoder, "decoder": decoder}

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Final
 
 from torch import Tensor
 
+from fpcompiler.arguments import PATH, require_type
 from fpcompiler.artifact import foreign, jsonfile, tensors
 from fpcompiler.artifact.check import check
 from fpcompiler.artifact.container import Buffer, Entry, Writer, check_layout, read_directory
@@ -78,7 +79,9 @@ def save(path: str | os.PathLike[str], artifact: Artifact) -> None:
 
     Raises:
         ArtifactError: If the artifact is not consistent, or the file cannot be written.
+        OptionError: If the path is none.
     """
+    require_type("the path", path, PATH, "that of a file, such as save('model.fpc')")
     target = Path(path)
     _raise_problems(f"{target} was not written", check(artifact.plan, artifact.tensors))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -107,7 +110,9 @@ def read(path: str | os.PathLike[str]) -> Artifact:
 
     Raises:
         ArtifactError: If the file is not a whole and unchanged artifact of this format version.
+        OptionError: If the path is none.
     """
+    require_type("the path", path, PATH, "that of a file, such as load('model.fpc')")
     try:
         return _parse(_map(Path(path)))
     except ArtifactError as error:

@@ -1,7 +1,7 @@
 """Calibration: data streams through the model, and work is done on what each layer sees of it."""
 
 from fpcompiler.calibration.calibration import Calibration, parse_bytes
-from fpcompiler.calibration.data import Call, bind_calls, calls
+from fpcompiler.calibration.data import Call, bind_calls, calls, draw
 from fpcompiler.calibration.gradients import SquaredGradients
 from fpcompiler.calibration.groups import Group, input_groups
 from fpcompiler.calibration.once import run_once
@@ -12,6 +12,7 @@ __all__ = [
     "Call",
     "bind_calls",
     "calls",
+    "draw",
     "Group",
     "InputStatistics",
     "SquaredGradients",

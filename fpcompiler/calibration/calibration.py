@@ -248,7 +248,7 @@ class _Run:
         try:
             left = self.segments.run(number, self._environment(number, batch), taps)
         except RunError as error:
-            error.add_note(f"in calibration batch {batch}")
+            error.add_note(f"in calibration batch {batch + 1}")
             raise
         if number + 1 < len(self.pieces):
             self.spill.write(number, batch, left)

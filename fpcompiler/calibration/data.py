@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,17 +22,37 @@ def calls(batches: Iterable[Any]) -> tuple[Call, ...]:
         batches: Each a tensor, a tuple or list of arguments, or a dict of keyword arguments.
 
     Raises:
-        OptionError: If there is none.
+        OptionError: If there is none, or drawing one fails; the message says which.
+    """
+    found = tuple(_call(batch) for batch in draw(batches))
+    if not found:
+        raise OptionError("the calibration data is empty; give at least one batch.")
+    return found
+
+
+def draw(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches from data of a user, whose code can fail in any way.
+
+    Raises:
+        OptionError: If these are not several batches, or drawing one fails; the message says which.
     """
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise OptionError(
             "calibration must be several batches, or a list of one such as [x], not one "
             f"{type(batches).__name__}."
         )
-    found = tuple(_call(batch) for batch in batches)
-    if not found:
-        raise OptionError("the calibration data is empty; give at least one batch.")
-    return found
+    drawn = 0
+    try:
+        for batch in batches:
+            drawn += 1
+            yield batch
+    except FpcompilerError:
+        raise
+    except Exception as error:  # as the code of a user can raise anything
+        raise OptionError(
+            f"calibration batch {drawn + 1} cannot be drawn: {type(error).__name__}: {error}. "
+            "Iterate over the calibration data on its own to see where."
+        ) from error
 
 
 def _call(batch: Any) -> Call:
@@ -63,5 +83,5 @@ def _bind(signature: Signature, program: Takes, number: int, call: Call) -> tupl
         check(program, leaf_names(signature), leaves, None)
         return tuple(leaves)
     except FpcompilerError as error:
-        error.add_note(f"in calibration batch {number}")
+        error.add_note(f"in calibration batch {number + 1}")
         raise

@@ -79,9 +79,9 @@ class Accumulator:
         amax = wide.abs().amax(0) if len(rows) else torch.zeros_like(self._amax)
         if not bool(amax.isfinite().all()):
             raise NumericsError(
-                f"{describe_layer(name)}: its input holds NaN/Inf for calibration batch {batch}. "
-                "Run the original model on that batch to see where they begin: in the batch, or "
-                "with the weight of a layer before."
+                f"{describe_layer(name)}: its input holds NaN/Inf for calibration batch "
+                f"{batch + 1}. Run the original model on that batch to see where they begin: in "
+                "the batch, or with the weight of a layer before."
             )
         torch.maximum(self._amax, amax, out=self._amax)
         self._gram.addmm_(wide.T, wide)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fpcompiler.cli.source import call_named
 from fpcompiler.cli.tensors import read_inputs
-from fpcompiler.errors import OptionError
+from fpcompiler.errors import FpcompilerError, OptionError
 
 __all__ = ["add_arguments", "read_batches"]
 
@@ -23,8 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--attention",
-        metavar="OPERAND",
-        help="quantize queries, keys and values, for instance to f8E4M3FN@token:f32",
+        metavar="OPERANDS",
+        help="quantize attention: an operand for queries, keys and values, such as "
+        "f8E4M3FN@token:f32, or some of qkv=OPERAND,weights=OPERAND,cache=OPERAND (weights: after "
+        "softmax; cache: keys and values that the model keeps in buffers, stored in few bits)",
     )
     group.add_argument(
         "--calibration",
@@ -37,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-memory", metavar="SIZE", default="4GiB", help="for calibration; by default 4GiB"
     )
     group.add_argument(
-        "--work-dir", metavar="DIR", help="keep what is finished there: a killed run goes on"
+        "--work-dir",
+        metavar="DIR",
+        help="keep what is finished there, so that a killed run goes on: up to the size of the "
+        "artifact for each set of options, and the activations that a killed run still needs; it "
+        "may be deleted whenever no run uses it",
     )
     group.add_argument("--seed", type=int, default=0, help="of random choices; by default 0")
 
@@ -46,7 +52,7 @@ def read_batches(sources: list[str] | None) -> list[Any] | None:
     """Return the batches that the option names, or None without it.
 
     Raises:
-        OptionError: If a file or function is missing, or is of another kind.
+        OptionError: If a file or function is missing, of another kind, or fails.
     """
     if sources is None:
         return None
@@ -54,8 +60,10 @@ def read_batches(sources: list[str] | None) -> list[Any] | None:
 
 
 def _batches(source: str) -> list[Any]:
+    from fpcompiler.calibration import draw
+
     if ":" in source and not source.endswith((".safetensors", ".npz")):
-        return list(call_named(source))
+        return list(draw(_called(source)))
     inputs = read_inputs(source)
     if inputs.args and inputs.kwargs:
         raise OptionError(
@@ -63,3 +71,15 @@ def _batches(source: str) -> list[Any]:
             "all of its tensors."
         )
     return [inputs.args or dict(inputs.kwargs)]
+
+
+def _called(source: str) -> Any:
+    """Return what the function of a user returns, who may have made any mistake in it."""
+    try:
+        return call_named(source)
+    except FpcompilerError:
+        raise
+    except Exception as error:  # as the code of a user can raise anything
+        raise OptionError(
+            f"{source}() failed: {type(error).__name__}: {error}. Call it on its own to see where."
+        ) from error

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli import calibration
 from fpcompiler.cli.command import OK, Command
@@ -45,6 +47,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inputs", metavar="FILE", help="the example call as .safetensors or .npz")
     parser.add_argument("--target", default="reference", help="by default reference")
     parser.add_argument("--dump-dir", metavar="DIR", help="write the program after each pass there")
+    parser.add_argument(
+        "--dump-weights",
+        action="store_true",
+        help="write the values of weights there as well, for fpcompiler opt",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     calibration.add_arguments(parser)
 
@@ -65,6 +72,8 @@ def _run(args: argparse.Namespace) -> int:
     print(f"scheme: {compiled.scheme}")
     print(f"layers: {quantized} of {len(plan.rows)} quantized; weights of all: ", end="")
     print(f"{size_text(plan.bytes_before)} -> {size_text(plan.bytes_after)}")
+    if plan.caches:
+        print(plan.cache_text)
     if dumps:
         print(f"dumps: {dumps}")
     return OK
@@ -88,6 +97,7 @@ def _compile(args: argparse.Namespace) -> CompiledModel:
     with progress("compiling") as track, warnings.catch_warnings():
         # _warn_of_rules_without_layers says it in the words of a command line.
         warnings.filterwarnings("ignore", "The rule .* of the scheme matches no layer")
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
         return api.compile(
             source.model,
             scheme,
@@ -101,8 +111,25 @@ def _compile(args: argparse.Namespace) -> CompiledModel:
             seed=args.seed,
             target=args.target,
             dump_dir=args.dump_dir,
+            dump_weights=args.dump_weights,
             progress=track,
         )
+
+
+_OURS: Final = ("The method ", "quantize-cache: ")
+
+
+def _show_warning(
+    otherwise: Callable[..., None],
+    message: Warning | str,
+    category: type[Warning],
+    *where: Any,
+) -> None:
+    """Print our own warnings as a line: where in our source they come from tells a user nothing."""
+    if category is UserWarning and str(message).startswith(_OURS):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        otherwise(message, category, *where)
 
 
 def _warn_of_rules_without_layers(compiled: CompiledModel) -> None:

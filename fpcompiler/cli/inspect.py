@@ -25,7 +25,7 @@ def _run(args: argparse.Namespace) -> int:
     from fpcompiler.runtime.tables import PlanTable
 
     artifact = artifacts.read(args.file)
-    plan = PlanTable(artifact.plan.layers, artifact.scheme)
+    plan = PlanTable.of(artifact.plan.layers, artifact.scheme)
     facts = _facts(artifact, Path(args.file).stat().st_size)
     if args.json:
         print_json({**facts, "inputs": _inputs(artifact), "plan": plan.to_json()})
@@ -40,6 +40,8 @@ def _run(args: argparse.Namespace) -> int:
 def _facts(artifact: Artifact, size: int) -> dict[str, Any]:
     return {
         "scheme": artifact.scheme,
+        "method": artifact.recipe.get("method"),
+        "attention": artifact.recipe.get("attention"),
         "targets": list(artifact.targets),
         "pipeline": artifact.pipeline,
         "packages": dict(artifact.packages),
@@ -59,6 +61,8 @@ def _text(value: Any) -> str:
         return ", ".join(f"{key} {entry}" for key, entry in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if value is None:
+        return ""
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

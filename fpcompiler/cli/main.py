@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from fpcompiler import __version__
 from fpcompiler.cli import compile as compile_command
 from fpcompiler.cli import doctor, formats, inspect, methods, opt, run, targets, verify
 from fpcompiler.cli import eval as eval_command
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"fpcompiler {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = commands.add_parser(

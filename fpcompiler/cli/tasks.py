@@ -145,6 +145,8 @@ def _perplexity(args: argparse.Namespace) -> Task:
     tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.tokens:
         ids = _only_tensor(args.tokens)
+        if ids.ndim == 2 and len(ids) == 1:  # as tokenizers return them
+            ids = ids[0]
     else:
         encoding = without_limits(tokenizer).encode(read_text(args.text), add_special_tokens=False)
         ids = torch.tensor(encoding.ids)

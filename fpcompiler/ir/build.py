@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch_mlir import ir
-from torch_mlir.extras.fx_importer import TORCH_DTYPE_TO_MLIR_TYPE
+from torch_mlir.extras.fx_importer import TORCH_DTYPE_TO_INT, TORCH_DTYPE_TO_MLIR_TYPE
 
-from fpcompiler.ir.types import TensorType, ranked_text
+from fpcompiler.ir.types import TensorType, ranked_text, tensor_type
 
 Scalar = bool | int | float | str | None
 
@@ -146,6 +146,26 @@ def aten(name: str, operands: Sequence[ir.Value], result: TensorType) -> ir.Valu
         operands=list(operands),
         attributes={"name": ir.StringAttr.get(full)},
     ).result
+
+
+def transposed(value: ir.Value) -> ir.Value:
+    """Return a tensor with its last two axes exchanged."""
+    kind = tensor_type(value)
+    assert kind is not None
+    shape = (*kind.shape[:-2], kind.shape[-1], kind.shape[-2])
+    axes = [constant(-1), constant(-2)]
+    return aten("transpose.int", [value, *axes], TensorType(shape, kind.element))
+
+
+def cast(value: ir.Value, element: str) -> ir.Value:
+    """Return a tensor with another element type; the tensor itself if it has it already."""
+    kind = tensor_type(value)
+    assert kind is not None
+    if kind.element == element:
+        return value
+    wanted = TensorType(kind.shape, element)
+    options = [constant(v) for v in (TORCH_DTYPE_TO_INT[wanted.dtype], False, False, None)]
+    return aten("to.dtype", [value, *options], wanted)
 
 
 def size_of(value: ir.Value, axis: int) -> ir.Value:

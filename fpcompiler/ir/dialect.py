@@ -4,7 +4,8 @@
 ``fpq.quantize``     tensor -> quantized; computes scales and codes of the values it is given
 ``fpq.encode``       tensor -> quantized; computes the codes, with scales that are given
 ``fpq.dequantize``   quantized -> tensor
-``fpq.assemble``     codes and scales (stored weights) -> quantized
+``fpq.assemble``     codes and scales (stored weights, caches) -> quantized
+``fpq.disassemble``  quantized -> packed codes and scales, as torch tensors
 ``fpq.fold``         quantized -> quantized; columns divided by powers of two, exactly
 ``fpq.hadamard``     tensor -> tensor; the Hadamard transform of blocks of the last axis
 ``fpq.linear``       ``x @ w.T + bias``; x is a tensor or quantized, w quantized
@@ -33,6 +34,7 @@ from fpcompiler.ir.types import (
 )
 from fpcompiler.numerics.folding import takes_powers
 from fpcompiler.numerics.hadamard import HADAMARD_BLOCKS
+from fpcompiler.numerics.packing import packed_bytes
 from fpcompiler.numerics.shift_lowering import container_shifts
 from fpcompiler.operand import Granularity
 
@@ -154,6 +156,33 @@ def _slot_types(kind: QuantizedType) -> tuple[str, ...]:
     return tuple(texts.get(slot, "!torch.none") for slot in SCALE_SLOTS)
 
 
+def part_types(kind: QuantizedType) -> tuple[TensorType | None, ...]:
+    """Return the torch tensors of packed codes and of the scales in :data:`SCALE_SLOTS`.
+
+    A level that the type does not have is None.
+
+    Raises:
+        VerifyError: If the last axis has no known size, so that codes cannot be packed.
+    """
+    width = kind.shape[-1]
+    if width is None:
+        raise VerifyError("packed codes need a last axis of known size")
+    packed = packed_bytes(width, kind.operand.format.storage_bits)
+    scales = {
+        slot: TensorType(shape, "f32" if level.is_real else "ui8")
+        for slot, shape, level in zip(
+            scale_slots(kind), scale_shapes(kind), kind.operand.levels, strict=True
+        )
+    }
+    codes = TensorType((*kind.shape[:-1], packed), "ui8")
+    return codes, *(scales.get(slot) for slot in SCALE_SLOTS)
+
+
+def part_texts(kind: QuantizedType) -> tuple[str, ...]:
+    """Return :func:`part_types` as text, ``!torch.none`` where there is no level."""
+    return tuple("!torch.none" if part is None else str(part) for part in part_types(kind))
+
+
 def _check_types(values: Any, expected: tuple[str, ...], what: str) -> None:
     found = tuple(str(value.type) for value in values)
     if found != expected:
@@ -167,7 +196,14 @@ def _check_dequantize(op: ir.Operation) -> None:
 
 def _check_assemble(op: ir.Operation) -> None:
     result = _quantized(op.results[0], "result")
+    if tensor_type(op.operands[0]) is not None:
+        _check_types(op.operands, part_texts(result), "operands")
+        return
     _check_types(op.operands, (result.payload, *_slot_types(result)), "operands")
+
+
+def _check_disassemble(op: ir.Operation) -> None:
+    _check_types(op.results, part_texts(_quantized(op.operands[0], "input")), "results")
 
 
 def _check_fold(op: ir.Operation) -> None:
@@ -263,8 +299,9 @@ class DequantizeOp(Fpq.Operation, name="dequantize", traits=[Pure]):
 class AssembleOp(Fpq.Operation, name="assemble", traits=[Pure]):
     """``fpq.assemble``: a quantized value from stored codes and the scales of each level.
 
-    A level that the type does not have is ``torch.constant.none``: the dialect's variadic operands
-    would all have to be of one type.
+    The operands are what globals hold, or torch tensors as ``fpq.disassemble`` gives them. A level
+    that the type does not have is ``torch.constant.none``: the dialect's variadic operands would
+    all have to be of one type.
     """
 
     codes: Operand[Any]
@@ -276,6 +313,24 @@ class AssembleOp(Fpq.Operation, name="assemble", traits=[Pure]):
     def verify_invariants(op: ir.OpView) -> bool:
         """Check that codes and scales have the types that the result needs."""
         return _checked(op, _check_assemble)
+
+
+class DisassembleOp(Fpq.Operation, name="disassemble", traits=[Pure]):
+    """``fpq.disassemble``: the packed codes and the scales of a quantized value.
+
+    Torch tensors, so that a cache can be written with torch's own operations, row by row. A level
+    that the type does not have is ``!torch.none``.
+    """
+
+    input: Operand[Quantized]
+    codes: Result[Any]
+    outer_scale: Result[Any]
+    block_scale: Result[Any]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check the types of the parts."""
+        return _checked(op, _check_disassemble)
 
 
 class FoldOp(Fpq.Operation, name="fold", traits=[Pure]):

@@ -16,6 +16,7 @@ from torch_mlir import ir
 
 import fpcompiler.runtime.ops  # noqa: F401  (registers the fpc:: operators)
 from fpcompiler.ir.build import symbol_name
+from fpcompiler.ir.dialect import SCALE_SLOTS, scale_slots
 from fpcompiler.ir.locations import place_of
 from fpcompiler.ir.program import Program
 from fpcompiler.ir.torch_ops import constant_value, literal_value, resolve, text_of
@@ -65,6 +66,7 @@ class Raiser:
             "fpq.encode": self._encode,
             "fpq.dequantize": self._dequantize,
             "fpq.assemble": lambda op, args: [arg for arg in args if arg is not None],
+            "fpq.disassemble": self._disassemble,
             "fpq.fold": self._fold,
             "fpq.hadamard": self._hadamard,
             "fpq.linear": self._linear,
@@ -195,6 +197,13 @@ class Raiser:
             torch.ops.fpc.dequantize.default, (parts, str(kind.operand), result.dtype)
         )
 
+    def _disassemble(self, op: ir.Operation, args: list[Any]) -> list[fx.Node | None]:
+        kind = quantized_type(op.operands[0])
+        assert kind is not None
+        codes, *scales = self._packed(op.operands[0], args[0], kind)
+        by_slot = dict(zip(scale_slots(kind), scales, strict=True))
+        return [codes, *(by_slot.get(slot) for slot in SCALE_SLOTS)]
+
     def _fold(self, op: ir.Operation, args: list[Any]) -> list[fx.Node]:
         before, after = quantized_type(op.operands[0]), quantized_type(op.results[0])
         assert before is not None
@@ -222,12 +231,12 @@ class Raiser:
         args_out = (inputs, packed, bias, *texts, w_kind.shape[1], result.dtype, layer)
         return self._call(torch.ops.fpc.linear.default, args_out)
 
-    def _packed(self, value: ir.Value, weight: list[fx.Node], kind: QuantizedType) -> list[fx.Node]:
-        """Pack the codes of a weight that is still computed; a stored one is packed already."""
+    def _packed(self, value: ir.Value, parts: list[fx.Node], kind: QuantizedType) -> list[fx.Node]:
+        """Pack the codes of what is still computed; what is stored is packed already."""
         if value.owner.name == "fpq.assemble":
-            return weight
+            return parts
         bits = kind.operand.format.storage_bits
-        return [self._call(torch.ops.fpc.pack.default, (weight[0], bits)), *weight[1:]]
+        return [self._call(torch.ops.fpc.pack.default, (parts[0], bits)), *parts[1:]]
 
 
 def _has_effect(node: fx.Node) -> bool:

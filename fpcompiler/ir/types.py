@@ -129,7 +129,12 @@ def parse_element(text: str) -> FloatSpec:
 
 
 @lru_cache(maxsize=4096)
-def _parse_quantized(text: str) -> QuantizedType | None:
+def parse_quantized(text: str) -> QuantizedType | None:
+    """Return the quantized type that a text spells, or None if it spells another type.
+
+    Raises:
+        FormatError: If the format or the scale levels mean nothing.
+    """
     match = re.fullmatch(r'!fpq\.quantized<tensor<((?:(?:\d+|\?)x)*)(.*)>, "([^"]*)">', text)
     if not match:
         return None
@@ -146,4 +151,4 @@ def quantized_type(value: ir.Value) -> QuantizedType | None:
     Raises:
         FormatError: If the format or the scale levels mean nothing.
     """
-    return _parse_quantized(str(value.type))
+    return parse_quantized(str(value.type))

@@ -28,7 +28,7 @@ from fpcompiler.numerics.scaling import expand_scale, quantize
 from fpcompiler.numerics.scratch import Scratch, chunks
 from fpcompiler.operand import Operand
 
-_MOST_DAMPING: Final = 1.0
+MOST_DAMPING: Final = 1.0
 """Beyond it little of the Hessian but its diagonal is left."""
 
 _LEAST_DAMPING: Final = 1e-6
@@ -92,7 +92,7 @@ def factorize(
         if upper is not None:
             return GptqFactor(hessian, order, upper, damping)
         damping = max(10 * damping, _LEAST_DAMPING)
-        if damping > _MOST_DAMPING:
+        if damping > MOST_DAMPING:
             raise NumericsError(
                 f"{describe_layer(layer)}: the Hessian of its input is not positive definite, even "
                 f"with its mean diagonal added. It must be X^T X over calibration inputs; "
@@ -295,10 +295,10 @@ def _require_hessian(hessian: Tensor, damping: float, layer: str) -> None:
             f"{describe_layer(layer)}: the Hessian of its input holds NaN/Inf or a negative "
             "diagonal. Check the calibration inputs, and sum X^T X in fp32 or fp64."
         )
-    if not 0 <= damping <= _MOST_DAMPING:
+    if not 0 <= damping <= MOST_DAMPING:
         raise NumericsError(
             f"{describe_layer(layer)}: a damping of {damping} is not between 0 and "
-            f"{_MOST_DAMPING:g} times the mean diagonal."
+            f"{MOST_DAMPING:g} times the mean diagonal."
         )
 
 

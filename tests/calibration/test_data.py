@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import fpcompiler
 from fpcompiler.calibration import calls, parse_bytes
-from fpcompiler.errors import OptionError, PassError, RunError
+from fpcompiler.errors import CaptureError, OptionError, PassError, RunError
 from tests.models import CachedAttention, cases, normal
 from tests.passes.tiny import Mlp, tiny
 
@@ -60,7 +61,7 @@ def test_a_batch_that_does_not_fit_is_named_by_its_number() -> None:
     batches = [normal(2, 32), (normal(2, 32), normal(2, 32))]
     with pytest.raises(RunError, match="takes 1 positional argument") as caught:
         fpcompiler.compile(tiny(Mlp), calibration=batches, method="gptq")
-    assert "in calibration batch 1" in caught.value.__notes__
+    assert "in calibration batch 2" in caught.value.__notes__
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,49 @@ def test_a_batch_that_does_not_fit_is_named_by_its_number() -> None:
 def test_a_batch_of_another_shape_or_dtype_is_named_by_its_number(batch, message) -> None:
     with pytest.raises(RunError, match=message) as caught:
         fpcompiler.compile(tiny(Mlp), calibration=[normal(2, 32), batch], method="gptq")
-    assert "in calibration batch 1" in caught.value.__notes__
+    assert "in calibration batch 2" in caught.value.__notes__
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, StopIteration])
+def test_data_that_fails_is_named_by_its_batch(kind: type[Exception]) -> None:
+    class Data:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Tensor:
+            if index == 1:
+                raise kind("no such file")
+            return normal(2, 32)
+
+    def drawn() -> Iterator[Tensor]:
+        yield from (Data()[index] for index in range(3))
+
+    with pytest.raises(OptionError) as caught:
+        calls(drawn())
+    failed = RuntimeError if kind is StopIteration else kind  # Python itself turns it into that
+    assert str(caught.value).startswith(f"calibration batch 2 cannot be drawn: {failed.__name__}: ")
+    assert type(caught.value.__cause__) is failed
+
+
+def test_an_error_of_ours_in_the_data_stays_what_it_is() -> None:
+    def drawn() -> Iterator[Tensor]:
+        yield normal(2, 32)
+        raise RunError("of the user's own compiled model")
+
+    with pytest.raises(RunError, match="of the user's own compiled model"):
+        calls(drawn())
+
+
+@pytest.mark.parametrize("batch", [normal(2, 31), {"y": normal(2, 32)}], ids=["shape", "name"])
+def test_the_first_batch_is_said_to_be_the_example_call(batch) -> None:
+    note = "the example inputs are calibration batch 1; example_inputs= gives others"
+    data = [batch, normal(2, 32)]
+    with pytest.raises(CaptureError) as caught:
+        fpcompiler.compile(tiny(Mlp), calibration=data, method="gptq")
+    assert note in caught.value.__notes__
+    with pytest.raises(CaptureError) as caught:
+        fpcompiler.compile(tiny(Mlp), example_inputs=normal(2, 31), calibration=data, method="gptq")
+    assert note not in getattr(caught.value, "__notes__", [])
 
 
 def test_without_data_a_method_says_what_to_pass() -> None:
@@ -148,6 +191,7 @@ class Half(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["gptq", "search", "rotate"])
+@pytest.mark.filterwarnings("ignore:The method")
 def test_models_in_sixteen_bits(dtype: torch.dtype, method: str) -> None:
     model, x = tiny(Half).to(dtype), normal(6, 64).to(dtype)
     scheme = "w=f4E2M1FN@row:f32,a=f6E2M3FN@tensor:f32,skip=none"

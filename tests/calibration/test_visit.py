@@ -226,7 +226,7 @@ def test_an_input_that_is_no_number_names_layer_and_batch(value: float, memory: 
     with pytest.raises(NumericsError) as caught:
         visit(plain_program(), calibration)
     assert str(caught.value) == (
-        "layer 'a': its input holds NaN/Inf for calibration batch 1. Run the original model "
+        "layer 'a': its input holds NaN/Inf for calibration batch 2. Run the original model "
         "on that batch to see where they begin: in the batch, or with the weight of a layer before."
     )
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_inspect_shows_scheme_plan_and_sizes(capsys) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["bytes"] == Path("m.fpc").stat().st_size
     assert data["targets"] == ["reference"]
+    assert (data["method"], data["attention"]) == ("rtn", None)
     assert [name for name, _, _ in data["inputs"]] == ["x", "mask"]
     rows = {row["name"]: row for row in data["plan"]["rows"]}
     assert rows["down"]["activation"] == "f8E4M3FN@block32:f8E8M0FNU"
@@ -94,6 +96,7 @@ def test_inspect_shows_scheme_plan_and_sizes(capsys) -> None:
     assert main(["inspect", "m.fpc"]) == 0
     text = capsys.readouterr().out
     assert "down: w=f4E2M1FN" in text
+    assert re.search(r"method +rtn\n", text)
     assert "lm_head" in text
 
 

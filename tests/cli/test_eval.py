@@ -148,6 +148,8 @@ def test_perplexity_of_token_ids_with_windows_and_a_start_token(capsys) -> None:
     assert row["original"] is row["recovery"] is None
     (row,) = evaluate(capsys, "language.fpc", *data)
     assert row["value"] == pytest.approx(perplexity(load("language.fpc"), ids, window=8))
+    safetensors.torch.save_file({"ids": ids[None]}, "ids.safetensors")  # as tokenizers give them
+    assert evaluate(capsys, "language.fpc", *data) == [row]
 
 
 def test_choices_from_json_lines(capsys) -> None:

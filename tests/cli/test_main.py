@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fpcompiler
 from fpcompiler.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,13 @@ def test_help_lists_every_command(capsys) -> None:
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(f"\n    {command.name} " in text for command in COMMANDS)
+
+
+def test_version(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"fpcompiler {fpcompiler.__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

@@ -39,6 +39,20 @@ def fold(before: str = ROWS, after: str = WIDE, powers: str = K64, shift: int = 
     return program("fold", (before, powers), after, f"{{shift = {shift} : i64}}")
 
 
+PACKED = "!torch.vtensor<[8,32],ui8>"
+ROW_SCALES, BLOCK_SCALES = "!torch.vtensor<[8,1],f32>", "!torch.vtensor<[8,2],ui8>"
+
+
+def disassemble(*results: str, value: str = W4) -> str:
+    """Return a module that takes a quantized value apart and gives back its codes."""
+    return f"""
+    func.func @main(%a: {value}) -> {results[0]} {{
+      %r:3 = "fpq.disassemble"(%a) : ({value}) -> ({", ".join(results)})
+        loc("r"("model.layer"("net.py":12:0)))
+      return %r#0 : {results[0]}
+    }}"""
+
+
 ASSEMBLED = ("tensor<8x64xf4E2M1FN>", "tensor<8x1xf32>", "tensor<8x2xf8E8M0FNU>")
 
 GOOD = {
@@ -58,6 +72,14 @@ GOOD = {
         "assemble",
         ("tensor<8x65xf4E2M1FN>", NONE, "tensor<8x3xf8E8M0FNU>"),
         '!fpq.quantized<tensor<8x65xf4E2M1FN>, "block32:f8E8M0FNU">',
+    ),
+    "assemble-tensors": program("assemble", (PACKED, ROW_SCALES, BLOCK_SCALES), W4),
+    "disassemble": disassemble(PACKED, ROW_SCALES, BLOCK_SCALES),
+    "disassemble-six-bits": disassemble(
+        "!torch.vtensor<[?,51],ui8>",
+        "!torch.vtensor<[?,1],f32>",
+        NONE,
+        value='!fpq.quantized<tensor<?x65xf6E2M3FN>, "token:f32">',
     ),
     "fold": fold(),
     "fold-shifted": fold(shift=2),
@@ -146,6 +168,20 @@ BAD = {
         program("assemble", (ASSEMBLED[0], NONE, ASSEMBLED[2]), W4),
         "'fpq.assemble' op operands tensor<8x64xf4E2M1FN>, !torch.none, tensor<8x2xf8E8M0FNU> "
         "are not tensor<8x64xf4E2M1FN>, tensor<8x1xf32>, tensor<8x2xf8E8M0FNU>",
+    ),
+    "assemble-unpacked": (
+        program("assemble", ("!torch.vtensor<[8,64],ui8>", ROW_SCALES, BLOCK_SCALES), W4),
+        f"'fpq.assemble' op operands !torch.vtensor<[8,64],ui8>, {ROW_SCALES}, {BLOCK_SCALES} "
+        f"are not {PACKED}, {ROW_SCALES}, {BLOCK_SCALES}",
+    ),
+    "disassemble-scales": (
+        disassemble(PACKED, ROW_SCALES, NONE),
+        f"'fpq.disassemble' op results {PACKED}, {ROW_SCALES}, !torch.none are not "
+        f"{PACKED}, {ROW_SCALES}, {BLOCK_SCALES}",
+    ),
+    "disassemble-unknown-axis": (
+        disassemble(PACKED, NONE, NONE, value='!fpq.quantized<tensor<8x?xf4E2M1FN>, "">'),
+        "'fpq.disassemble' op packed codes need a last axis of known size",
     ),
     "fold-powers": (
         fold(powers="!torch.vtensor<[32],f32>"),

@@ -32,8 +32,9 @@ def calibrated(program: ir.Program, pipeline: str, calibration: Calibration):
     return passes.run_pipeline(program, items, calibration=calibration)
 
 
-def tokens() -> Calibration:
-    return Calibration([(token_ids(2, 12, seed=i),) for i in range(3)], device=CPU)
+def tokens(rows: int = 16) -> Calibration:
+    """Return 576 tokens by default, which are enough for the 128 inputs of the widest layer."""
+    return Calibration([(token_ids(rows, 12, seed=i),) for i in range(3)], device=CPU)
 
 
 def stored(program: ir.Program) -> dict[str, Tensor]:
@@ -91,6 +92,35 @@ def test_gptq_takes_the_scales_of_a_search() -> None:
     kept = [t for key, t in program.weights.items() if "_scale" in key and key not in scales]
     assert len(kept) == 8
     assert all(any(torch.equal(t, s) for s in scales.values()) for t in kept)
+
+
+def test_with_few_tokens_a_weight_that_gptq_does_not_help_is_rounded_to_nearest() -> None:
+    # Random inputs take all directions: what 12 of them say does not hold for others.
+    model = seeded(nn.Sequential, nn.Linear(64, 48, bias=False), nn.Linear(48, 32, bias=False))
+    program = quantized(model, normal(2, 64), scheme=SCHEMES[1])
+    nearest = program.clone()
+    data = Calibration([(normal(4, 64, seed=i),) for i in range(3)], device=CPU)
+    (result,) = calibrated(program, "gptq", data)
+    counted = "weights rounded to nearest, since gptq does not help"
+    assert 1 <= result.statistics[counted] <= 2
+    few = "inputs with few tokens, where gptq was checked on tokens held out"
+    assert result.statistics[few] == 2
+    calibrated(nearest, "quantize-weights", data)
+    ours, plain = stored(program), stored(nearest)
+    notes = {
+        str(op.attributes["layer"]).strip('"'): str(op.attributes["fpq.note"])
+        for op in program.operations("fpq.linear")
+    }
+    for name, note in notes.items():
+        kept = "rounded to nearest: gptq does not help (12 tokens for" in note
+        assert kept or "weight rounded by gptq (12 tokens for" in note
+        assert torch.equal(ours[name], plain[name]) == kept
+
+
+def test_with_enough_tokens_nothing_is_checked() -> None:
+    program = quantized(seeded(Llama, 1), token_ids(2, 12), scheme=SCHEMES[1])
+    (result,) = calibrated(program, "gptq", tokens())
+    assert not any("held out" in what or "not help" in what for what in result.statistics)
 
 
 @pytest.mark.parametrize("kind", [SharedBlock, TiedLanguageModel])

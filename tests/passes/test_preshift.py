@@ -143,7 +143,7 @@ def stored_weight(program: ir.Program) -> Tensor:
 
 @pytest.mark.parametrize("others", ["gptq", "quantize-weights{clip=mse}"])
 def test_passes_after_it_round_as_if_it_were_not_there(others: str) -> None:
-    data, weight = uneven_input(96, 48), normal(16, 48, seed=2)
+    data, weight = uneven_input(192, 48), normal(16, 48, seed=2)
     values = []
     for text in (others, f"preshift,{others}"):
         program = quantized(Product(weight), data, scheme=ROW)
@@ -180,7 +180,7 @@ def test_a_shifted_layer_is_not_searched_or_rotated_again() -> None:
 
 
 def test_permuted_weights_can_be_rounded_with_gptq() -> None:
-    data = uneven_input(256, 160)
+    data = uneven_input(640, 160)
     weight = normal(16, 160, seed=2)
     errors = []
     for text in ("quantize-weights", "gptq"):
@@ -237,7 +237,8 @@ def test_an_artifact_holds_the_shifted_model(tmp_path: Path) -> None:
     compiled = fpcompiler.compile(
         model,
         ROW,
-        calibration=[x],
+        example_inputs=x,
+        calibration=[normal(64, 8, 64)],
         pipeline=f"{steps},quantize-weights,lower-gemm,canonicalize,symbol-dce",
     )
     compiled.save(tmp_path / "model")

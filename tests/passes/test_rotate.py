@@ -90,7 +90,7 @@ def test_inputs_that_are_not_quantized_are_rotated_if_asked() -> None:
 def test_a_weight_of_layers_with_different_inputs_is_left(captured) -> None:
     program = program_for(captured("shared"))
     (result,) = run_passes(program, "rotate")
-    assert result.statistics["groups of layers rotated in blocks of 32"] == 1  # between
+    assert result.statistics["groups of layers rotated in blocks of 64"] == 1  # between
     assert result.statistics["groups of layers not rotated"] == 8
 
 

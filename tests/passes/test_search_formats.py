@@ -246,7 +246,7 @@ def test_the_golden_dump_of_a_search_and_a_rotation(golden) -> None:
 
 
 def test_the_search_helps_the_model() -> None:
-    model, x = tiny(Attention), normal(4, 9, 32) ** 3
+    model, x = tiny(Attention), normal(16, 9, 32) ** 3
     wanted = model(x).detach()
     errors = {}
     for method in ("rtn", "search", "search-gptq"):

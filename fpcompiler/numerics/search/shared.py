@@ -96,12 +96,12 @@ def search_shared(
     wide = x.float()
     search = partial(search, layer=layer)
     given = [operands[0] for operands in weight_operands]
-    before = _rounded(weights, given)
-    rtn = _loss(wide, weights, before, activations[0] if activations else None, fisher)
+    before = _rounded(weights, given, layer)
+    rtn = _loss(wide, weights, before, activations[0] if activations else None, fisher, layer)
     if _is_static(activations) and _is_per_row(given):
         found = _jointly(wide, weights, weight_operands[0], activations, search, fisher)
     else:
-        found = _apart(wide, gram, weights, weight_operands, activations, search, fisher)
+        found = _apart(wide, gram, weights, weight_operands, activations, search, fisher, layer)
         if found.loss > rtn:  # weights alone are better, but not with the input as it is rounded
             found = _nearest(weights, given, activations, rtn)
     return replace(found, rtn_loss=rtn)
@@ -156,19 +156,22 @@ def _apart(
     activations: Sequence[Operand],
     search: LayerSearch,
     fisher: Sequence[Tensor] | None,
+    layer: str,
 ) -> Decision:
     searches = (
         [partial(search, fisher=own) for own in fisher] if fisher else [search] * len(weights)
     )
     found = tuple(
-        _one_weight(x, gram, *given)
+        _one_weight(x, gram, *given, layer)
         for given in zip(weights, weight_operands, searches, strict=True)
     )
     rounded = [
         _values(weight, scales, operand)
         for weight, (operand, scales) in zip(weights, found, strict=True)
     ]
-    losses = [_loss(x, weights, rounded, operand, fisher) for operand in activations or (None,)]
+    losses = [
+        _loss(x, weights, rounded, operand, fisher, layer) for operand in activations or (None,)
+    ]
     best = min(range(len(losses)), key=losses.__getitem__)
     return Decision(found, activations[best] if activations else None, None, losses[best], 0.0)
 
@@ -192,11 +195,12 @@ def _one_weight(
     weight: Tensor,
     operands: Sequence[Operand],
     search: LayerSearch,
+    layer: str,
 ) -> tuple[Operand, tuple[Tensor, ...]]:
     if _is_per_row(operands[:1]):
         choice = search(x, weight, [o.format for o in operands], []).weight
         return replace(operands[0], format=choice.spec), (choice.scale,)
-    tried = [(operand, _scales(weight, gram, operand)) for operand in operands]
+    tried = [(operand, _scales(weight, gram, operand, layer)) for operand in operands]
     errors = [
         float(output_error(weight, _values(weight, scales, operand), gram).sum())
         for operand, scales in tried
@@ -204,12 +208,12 @@ def _one_weight(
     return tried[min(range(len(errors)), key=errors.__getitem__)]
 
 
-def _scales(weight: Tensor, gram: Tensor, operand: Operand) -> tuple[Tensor, ...]:
+def _scales(weight: Tensor, gram: Tensor, operand: Operand, layer: str) -> tuple[Tensor, ...]:
     """Return the better of the operand's own scales and of those that a search finds."""
-    _, own = quantize(weight, operand)
+    _, own = quantize(weight, operand, layer=layer)
     if operand.block is None or operand.block.is_real:
         return own
-    _, found = search_block_scales(weight, operand, gram.diagonal())
+    _, found = search_block_scales(weight, operand, gram.diagonal(), layer=layer)
     candidates = [own, found]
     errors = [
         float(output_error(weight, _values(weight, scales, operand), gram).sum())
@@ -222,9 +226,9 @@ def _values(weight: Tensor, scales: tuple[Tensor, ...], operand: Operand) -> Ten
     return dequantize(quantize_with(weight, scales, operand), scales, operand)
 
 
-def _rounded(weights: Sequence[Tensor], given: Sequence[Operand]) -> list[Tensor]:
+def _rounded(weights: Sequence[Tensor], given: Sequence[Operand], layer: str) -> list[Tensor]:
     return [
-        dequantize(*quantize(weight, operand), operand)
+        dequantize(*quantize(weight, operand, layer=layer), operand)
         for weight, operand in zip(weights, given, strict=True)
     ]
 
@@ -235,9 +239,12 @@ def _loss(
     rounded: Sequence[Tensor],
     activation: Operand | None,
     fisher: Sequence[Tensor] | None,
+    layer: str,
 ) -> float:
     """Return the mean (weighted) squared error of the outputs of all layers."""
-    seen = x if activation is None else dequantize(*quantize(x, activation), activation)
+    seen = x
+    if activation is not None:
+        seen = dequantize(*quantize(x, activation, layer=layer), activation)
     total, count = 0.0, 0
     for number, (weight, quantized) in enumerate(zip(weights, rounded, strict=True)):
         error = (seen @ quantized.T - x @ weight.float().T).double().square()

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpcompiler.errors import NumericsError
 from fpcompiler.formats import FORMATS
 from fpcompiler.numerics import dequantize, quantize, quantize_with
 from fpcompiler.numerics.search import search_shared
@@ -99,3 +100,19 @@ def test_where_nothing_helps_rounding_to_nearest_stays() -> None:
     ).weights  # fmt: skip
     assert operand == Operand.parse(WEIGHTS[0])
     assert torch.equal(scales[0], quantize(weight, operand)[1][0])
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (torch.full((4, 32), torch.inf), normal(4, 32), "input holds NaN/Inf"),
+        (normal(4, 32), torch.full((4, 32), torch.nan), "input holds NaN/Inf"),
+        # Their squares are infinite in fp32.
+        (torch.full((4, 32), 1e25), normal(4, 32), "importance must be finite"),
+    ],
+    ids=["input", "weight", "huge"],
+)
+def test_values_that_cannot_be_searched_name_the_layer(x, weight, message: str) -> None:
+    operand = Operand.parse(WEIGHTS[1])
+    with pytest.raises(NumericsError, match=rf"^layer 'up': {message}"):
+        search_shared(x, x.T @ x, [weight], [[operand]], [Operand.parse(INPUTS[3])], layer="up")
