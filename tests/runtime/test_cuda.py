@@ -41,6 +41,7 @@ def test_a_saved_model_runs_and_verifies_on_a_gpu(tmp_path):
 def test_quantized_attention_and_its_cache_run_on_a_gpu(
     kind: type[nn.Module], shape: tuple[int, ...], parts: str, tmp_path
 ) -> None:
+    pytest.importorskip("torch_mlir")
     inputs = (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
     inputs += (torch.arange(shape[1]),) if kind is CachedAttention else ()
     attention = parts.format("f8E4M3FN@token:f32")
