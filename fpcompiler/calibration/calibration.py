@@ -44,6 +44,8 @@ _UNITS: Final = {
     **{"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
 }
 _SAMPLE: Final = 1024
+_WORTH_TELLING: Final = 2.0
+"""Seconds of work from which on a prediction is of use."""
 _SHARE: Final = 0.5
 """Of the memory, for statistics; the rest is for one batch on its way and for the work itself."""
 
@@ -182,6 +184,7 @@ class _Run:
         self.nodes = dict(zip(names, nodes, strict=True))
         tapped = [[self.nodes[group.name] for group in piece] for piece in self.pieces]
         self.segments = Segments(self.module, tapped, calibration.device)
+        self.told = False
 
     def all(self, work: Work, label: str, progress: Progress) -> dict[str, Result]:
         done = self._finished()
@@ -221,7 +224,9 @@ class _Run:
                     self._report(label, accumulators, time.perf_counter() - start)
                 yield
             for group in piece:
+                start = time.perf_counter()
                 self.results.write(group.name, work(group, accumulators.pop(group.name).result()))
+                self._report_work(label, group, time.perf_counter() - start)
                 yield
             if number:
                 self.spill.forget(number - 1)
@@ -233,6 +238,16 @@ class _Run:
             self.pieces, len(calibration.batches), calibration.sample, tokens, seconds
         )
         calibration.report(f"{label.partition('{')[0]}: {predicted}")
+
+    def _report_work(self, label: str, group: Group, seconds: float) -> None:
+        """Say what the rest of the work will take, after the first group, if it will take long."""
+        missing = [group for piece in self.pieces for group in self._missing(piece)]
+        if self.told or not missing:
+            return
+        self.told = True
+        if Preflight.work_seconds([group, *missing], seconds) >= _WORTH_TELLING:
+            text = Preflight.of_work([group, *missing], seconds)
+            self.calibration.report(f"{label.partition('{')[0]}: {text}")
 
     def _accumulators(self, piece: Sequence[Group]) -> dict[str, Accumulator]:
         settings = (self.calibration.seed, self.calibration.device)

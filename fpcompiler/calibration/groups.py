@@ -38,6 +38,12 @@ class Group:
         return kind.shape[-1]
 
     @property
+    def weights(self) -> int:
+        """How many weights the layers have: what work on the group grows with."""
+        outputs = [quantized_type(op.operands[1]) for op in self.layers]
+        return self.k * sum(kind.shape[0] or 0 for kind in outputs if kind is not None)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the layers."""
         return tuple(text_of(op.attributes["layer"]) for op in self.layers)

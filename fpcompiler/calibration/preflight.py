@@ -19,8 +19,8 @@ class Preflight:
         batches: Batches that run through each piece.
         statistics_bytes: The most that statistics take at a time.
         input_bytes: What the largest input of a layer takes for one batch.
-        seconds: Running the model and collecting statistics. What is then done with them comes on
-            top and is shown by the progress bar.
+        seconds: Running the model and collecting statistics. What the work on the groups takes is
+            predicted when the first of them is done, see :meth:`work_seconds`.
     """
 
     groups: int
@@ -52,6 +52,17 @@ class Preflight:
             max(4 * group.k for group in groups) * tokens,
             first * batches * len(groups) / len(pieces[0]),
         )
+
+    @staticmethod
+    def work_seconds(groups: Sequence[Group], first: float) -> float:
+        """Return what the work on groups takes, from the seconds that the first of them took."""
+        return first * sum(group.weights for group in groups) / max(groups[0].weights, 1)
+
+    @staticmethod
+    def of_work(groups: Sequence[Group], first: float) -> str:
+        """Return the prediction of :meth:`work_seconds` in a line."""
+        seconds = Preflight.work_seconds(groups, first)
+        return f"{_number(len(groups), 'group')} of layers: about {_time(seconds)} of work on them"
 
     def __str__(self) -> str:
         """Return the prediction in a line."""
