@@ -18,6 +18,7 @@ from fpcompiler.ir.types import (
 )
 from fpcompiler.passes.layers import weights_of
 from fpcompiler.passes.quantize_cache import AFTER, BEFORE, KEPT, STORED
+from fpcompiler.passes.roles import role_of
 from fpcompiler.plan import LayerRow
 from fpcompiler.runtime.tables import CACHE
 
@@ -93,6 +94,7 @@ def _quantized_row(op: ir.Operation, program: Program) -> LayerRow:
         bytes_after=_stored_bytes(op.operands[1], program),
         quantized=True,
         rule=text_of(op.attributes["fpq.rule"]),
+        role=role_of(op),
     )
 
 
@@ -143,6 +145,7 @@ def _kept_row(op: ir.Operation, owners: dict[str, str]) -> LayerRow:
         bytes_after=size,
         quantized=False,
         rule=text_of(op.attributes["fpq.rule"]),
+        role=role_of(op),
     )
 
 

@@ -295,7 +295,7 @@ class _Job:
 
     def _warn_unmatched(self, plan: Plan) -> None:
         layers = PlanTable.of(plan.layers, "").rows
-        for rule in self.scheme.unmatched_rules([row.name for row in layers]):
+        for rule in self.scheme.unmatched_rules({row.name: row.role for row in layers}):
             warnings.warn(
                 f"The rule {str(rule)!r} of the scheme matches no layer; plan() lists their names.",
                 stacklevel=2,

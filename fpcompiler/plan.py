@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 from fpcompiler.errors import ArtifactError
 from fpcompiler.tree import Spec, check_spec, leaf_count
 
-PLAN_VERSION: Final = 1
+PLAN_VERSION: Final = 2
 """Version of the JSON form; a reader refuses a newer one."""
 
 DTYPES: Final = (
@@ -123,11 +123,10 @@ class LayerRow:
         op: What it is: ``linear``, ``conv2d``, ``embedding``.
         shape: Shape of its weight, ``(N, K)`` for a linear layer.
         weight, activation: Text of the operand, or a dtype.
-        kernel: The backend that runs it.
-        reason: Why it has this format and kernel.
+        kernel, reason: The backend that runs it; why it has this format and kernel.
         bytes_before, bytes_after: Bytes of the weight as captured, and now with its scales.
         quantized: Whether the weight is quantized.
-        rule: The rule of the scheme that decided.
+        rule, role: The rule of the scheme that decided; what the layer is in the model.
     """
 
     name: str
@@ -141,6 +140,7 @@ class LayerRow:
     bytes_after: int
     quantized: bool
     rule: str = ""
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ def _check_argument(argument: object, where: str, depth: int) -> None:
 def _read_row(data: object) -> LayerRow:
     entry = _record(data, LayerRow, "a row of layers")
     where = f"row {str(entry['name'])[:60]!r}"
-    names = ("name", "op", "weight", "activation", "kernel", "reason", "rule")
+    names = ("name", "op", "weight", "activation", "kernel", "reason", "rule", "role")
     texts = {k: _text(entry[k], f"{k} of {where}") for k in names}
     shape = _list(entry["shape"], f"the shape of {where}")
     counts = [*shape, entry["bytes_before"], entry["bytes_after"]]

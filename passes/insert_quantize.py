@@ -17,6 +17,7 @@ from fpcompiler.ir.types import QuantizedType, tensor_type
 from fpcompiler.operand import Operand
 from fpcompiler.passes.base import Pass, PassContext, rewrite
 from fpcompiler.passes.layers import KEPT, KINDS, LAYER, layer_of, name_layers, weight_of
+from fpcompiler.passes.roles import ROLE, mark_roles, role_of
 from fpcompiler.scheme import Match, Scheme
 
 
@@ -26,7 +27,8 @@ class InsertQuantize(Pass):
 
     Each layer gets its own ``fpq.quantize`` for its input; ``cse`` then leaves one where layers
     read the same value in the same format. A layer that is kept in high precision is marked with
-    the reason, which the plan shows.
+    the reason, which the plan shows. Each layer is marked with its role, here and not in a pass of
+    its own, so that no pipeline can leave out what a scheme's rules read.
 
     Attributes:
         scheme: The scheme, in any form that :meth:`fpcompiler.scheme.Scheme.parse` reads.
@@ -40,6 +42,7 @@ class InsertQuantize(Pass):
     def run(self, program: Program, context: PassContext) -> None:
         """Rewrite the layers in program order."""
         name_layers(program)
+        mark_roles(program)
         inserter = _Inserter(Scheme.parse(self.scheme), context)
         rewrite(program, tuple(KINDS), inserter.layer)
         for op in program.operations("torch.operator", *KEPT):
@@ -56,7 +59,7 @@ class _Inserter:
         name = layer_of(op)
         if name is None:
             return None
-        match = self.scheme.for_layer(name)
+        match = self.scheme.for_layer(name, role_of(op))
         if match.weight is None:
             self._keep(op, match.rule, "the scheme keeps it in high precision")
             return None
@@ -112,6 +115,7 @@ def _description(op: ir.Operation, match: Match) -> dict[str, ir.Attribute]:
     return {
         "fpq.op": ir.StringAttr.get(op.name.split(".")[2]),
         "fpq.rule": ir.StringAttr.get(match.rule),
+        ROLE: op.attributes[ROLE],
         "fpq.bytes_before": ir.IntegerAttr.get(i64, size),
     }
 

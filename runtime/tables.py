@@ -17,7 +17,7 @@ from fpcompiler.plan import LayerRow
 
 _UNITS: Final = ("KiB", "MiB", "GiB", "TiB")
 _PLAN_COLUMNS: Final = (
-    ("shape", 5), ("weights", 8), ("activations", 8), ("kernel", 6), ("why", 6),
+    ("role", 4), ("shape", 5), ("weights", 8), ("activations", 8), ("kernel", 6), ("why", 6),
 )  # fmt: skip
 CACHE: Final = "cache"
 """The ``op`` of a row of the plan that is a cache of keys and values, not a layer."""
@@ -90,7 +90,8 @@ class PlanTable:
             shape = "x".join(map(str, row.shape))
             sizes = size_text(row.bytes_before), size_text(row.bytes_after)
             why = row.reason if row.rule in ("", "base") else f"{row.reason} ({row.rule})"
-            texts = (row.name, shape, row.weight, row.activation, row.kernel, why, *sizes)
+            kinds = row.weight, row.activation, row.kernel
+            texts = (row.name, row.role, shape, *kinds, why, *sizes)
             table.add_row(*map(Text, texts), style=None if row.quantized else "dim")
         return table
 

@@ -5,6 +5,7 @@ import pytest
 
 from fpcompiler.errors import ArtifactError
 from fpcompiler.plan import (
+    PLAN_VERSION,
     LayerRow,
     Parameter,
     Placeholder,
@@ -56,7 +57,7 @@ def edited(change) -> dict:
 
 BAD = {
     "no version": lambda d: d.pop("version"),
-    "reads version": lambda d: d.update(version=2),
+    "reads version": lambda d: d.update(version=PLAN_VERSION + 1),
     "should have the fields": lambda d: d.update(code="import os"),
     "expected a list": lambda d: d.update(steps={}),
     "symbols: expected an object": lambda d: d.update(symbols=[]),

@@ -17,7 +17,15 @@ from fpcompiler.operand import (
     ScaleLevel,
     ScaleRounding,
 )
-from fpcompiler.scheme import DEFAULT_SKIP, PRESETS, LayerScheme, Rule, Scheme, pattern_matches
+from fpcompiler.scheme import (
+    DEFAULT_SKIP,
+    PRESETS,
+    LayerScheme,
+    Role,
+    Rule,
+    Scheme,
+    pattern_matches,
+)
 
 W4 = "f4E2M1FN@row:f32/block32:f8E8M0FNU"
 EXACT = f"w={W4},a=f6E2M3FN@block32:f8E8M0FNU,skip=lm_head"
@@ -43,7 +51,8 @@ def layers() -> st.SearchStrategy[LayerScheme]:
 def patterns() -> st.SearchStrategy[str]:
     readable = st.text("ab.*?[]!'|,;:= \\()re", min_size=1, max_size=12)
     awkward = st.sampled_from(["none", "re", "re:", "re:.*", "skip", "''", "re:a|b", "*", "re:'"])
-    return readable | awkward | st.text(min_size=1, max_size=5)
+    roles = st.sampled_from(["role", "role:", "role:ffn-in", "role:other", "role:'"])
+    return readable | awkward | roles | st.text(min_size=1, max_size=5)
 
 
 @st.composite
@@ -174,7 +183,62 @@ def test_skip_none_skips_nothing() -> None:
 
 def test_unmatched_rules_are_reported() -> None:
     scheme = Scheme.parse("w4a6; *.down_prj: w4a8; *.up_proj: skip")
-    assert scheme.unmatched_rules(["a.up_proj", "a.down_proj"]) == ("*.down_prj",)
+    layers = {"a.up_proj": "ffn-in", "a.down_proj": "ffn-out"}
+    assert scheme.unmatched_rules(layers) == ("*.down_prj",)
+    scheme = Scheme.parse("w4a6; role:ffn-in: w4a8; role:qkv: skip")
+    assert scheme.unmatched_rules(layers) == ("role:qkv",)
+
+
+def test_a_rule_names_a_role() -> None:
+    scheme = Scheme.parse("w4a6,skip=role:head; *.fc1: w4a16; role:ffn-in: w=f4E3M0FN@block128:f32")
+    for path in ("a.fc1", "b"):
+        match = scheme.for_layer(path, "ffn-in")
+        assert (str(match.weight), match.rule) == ("f4E3M0FN@block128:f32", "rule role:ffn-in")
+    assert scheme.for_layer("a.fc1", "ffn-out").rule == "rule *.fc1"
+    assert scheme.for_layer("x", "head").rule == "skip=role:head"
+    assert scheme.for_layer("x").rule == "base"
+    assert "; role:ffn-in: w=f4E3M0FN@block128:f32,a=" in str(scheme)
+
+
+def test_a_module_that_is_called_role_needs_quotes() -> None:
+    scheme = Scheme.parse("w4a6; 'role': skip")
+    assert scheme.for_layer("a.role").weight is None
+    assert Scheme.parse(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "activation"),
+    [
+        ("fp4dit", "f4E2M1FN", "f6E2M3FN"),
+        ("fp4dit-w4a8", "f4E2M1FN", "f8E3M4FN"),
+        ("fp4dit-sigma", "f4E1M2FN", "f6E2M3FN"),
+        ("fp4dit-sigma-w4a8", "f4E1M2FN", "f8E3M4FN"),
+    ],
+)
+def test_the_schemes_of_fp4dit(name: str, weight: str, activation: str) -> None:
+    scheme = Scheme.parse(name)
+    for role in Role:
+        match = scheme.for_layer("any", role)
+        if role in (Role.MODULATION, Role.EMBEDDING, Role.HEAD):
+            assert (match.weight, match.activation) == (None, None)
+            continue
+        wanted = "f4E3M0FN" if role is Role.FFN_IN else weight
+        assert str(match.weight) == f"{wanted}@block128:f32"
+        assert str(match.activation) == f"{activation}@token:f32"
+
+
+def test_a_named_scheme_with_rules_can_be_changed() -> None:
+    scheme = Scheme.parse("fp4dit,a=none,skip=none; blocks.0.*: skip")
+    assert scheme.skip == ()
+    assert str(scheme.for_layer("x", "ffn-in").weight) == "f4E3M0FN@block128:f32"
+    assert scheme.for_layer("x", "ffn-in").activation is None
+    assert scheme.for_layer("blocks.0.fc1", "ffn-in").weight is None
+    assert Scheme.from_recipe(
+        {"scheme": "fp4dit", "activations": "none", "skip": [],
+         "rules": [{"match": "blocks.0.*", "skip": True}]}
+    ) == scheme  # fmt: skip
+    # In a rule the name stands for its formats only.
+    assert len(Scheme.parse("w4a6; x: fp4dit").rules) == 1
 
 
 @pytest.mark.parametrize(
@@ -197,6 +261,12 @@ def test_unmatched_rules_are_reported() -> None:
         ("w4a6,skip='x", r"a quote is not closed"),
         ("w4a6,skip='x'y'z'", r"quotes stand around a whole pattern"),
         ("w4a6,skip=re:(", r"no regular expression"),
+        (
+            "w4a6; role:fnn-in: skip",
+            r"no role 'fnn-in'\. Did you mean role:ffn-in\? Roles: ffn-in,",
+        ),
+        ("w4a6,skip=role:qvk", r"Did you mean role:qkv\?"),
+        ("w4a6; role: skip", r"'role: skip' is no rule"),
     ],
 )
 def test_refused_texts(text: str, message: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,13 +43,22 @@ def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
     module.__dict__.clear()
     for name, (value, contents) in attributes.items():
         module.__dict__[name] = value
-        if contents is None:
+        # What has not changed may be frozen, such as the config of a model of diffusers.
+        if contents is None or _are_same(_elements(value), _elements(contents)):
             continue
         value.clear()
         if isinstance(value, list):
             value.extend(contents)
         else:
             value.update(contents)
+
+
+def _elements(value: Any) -> list[Any]:
+    return [*chain.from_iterable(value.items())] if isinstance(value, dict) else [*value]
+
+
+def _are_same(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
 @contextlib.contextmanager

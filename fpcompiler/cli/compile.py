@@ -135,8 +135,8 @@ def _show_warning(
 def _warn_of_rules_without_layers(compiled: CompiledModel) -> None:
     from fpcompiler.scheme import Scheme
 
-    names = [row.name for row in compiled.plan().rows]
-    for pattern in Scheme.parse(compiled.scheme).unmatched_rules(names):
+    roles = {row.name: row.role for row in compiled.plan().rows}
+    for pattern in Scheme.parse(compiled.scheme).unmatched_rules(roles):
         print(f"warning: no layer matches the rule for {pattern!r}", file=sys.stderr)
 
 

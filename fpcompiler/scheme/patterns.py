@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from typing import Final
 
 from fpcompiler.errors import FormatError
+from fpcompiler.scheme.roles import ROLE_PREFIX, Role, parse_role
 
-_RESERVED = re.compile(r"[,;:|='\s]")
+PREFIXES: Final = ("re", "role")
+"""What stands before the colon of a pattern that is no glob."""
+
+_RESERVED: Final = re.compile(r"[,;:|='\s]")
 
 
-def pattern_matches(pattern: str, path: str) -> bool:
-    """Return whether a pattern of a rule or of ``skip`` matches a module path.
+def pattern_matches(pattern: str, path: str, role: str = Role.OTHER) -> bool:
+    """Return whether a pattern of a rule or of ``skip`` matches a layer.
 
     Args:
-        pattern: A glob for the whole path or its last part (``*`` crosses dots), or ``re:`` and a
-            regular expression for the whole path.
+        pattern: A glob for the whole path or its last part (``*`` crosses dots), ``re:`` and a
+            regular expression for the whole path, or ``role:`` and the name of a role.
         path: A module path such as ``model.layers.0.mlp.down_proj``.
+        role: What the layer is in its model, see :class:`fpcompiler.scheme.Role`.
     """
+    if pattern.startswith(ROLE_PREFIX):
+        return pattern.removeprefix(ROLE_PREFIX) == role
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], path) is not None
     last = path.rpartition(".")[2]
@@ -28,10 +36,12 @@ def check_pattern(pattern: str) -> None:
     """Check that a pattern can match something.
 
     Raises:
-        FormatError: If it is empty, or a regular expression that does not compile.
+        FormatError: If it is empty, a regular expression that does not compile, or an unknown role.
     """
     if not pattern.strip():
         raise FormatError("a pattern cannot be empty; write * for every layer.")
+    if pattern.startswith(ROLE_PREFIX):
+        parse_role(pattern.removeprefix(ROLE_PREFIX))
     if not pattern.startswith("re:"):
         return
     try:
@@ -42,8 +52,9 @@ def check_pattern(pattern: str) -> None:
 
 def quote(pattern: str) -> str:
     """Return a pattern as the text of a scheme has it, in quotes if it needs them."""
-    body = pattern.removeprefix("re:")
-    plain = body and body not in ("none", "re") and not _RESERVED.search(body)
+    prefix, colon, rest = pattern.partition(":")
+    body = rest if colon and prefix in PREFIXES else pattern
+    plain = body and body not in ("none", *PREFIXES) and not _RESERVED.search(body)
     return pattern if plain else "'" + pattern.replace("'", "''") + "'"
 
 

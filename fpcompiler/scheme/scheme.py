@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fpcompiler.operand import Operand
 from fpcompiler.scheme.layer import LayerScheme, Match, Rule
 from fpcompiler.scheme.patterns import check_pattern, pattern_matches, quote
 from fpcompiler.scheme.presets import DEFAULT_SKIP, find_preset
+from fpcompiler.scheme.roles import Role
 from fpcompiler.scheme.text import recipe_of
 
 
@@ -98,26 +99,30 @@ class Scheme:
             "rules": rules,
         }
 
-    def for_layer(self, path: str) -> Match:
-        """Return what the scheme says about the layer at a module path.
+    def for_layer(self, path: str, role: str = Role.OTHER) -> Match:
+        """Return what the scheme says about the layer at a module path, with a role.
 
         A shared module has one path per call site; ask with the first.
         """
         for rule in reversed(self.rules):
-            if pattern_matches(rule.pattern, path):
+            if pattern_matches(rule.pattern, path, role):
                 return Match(
                     rule.layer.weight, rule.layer.activation, f"rule {quote(rule.pattern)}"
                 )
         for pattern in self.skip:
-            if pattern_matches(pattern, path):
+            if pattern_matches(pattern, path, role):
                 return Match(None, None, f"skip={quote(pattern)}")
         return Match(self.base.weight, self.base.activation, "base")
 
-    def unmatched_rules(self, paths: Iterable[str]) -> tuple[str, ...]:
-        """Return the patterns of rules that match none of a model's layers: mistyped, probably."""
-        known = tuple(paths)
+    def unmatched_rules(self, roles: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the patterns of rules that match none of a model's layers: mistyped, probably.
+
+        Args:
+            roles: The role of each layer by its module path.
+        """
+        layers = roles.items()
         patterns = (rule.pattern for rule in self.rules)
-        return tuple(p for p in patterns if not any(pattern_matches(p, path) for path in known))
+        return tuple(p for p in patterns if not any(pattern_matches(p, *layer) for layer in layers))
 
     def __str__(self) -> str:
         """Return the exact form, which parses back to this scheme."""
@@ -143,12 +148,22 @@ def _read_recipe(path: Path) -> Mapping[str, Any]:
 def _build(recipe: Mapping[str, Any]) -> Scheme:
     _check_keys(recipe, ("scheme", "weights", "activations", "skip", "rules"), "a recipe")
     base = _build_layer(recipe, None)
-    skip, rules = recipe.get("skip", list(DEFAULT_SKIP)), recipe.get("rules") or []
+    skip, known = _preset_parts(recipe)
+    skip, rules = recipe.get("skip", skip), recipe.get("rules") or []
     if not isinstance(skip, list) or not all(isinstance(item, str) for item in skip):
         raise OptionError(f"skip must be a list of patterns, not {skip!r}.")
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
         raise OptionError(f"rules must be a list of mappings, not {rules!r}.")
-    return Scheme(base, tuple(skip), tuple(_build_rule(rule, base) for rule in rules))
+    return Scheme(base, tuple(skip), tuple(_build_rule(rule, base) for rule in [*known, *rules]))
+
+
+def _preset_parts(recipe: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the ``skip`` and the rules of the scheme that a recipe names, if any."""
+    preset = find_preset(recipe["scheme"]) if "scheme" in recipe else None
+    if preset is None:
+        return list(DEFAULT_SKIP), []
+    skip = DEFAULT_SKIP if preset.skip is None else preset.skip
+    return list(skip), [{"match": match, "weights": text} for match, text in preset.rules]
 
 
 def _build_rule(rule: Mapping[str, Any], base: LayerScheme) -> Rule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fpcompiler.errors import FormatError
-from fpcompiler.scheme.patterns import split, unquote
+from fpcompiler.scheme.patterns import PREFIXES, split, unquote
 
 
 def recipe_of(text: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def _patterns(text: str) -> list[str]:
 
 def _rule_clauses(text: str) -> dict[str, Any]:
     parts = split(text, ":")
-    head = 2 if parts[0] == "re" else 1
+    head = 2 if parts[0] in PREFIXES else 1
     if len(parts) <= head:
         raise FormatError(f"{text!r} is no rule; write PATTERN: skip or PATTERN: w=...,a=...")
     pattern, body = ":".join(parts[:head]), ":".join(parts[head:])

@@ -118,3 +118,20 @@ def test_a_capture_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
         capture(Stateful(fails=True), (normal(2, 4),))
     capture(CachedAttention().eval(), (normal(1, 3, 64), torch.arange(3)))
     assert capfd.readouterr() == ("", "")
+
+
+class Frozen(dict):
+    """A dict that cannot be written to, such as the config of a model of diffusers."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("frozen")
+
+    def clear(self) -> None:
+        raise TypeError("frozen")
+
+
+def test_a_frozen_dict_of_the_model_is_left_alone() -> None:
+    model = nn.Linear(4, 4).eval()
+    model.config = Frozen(width=4, bias=torch.zeros(2))
+    capture(model, (normal(2, 4),))
+    assert set(model.config) == {"width", "bias"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -28,6 +30,27 @@ def test_the_compiled_model_draws_the_class_that_is_asked_for() -> None:
         pictures = sample(compiled, CLASSES, steps=6)
         found = weights.classifier()(pictures).argmax(1)
     assert int((found == CLASSES).sum()) >= 8
+
+
+def test_fp4dit_finds_the_layers_of_the_model(tmp_path: Path) -> None:
+    model, inputs = weights.dit(), call(2)
+    compiled = fpcompiler.compile(model, "fp4dit", example_inputs=inputs)
+    for row in compiled.plan().rows:
+        if row.name.startswith("blocks.") and "modulation" not in row.name:
+            wanted = "f4E3M0FN" if row.name.endswith("fc1") else "f4E2M1FN"
+            assert (row.weight, row.activation) == (f"{wanted}@block128:f32", "f6E2M3FN@token:f32")
+        else:
+            assert not row.quantized
+            assert row.role in ("modulation", "embedding", "head")
+    result = compiled(*inputs)
+    with torch.no_grad():
+        expected = model(*inputs)
+    assert float((result - expected).norm() / expected.norm()) < 0.3
+    compiled.save(tmp_path / "dit.fpc")
+    loaded = fpcompiler.load(tmp_path / "dit.fpc")
+    assert torch.equal(loaded(*inputs), result)
+    assert loaded.plan().to_json() == compiled.plan().to_json()
+    assert loaded.scheme == compiled.scheme
 
 
 def test_the_schedule_goes_from_the_picture_to_noise() -> None:

@@ -281,7 +281,7 @@ def test_one_cache_that_is_not_understood_stays_and_is_named() -> None:
     assert values.bytes_after == values.bytes_before == HEADS * TOKENS * WIDTH * 4
 
 
-def test_values_that_cannot_be_stored_are_refused_by_name() -> None:
+def test_values_that_cannot_be_stored_are_refused() -> None:
     x, position = call(0, 4)
     x[0, 1, 3] = torch.nan
     with pytest.raises(NumericsError, match="NaN"):
