@@ -85,9 +85,11 @@ def test_the_tables_of_the_readme_are_current(marker, headers, rows) -> None:
 
 
 def test_the_results_in_the_readme_are_those_on_record() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for text in (report.accuracy(), report.methods()):
-        assert f"\n\n{text}\n\n<!-- end -->" in readme, "paste what report.py prints"
+    for name, table in report.tables().items():
+        text = report.document(name).read_text(encoding="utf-8")
+        assert report.replaced(text, name, table) == text, (
+            "python examples/benchmarks/report.py --write"
+        )
 
 
 def test_local_links_of_the_documents_exist() -> None:

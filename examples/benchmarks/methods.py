@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import fpcompiler
 from examples.benchmarks.accuracy import MODELS, processor, task
+from examples.benchmarks.rows import MEASURED
 from examples.zoo import corpora
 from examples.zoo.runs import RUNS
 from examples.zoo.tasks import Part, Task
@@ -36,26 +37,7 @@ from fpcompiler.passes import METHODS, default_pipeline, parse_pipeline, pipelin
 from fpcompiler.scheme import Scheme
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAPER = "w=f4E2M1FN@row:f32,a=f4E2M1FN@tensor:f32"
-"""LLM-FP4's own setting: weights per row, inputs with one static scale."""
-METHODS_OF = {
-    "w4a16": ("rtn", "mse", "search", "gptq", "rotate-gptq"),
-    "w4a8": ("rtn", "mse", "search", "rotate-gptq"),
-    "w4a6": ("rtn", "mse", "search", "rotate-gptq"),
-    "w4a6-row": (
-        "rtn", "mse", "faithful", "search", "preshift", "search-preshift", "preshift-gptq",
-        "rotate-gptq",
-    ),
-    "w4a4": ("rtn", "mse", "search", "rotate", "rotate-gptq"),
-    "nvfp4": ("rtn", "search", "rotate-gptq"),
-    "mxfp4": ("rtn", "search", "rotate-gptq"),
-    PAPER: (
-        "rtn", "mse", "faithful", "search", "search-fisher", "preshift", "search-preshift",
-        "search-preshift-gptq",
-    ),
-}  # fmt: skip
-"""What is measured. ``mse`` is rounding to nearest with the clip of least squared error."""
-ROWS = tuple(f"{scheme}:{method}" for scheme, methods in METHODS_OF.items() for method in methods)
+ROWS = tuple(f"{scheme}:{method}" for scheme, methods in MEASURED.items() for method in methods)
 
 
 def main() -> None:

@@ -1,17 +1,22 @@
-"""The tables of the README, from the recorded results beside this file.
+"""The tables of the documents, from the recorded results beside this file.
 
-    python examples/benchmarks/report.py
+    python examples/benchmarks/report.py [--write]
 
-A test compares what this prints with the README, so that its numbers are those on record.
+A test compares what this prints with the README and with README.md here, so that their numbers are
+those on record; ``--write`` puts the tables there.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.benchmarks.rows import MEASURED, PAPER, SHOWN, TOKEN, Rows
+
 COLUMNS = {
     "smollm2": ("SmolLM2-135M, perplexity", "perplexity", ".2f"),
     "minilm": ("MiniLM, cosine", "cosine", ".3f"),
@@ -19,15 +24,49 @@ COLUMNS = {
     "whisper": ("Whisper tiny.en, WER", "word_error_rate", ".3f"),
 }
 """For each model: heading, metric, how it is written."""
-SHORT = {"w=f4E2M1FN@row:f32,a=f4E2M1FN@tensor:f32": "W4 row, A4 tensor"}
+SHORT = {PAPER: "4/4/4", TOKEN: "w4a6, token scales"}
 """Schemes without a name, as the table has them."""
 
 
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+DOCUMENTS = {"all": HERE / "README.md"}
+"""Where tables are that are not in the README of the project."""
+
+
 def main() -> None:
-    """Print the tables."""
-    print(accuracy())
-    print()
-    print(methods())
+    """Print the tables, or write them into the documents."""
+    write = "--write" in sys.argv[1:]
+    for name, table in tables().items():
+        if write:
+            path = document(name)
+            path.write_text(replaced(path.read_text(encoding="utf-8"), name, table), "utf-8")
+        else:
+            print(table, end="\n\n")
+
+
+def document(name: str) -> Path:
+    """Return the document with a table."""
+    return DOCUMENTS.get(name, HERE.parents[1] / "README.md")
+
+
+def replaced(text: str, name: str, table: str) -> str:
+    """Return a document with another table between ``<!-- name: ... -->`` and ``<!-- end -->``."""
+    before, mark, after = text.partition(f"<!-- {name}:")
+    comment, _, rest = after.partition("-->")
+    return (
+        f"{before}{mark}{comment}-->\n\n{table}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    )
+
+
+def tables() -> dict[str, str]:
+    """Return all tables by name."""
+    return {
+        "accuracy": accuracy(),
+        "methods": methods(SHOWN),
+        "paper": methods({PAPER: MEASURED[PAPER]}),
+        "all": methods(MEASURED),
+    }
 
 
 def accuracy() -> str:
@@ -47,27 +86,24 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
-def methods() -> str:
-    """Return the table of what the methods of ``compile`` recover."""
-    reports = {name: _read(f"methods-{name}.json") for name in COLUMNS if _recorded(name)}
-    headings = [COLUMNS[name][0] for name in reports]
+def methods(rows: Rows) -> str:
+    """Return a table of what the methods of ``compile`` recover, for some of what is measured."""
+    reports = {name: _read(f"methods-{name}.json") for name in COLUMNS}
+    headings = [heading for heading, _, _ in COLUMNS.values()]
     lines = [
-        "| scheme | method | " + " | ".join(headings) + " |",
-        "| --- | --- |" + " ---: |" * len(headings),
-        "| fp32 | | " + " | ".join(_cell(n, r["fp32"]) for n, r in reports.items()) + " |",
+        "| scheme | method | " + " | ".join(headings) + " | x bf16 |",
+        "| --- | --- |" + " ---: |" * (len(headings) + 1),
+        "| fp32 | | " + " | ".join(_cell(n, r["fp32"]) for n, r in reports.items()) + " | |",
     ]
     found = {name: {_key(row): row for row in report["rows"]} for name, report in reports.items()}
-    for key in dict.fromkeys(key for rows in found.values() for key in rows):
-        scheme, method = key
-        cells = [
-            _cell(name, rows[key]["metrics"]) if key in rows else "" for name, rows in found.items()
-        ]
-        lines.append(f"| {SHORT.get(scheme, scheme)} | {method} | " + " | ".join(cells) + " |")
+    for scheme, names in rows.items():
+        for method in names:
+            measured = [(name, own.get((scheme, method))) for name, own in found.items()]
+            cells = [_cell(name, row["metrics"]) if row else "" for name, row in measured]
+            ratio = found["smollm2"].get((scheme, method))
+            cells.append(f"{ratio['quantized_bytes_ratio_to_bf16']:.3f}" if ratio else "")
+            lines.append(f"| {SHORT.get(scheme, scheme)} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _recorded(name: str) -> bool:
-    return (RESULTS / f"methods-{name}.json").exists()
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str]:
