@@ -1,8 +1,10 @@
 """The number formats, one row each; everything else about a format is derived from its row.
 
 Names are spelled as in MLIR (``f4E2M1FN``: 4 bits, 2 exponent bits, 1 mantissa bit, finite numbers
-only). E1M2 and E3M0 (LLM-FP4), the finite E3M4 (FP4DiT) and the unsigned E4M3 (scales of NVFP4)
-follow the same pattern although MLIR has no such type.
+only). What LLM-FP4 adds to the standards (E1M2, E3M0, E1M4, E4M1, E5M0, E1M6 and E2M5), the finite
+E3M4 (FP4DiT) and the unsigned E4M3 (scales of NVFP4) follow the same pattern although MLIR has no
+such type. With one exponent bit all steps are equal: E1M2, E1M4 and E1M6 are the symmetric INT4,
+INT6 and INT8.
 """
 
 from __future__ import annotations
@@ -152,16 +154,22 @@ class FloatSpec:
 
 _OCP_MX = "OCP Microscaling Formats 1.0"
 _OCP_FP8 = "OCP 8-bit Floating Point 1.0"
+_LLM_FP4 = "LLM-FP4 (arXiv 2310.16836)"
 
 _ROWS: Final = (
     #         name          e  m  bias
     FloatSpec("f4E2M1FN", 2, 1, 1, source=_OCP_MX),
-    FloatSpec("f4E1M2FN", 1, 2, 0, source="LLM-FP4 (arXiv 2310.16836)"),
-    FloatSpec("f4E3M0FN", 3, 0, 3, source="LLM-FP4 (arXiv 2310.16836)"),
+    FloatSpec("f4E1M2FN", 1, 2, 0, source=_LLM_FP4),
+    FloatSpec("f4E3M0FN", 3, 0, 3, source=_LLM_FP4),
     FloatSpec("f6E2M3FN", 2, 3, 1, source=_OCP_MX),
     FloatSpec("f6E3M2FN", 3, 2, 3, source=_OCP_MX),
+    FloatSpec("f6E1M4FN", 1, 4, 0, source=_LLM_FP4),
+    FloatSpec("f6E4M1FN", 4, 1, 7, source=_LLM_FP4),
+    FloatSpec("f6E5M0FN", 5, 0, 15, source=_LLM_FP4),
     FloatSpec("f8E3M4", 3, 4, 3, Specials.IEEE, source="MLIR f8E3M4 (IEEE-like)"),
     FloatSpec("f8E3M4FN", 3, 4, 3, source="FP4DiT (arXiv 2503.15465), all codes finite"),
+    FloatSpec("f8E1M6FN", 1, 6, 0, source=_LLM_FP4),
+    FloatSpec("f8E2M5FN", 2, 5, 1, source=_LLM_FP4),
     FloatSpec("f8E4M3FN", 4, 3, 7, Specials.NAN, source=_OCP_FP8),
     FloatSpec("f8E5M2", 5, 2, 15, Specials.IEEE, source=_OCP_FP8),
     FloatSpec("f8E8M0FNU", 8, 0, 127, Specials.NAN, signed=False, zero=False, source=_OCP_MX),

@@ -115,8 +115,11 @@ class Target:
 _ALL: Final = tuple(name for name, spec in FORMATS.items() if spec.signed)
 _E2M1: Final = ("f4E2M1FN",)
 # Times a power of two, every value of these is one of E4M3.
-_IN_E4M3: Final = ("f4E2M1FN", "f4E1M2FN", "f4E3M0FN", "f6E2M3FN", "f6E3M2FN", "f8E4M3FN")
-_IN_FP8: Final = (*_IN_E4M3, "f8E5M2")
+_IN_E4M3: Final = (
+    "f4E2M1FN", "f4E1M2FN", "f4E3M0FN", "f6E2M3FN", "f6E3M2FN", "f6E4M1FN", "f8E4M3FN",
+)  # fmt: skip
+# E5M2 holds E5M0 too. The other formats of LLM-FP4 (E1M4, E2M5, E1M6) have too many mantissa bits.
+_IN_FP8: Final = (*_IN_E4M3, "f6E5M0FN", "f8E5M2")
 
 _NONE: Final = ("",)
 _MX: Final = tuple(f"block{size}:f8E8M0FNU" for size in BLOCK_SIZES)

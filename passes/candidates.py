@@ -14,6 +14,9 @@ from fpcompiler.target import Target
 CHOICES: Final = ("same-bits", "given")
 """``same-bits``: the formats that are as wide as the given one; ``given``: that one only."""
 
+WIDTHS: Final = (4, 6, 8)
+"""Bits that a code may have."""
+
 
 def check_choice(name: str, option: str, value: str, known: Sequence[str]) -> None:
     """Check an option of a pass.
@@ -32,6 +35,23 @@ def candidates(operand: Operand, choice: str) -> list[Operand]:
     given = operand.format
     same = [s for s in FORMATS.values() if s.signed and s.storage_bits == given.storage_bits]
     return [operand, *(replace(operand, format=spec) for spec in same if spec is not given)]
+
+
+def of_widths(target: Target, weight: Operand, given: Operand | None, choice: str) -> list[Operand]:
+    """Return what is possible for a weight in 4, 6 and 8 bits, with the scale levels it has.
+
+    Args:
+        target: What must be able to run it with the given input.
+        weight: What the scheme says; it comes first, also where the target cannot run it.
+        given: The input's operand, None for 16 bits or more.
+        choice: What is possible in the width that the weight has.
+    """
+    own = candidates(weight, choice)
+    for bits in WIDTHS:
+        if bits != weight.format.storage_bits:
+            spec = next(s for s in FORMATS.values() if s.signed and s.storage_bits == bits)
+            own += candidates(replace(weight, format=spec), "same-bits")
+    return [w for w in own if w == weight or target.kind_for(w, given) is not None]
 
 
 def for_weights(

@@ -20,8 +20,13 @@ FACTS = [
     ("f4E3M0FN", "E3M0", 4, 16.0, 0.25, -2, 16, None),
     ("f6E2M3FN", "E2M3", 6, 7.5, 0.125, 0, 64, None),
     ("f6E3M2FN", "E3M2", 6, 28.0, 0.0625, -2, 64, None),
+    ("f6E1M4FN", "E1M4", 6, 3.875, 0.125, 1, 64, None),
+    ("f6E4M1FN", "E4M1", 6, 384.0, 2**-7, -6, 64, None),
+    ("f6E5M0FN", "E5M0", 6, 2.0**16, 2**-14, -14, 64, None),
     ("f8E3M4", "E3M4", 8, 15.5, 2**-6, -2, 256, 0x78),
     ("f8E3M4FN", "E3M4", 8, 31.0, 2**-6, -2, 256, None),
+    ("f8E1M6FN", "E1M6", 8, 3.96875, 2**-5, 1, 256, None),
+    ("f8E2M5FN", "E2M5", 8, 7.875, 2**-5, 0, 256, None),
     ("f8E4M3FN", "E4M3", 8, 448.0, 2**-9, -6, 256, 0x7F),
     ("f8E5M2", "E5M2", 8, 57344.0, 2**-16, -14, 256, 0x7E),
     ("f8E8M0FNU", "E8M0", 8, 2.0**127, 2**-127, -127, 256, 0xFF),
@@ -72,6 +77,24 @@ def test_value_tables(name: str, values: list[float]) -> None:
     assert list(FORMATS[name].values[len(values) :]) == [-v for v in values]
 
 
+@pytest.mark.parametrize(
+    ("name", "largest"), [("f4E1M2FN", 7), ("f6E1M4FN", 31), ("f8E1M6FN", 127)]
+)
+def test_with_one_exponent_bit_the_values_are_integers_times_a_step(
+    name: str, largest: int
+) -> None:
+    spec = FORMATS[name]
+    steps = [value / spec.smallest for value in spec.values]
+    assert steps == [*range(largest + 1), *(-n for n in range(largest + 1))]
+
+
+@pytest.mark.parametrize("name", ["f6E5M0FN", "f4E3M0FN"])
+def test_without_mantissa_bits_the_values_are_powers_of_two(name: str) -> None:
+    spec = FORMATS[name]
+    powers = range(spec.min_exponent, spec.max_exponent + 1)
+    assert list(spec.values[: spec.max_code + 1]) == [0.0, *(2.0**power for power in powers)]
+
+
 @ALL
 def test_magnitudes_grow_with_the_code(spec: FloatSpec) -> None:
     values = [spec.value(code) for code in range(spec.max_code + 1)]
@@ -120,6 +143,11 @@ def test_names_parse_in_any_case(spec: FloatSpec, change: object) -> None:
         ("e5m2", "f8E5M2"),
         ("e3m4", "f8E3M4"),
         ("e3m4fn", "f8E3M4FN"),
+        ("e1m4", "f6E1M4FN"),
+        ("e4m1", "f6E4M1FN"),
+        ("e5m0", "f6E5M0FN"),
+        ("e2m5", "f8E2M5FN"),
+        ("float8_e1m6fn", "f8E1M6FN"),
         ("e4m3fnu", "f8E4M3FNU"),
         ("e8m0", "f8E8M0FNU"),
         ("float8_e8m0fnu", "f8E8M0FNU"),

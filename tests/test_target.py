@@ -51,6 +51,13 @@ def test_targets_without_kernels_say_so() -> None:
         ("sm_90a", W4, A6, "bf16"),
         ("sm_90a", Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32"), "fp8"),
         ("sm_90a", NV, None, "bf16"),
+        # FP8 holds these two, and no others of LLM-FP4 at 6 and 8 bits.
+        ("sm_100a", W4, Operand.parse("e4m1@block32:e8m0"), "mxf8f6f4"),
+        ("sm_90a", Operand.parse("e2m1@row:f32"), Operand.parse("e5m0@token:f32"), "fp8"),
+        ("sm_100a", W4, Operand.parse("e1m4@block32:e8m0"), "bf16"),
+        ("sm_90a", Operand.parse("e1m6@row:f32"), Operand.parse("e1m6@token:f32"), "bf16"),
+        ("sm_90a", Operand.parse("e2m5@row:f32"), Operand.parse("e2m5@token:f32"), "bf16"),
+        ("reference", Operand.parse("e5m0@block16:e4m3"), Operand.parse("e1m6@row:f32"), "decode"),
         ("cpu", W4, A6, "int8"),
         ("cpu", W4, Operand.parse("e4m3@block32:e8m0"), "bf16"),
     ],

@@ -2,16 +2,18 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpcompiler import native, numerics
 from fpcompiler.errors import NumericsError
-from fpcompiler.formats import FORMATS
+from fpcompiler.formats import FORMATS, FloatSpec
 from fpcompiler.native import INSTRUCTION_SETS
 from fpcompiler.numerics import scaling
 from fpcompiler.operand import Operand
@@ -19,7 +21,11 @@ from fpcompiler.operand import Operand
 LIBRARY = native.library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library was not built")
 
-ELEMENTS = ("f4E2M1FN", "f4E3M0FN", "f6E2M3FN", "f8E4M3FN", "f8E5M2")
+SIGNED = [spec for spec in FORMATS.values() if spec.signed]
+# Those with the fewest and the most bits of either kind, and those that are used most.
+ELEMENTS = (
+    "f4E2M1FN", "f4E3M0FN", "f6E2M3FN", "f6E5M0FN", "f8E1M6FN", "f8E4M3FN", "f8E5M2",
+)  # fmt: skip
 assert set(ELEMENTS) < set(FORMATS)
 LEVELS = [
     "",
@@ -89,6 +95,47 @@ def test_every_operand_gives_the_bits_of_pytorch(levels: str) -> None:
     for element in ELEMENTS:
         for x in (*samples((3, 70)), *samples((2, 256))):
             assert_same(x, Operand.parse(element + levels))
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("spec", SIGNED, ids=str)
+def test_every_number_of_every_format_and_what_lies_between(spec: FloatSpec) -> None:
+    values = torch.tensor([v for v in spec.values if math.isfinite(v)]).unique()
+    exact = torch.cat([values, (values[1:] + values[:-1]) / 2])
+    infinity = torch.tensor(torch.inf)
+    near = torch.cat([exact, exact.nextafter(infinity), exact.nextafter(-infinity)])[None]
+    assert_same(near, Operand(spec), (True, False))
+    for levels in ("@token:f32", "@block32:f8E8M0FNU", "@tensor:f32/block16:f8E4M3FN"):
+        assert_same(torch.cat([near, near / 3]), Operand.parse(f"{spec}{levels}"))
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators of PyTorch that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "element", ["f4E2M1FN", "f6E2M3FN", "f8E3M4", "f8E3M4FN", "f8E4M3FN", "f8E1M6FN", "f6E5M0FN"]
+)
+def test_tokens_are_quantized_in_one_call_without_work_in_pytorch(
+    element: str, dtype: torch.dtype
+) -> None:
+    x = torch.randn(2, 7, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    operand = Operand.parse(f"{element}@token:f32")
+    with Operators() as ran:
+        numerics.quantize_packed(x, operand)
+    allocations = {"aten.empty", "aten.ones"}
+    assert set(ran.seen) <= allocations | {"aten.detach", "aten.view", "aten.alias"}
+    assert sum(name in allocations for name in ran.seen) == 2  # the codes and the scales
+    assert_same(x, operand)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -44,6 +44,7 @@ def all_finite(exponent_bits: int, mantissa_bits: int) -> FloatSpec:
         (all_finite(3, 4), [0, 0, 0, 0, 0]),
         (all_finite(1, 4), [0, 0, 0, 0, 0]),
         (all_finite(2, 5), [0, 0, 0, 0, 0]),
+        (all_finite(1, 6), [0, 0, 0, 0, 0]),
         (all_finite(6, 1), [0, 0, 0, 0, 0]),
         (all_finite(4, 3), [0, 0, 0, 0, 0]),
         (all_finite(5, 2), [0, 0, 0, 0, 0]),
@@ -81,7 +82,10 @@ def test_how_many_windows_hold_folded_weights(
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("limit", [0, 1, 3, 7])
-@pytest.mark.parametrize("source", ["e2m1", "e1m2", "e3m0", "e2m3", "e3m2", "e3m4fn", "e4m3"])
+@pytest.mark.parametrize(
+    "source",
+    ["e2m1", "e1m2", "e3m0", "e2m3", "e3m2", "e1m4", "e4m1", "e5m0", "e3m4fn", "e1m6", "e4m3"],
+)
 def test_windows_against_a_search_of_all_shifts(source: str, limit: int, target: FloatSpec) -> None:
     spec = parse_format(source)
     values = [v for v in spec.values if math.isfinite(v)]
@@ -234,7 +238,8 @@ def test_a_permuted_gemm_equals_the_unpermuted_one_bit_for_bit(most: int | None)
 
 
 def test_formats_of_the_library_are_those_of_the_tables() -> None:
-    for name in ("e3m0", "e2m1", "e1m2", "e2m3", "e3m2"):
+    names = "e3m0 e2m1 e1m2 e2m3 e3m2 e1m4 e4m1 e5m0 e2m5 e1m6"
+    for name in names.split():
         spec = parse_format(name)
         bias_0 = all_finite(spec.exponent_bits, spec.mantissa_bits)
         for target in FORMATS.values():

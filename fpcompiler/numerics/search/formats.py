@@ -16,7 +16,7 @@ def finite_format(exponent_bits: int, mantissa_bits: int) -> FloatSpec:
     """Return the signed format with these fields in which every code is a number.
 
     That is the row of :data:`fpcompiler.formats.FORMATS` where there is one, and otherwise a new
-    format with the bias of IEEE, whose name (``f6E4M1Finite``) no standard uses.
+    format with the bias of IEEE, whose name (``f8E4M3Finite``) no standard uses.
 
     Raises:
         FormatError: If a field is empty where it must not be, or the code has more than 8 bits.
