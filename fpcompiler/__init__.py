@@ -17,9 +17,18 @@ from fpcompiler.formats import FORMATS
 
 if TYPE_CHECKING:
     from fpcompiler.api import compile, load
+    from fpcompiler.recording import record
     from fpcompiler.runtime.model import CompiledModel
 
-__all__ = ["compile", "load", "CompiledModel", "FORMATS", "FpcompilerError", "__version__"]
+__all__ = [
+    "compile",
+    "load",
+    "record",
+    "CompiledModel",
+    "FORMATS",
+    "FpcompilerError",
+    "__version__",
+]
 
 __version__ = "0.1.0"
 
@@ -30,6 +39,10 @@ def __getattr__(name: str) -> Any:
         from fpcompiler import api
 
         return getattr(api, name)
+    if name == "record":
+        from fpcompiler.recording import record
+
+        return record
     if name == "CompiledModel":
         from fpcompiler.runtime.model import CompiledModel
 
