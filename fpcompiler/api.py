@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,15 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from fpcompiler.arguments import PATH, require_type
-from fpcompiler.artifact import Artifact, Golden
+from fpcompiler.artifact import Artifact
 from fpcompiler.errors import CaptureError, OptionError
 from fpcompiler.options import Options
-from fpcompiler.plan import Plan, Symbol
-from fpcompiler.runtime.executor import Executor
+from fpcompiler.plan import Plan
+from fpcompiler.runtime.golden import record_golden
 from fpcompiler.runtime.inputs import bind
 from fpcompiler.runtime.model import COMPILING, CompiledModel
 from fpcompiler.runtime.model import load as load
@@ -41,9 +39,6 @@ Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _NONE = type(None)
 
-GOLDEN_SIZE = 16
-"""Sizes that may vary are cut to this in the recorded call, to keep artifacts small."""
-
 
 def compile(
     model: nn.Module | ExportedProgram,
@@ -57,6 +52,7 @@ def compile(
     clip: str = "max",
     method: str = "rtn",
     attention: str | None = None,
+    effective_bits: float | None = None,
     max_memory: str | int = "4GiB",
     work_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -91,6 +87,9 @@ def compile(
             ``"qkv=OPERAND,weights=OPERAND,cache=OPERAND"``, or some of these parts, also names the
             weights after softmax and the stored cache of models that keep keys and values in
             buffers.
+        effective_bits: Bits for each quantized weight, scales included: some layers get wider or
+            narrower weights than the scheme says, where that is predicted to do least damage to the
+            model's output on the calibration data. :attr:`CompiledModel.reports` has the table.
         max_memory: What calibration may take beside the model and the batches: ``"4GiB"``.
         work_dir: A folder for what calibration has finished, so that a run that was killed goes on
             from there; the result is the same. A finished run leaves less than the artifact there,
@@ -113,28 +112,32 @@ def compile(
         CaptureError: If torch.export cannot turn the model into a graph.
         NumericsError: If a weight holds NaN or infinity; the message names the layer.
     """
-    from fpcompiler.passes import METHODS, default_pipeline, parse_pipeline
+    from fpcompiler.passes import default_pipeline, parse_pipeline, what_learns
     from fpcompiler.scheme import Scheme as SchemeClass
     from fpcompiler.target import lookup
 
     require_type("target", target, (str,), "the name of a target, such as 'reference'")
     require_type("method", method, (str,), "the name of a method, such as 'gptq'")
     require_type("attention", attention, (str, _NONE), "an operand such as 'f8E4M3FN@token:f32'")
+    require_type("effective_bits", effective_bits, (int, float, _NONE), "a number such as 4.5")
     require_type("pipeline", pipeline, (str, tuple, list, _NONE), "a text or a tuple of passes")
     require_type("dump_dir", dump_dir, (*PATH, _NONE), "a folder, such as 'dumps'")
     parsed = SchemeClass.of(scheme)
     lookup(target)
     # What is wrong with the passes is said before a model is captured.
-    if pipeline is not None and (method != "rtn" or attention is not None):
-        raise OptionError("pipeline= names all passes; leave out method= and attention=.")
+    if pipeline is not None and (method, attention, effective_bits) != ("rtn", None, None):
+        raise OptionError(
+            "pipeline= names all passes; leave out method=, attention= and effective_bits=."
+        )
     if pipeline is None:
-        if method in METHODS and METHODS[method].needs_data and calibration is None:
+        learner = what_learns(method, effective_bits)
+        if learner and calibration is None:
             raise OptionError(
-                f"the method {method} learns from data: give calibration=batches, such as [x] "
+                f"{learner} learns from data: give calibration=batches, such as [x] "
                 "(--calibration on the command line)."
             )
-        pipeline = default_pipeline(str(parsed), target, clip, method, attention)
-        chosen = {"method": method, "attention": attention}
+        pipeline = default_pipeline(str(parsed), target, clip, method, attention, effective_bits)
+        chosen = {"method": method, "attention": attention, "effective_bits": effective_bits}
     else:
         chosen = {}
     passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
@@ -224,7 +227,7 @@ class _Job:
         dumps: _Dumps,
         progress: Progress,
         data: _Data | None,
-        chosen: Mapping[str, str | None],
+        chosen: Mapping[str, Any],
     ) -> None:
         self.model = model
         self.scheme = scheme
@@ -277,12 +280,13 @@ class _Job:
             scheme=str(self.scheme),
             pipeline=passes.pipeline_text(pipeline),
             targets=(self.target,),
-            golden=_record(plan, tensors, batch),
+            golden=record_golden(plan, tensors, batch),
             graph=ir.print_program(program),
             recipe={
                 "scheme": self.scheme.to_recipe(),
                 **self.chosen,
                 "notes": list(captured.notes),
+                "reports": {result.name: result.report for result in results if result.report},
             },
         )
 
@@ -361,33 +365,3 @@ def _flat_inputs(
     if not args and not kwargs:
         return None
     return tuple(bind(captured.signature, args, kwargs))
-
-
-def _record(
-    plan: Plan, tensors: Mapping[str, Tensor], batch: tuple[Tensor, ...] | None
-) -> tuple[Golden, ...]:
-    """Run the program once on a small version of the example call, and keep what it gave."""
-    if batch is None:
-        return ()
-    symbols = _free_symbols(plan)
-    inputs = tuple(
-        _cut(tensor, placeholder.shape, symbols).clone()
-        for tensor, placeholder in zip(batch, plan.placeholders, strict=True)
-    )
-    outputs = Executor(plan, tensors).run_leaves(inputs)
-    return (Golden(inputs, tuple(torch.as_tensor(value) for value in outputs)),)
-
-
-def _cut(tensor: Tensor, shape: tuple[int | str, ...], symbols: Mapping[str, Symbol]) -> Tensor:
-    for axis, size in enumerate(shape):
-        if isinstance(size, str) and size in symbols:
-            least = max(symbols[size].min, GOLDEN_SIZE)
-            tensor = tensor.narrow(axis, 0, min(least, tensor.shape[axis]))
-    return tensor
-
-
-def _free_symbols(plan: Plan) -> dict[str, Symbol]:
-    """Return the symbols on which no size such as ``2*s0`` depends, which could not be cut too."""
-    sizes = {str(size) for placeholder in plan.placeholders for size in placeholder.shape}
-    used = {name for size in sizes - {*plan.symbols} for name in re.findall(r"\w+", size)}
-    return {name: symbol for name, symbol in plan.symbols.items() if name not in used}

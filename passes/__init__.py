@@ -14,7 +14,7 @@ from fpcompiler.passes.base import Pass, PassContext, pass_text, rewrite
 from fpcompiler.passes.dump import Dumper, weights_beside
 from fpcompiler.passes.manager import PassResult, run_pipeline
 from fpcompiler.passes.method_advice import advice
-from fpcompiler.passes.methods import METHODS, Method, default_pipeline
+from fpcompiler.passes.methods import METHODS, Method, default_pipeline, what_learns
 from fpcompiler.passes.numerics import Probe
 from fpcompiler.passes.pipeline import (
     PASSES,
@@ -66,4 +66,5 @@ __all__ = [
     "rewrite",
     "run_pipeline",
     "weights_beside",
+    "what_learns",
 ]

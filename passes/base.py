@@ -36,11 +36,14 @@ class PassContext:
         statistics: Counts by name, shown in the pass table: ``context.count("layers quantized")``.
         progress: Wraps an iterable for a progress bar: ``progress(items, total, label)``.
         calibration: The calibration data, if there is any; see :meth:`calibrated`.
+        reports: Texts for people, in Markdown: what the pass had to choose among, for instance.
+            They are in the dumps, in the artifact's recipe, and printed by the command line.
     """
 
     statistics: Counter[str] = field(default_factory=Counter)
     progress: Callable[[Iterable[Item], int, str], Iterable[Item]] = _no_progress
     calibration: Calibration | None = None
+    reports: list[str] = field(default_factory=list)
 
     def calibrated(self, name: str) -> Calibration:
         """Return the calibration data for a pass that cannot do without.

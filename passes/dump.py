@@ -29,6 +29,7 @@ class Dumper:
     ``00-captured.mlir``         the program before the first pass
     ``03-insert-quantize.mlir``  the program after the third pass, if the pass changed something
     ``03-insert-quantize.diff``  what it changed
+    ``05-mixed-formats.md``      what a pass reported, if it did
     ``numerics.json``            output and per-layer SQNR after each such pass, on the probe batch
     ``timing.json``              seconds and statistics of every pass
     ``pipeline.txt``             the pipeline, as ``fpcompiler opt -p`` reads it
@@ -63,7 +64,7 @@ class Dumper:
         self._results: list[PassResult] = []
         with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for kind in ("mlir", "diff", "safetensors"):
+            for kind in ("mlir", "diff", "md", "safetensors"):
                 for old in folder.glob(f"[0-9][0-9]-*.{kind}"):
                     old.unlink()
         self._write("pipeline.txt", pipeline_text(pipeline) + "\n")
@@ -78,6 +79,8 @@ class Dumper:
         """Write the program if the pass changed it."""
         self._results.append(result)
         self._write_timing()
+        if result.report:
+            self._write(f"{self._number:02}-{item.name}.md", result.report)
         text = print_program(program)
         if text == self._text:
             return

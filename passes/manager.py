@@ -26,12 +26,19 @@ class PassResult:
         seconds: Wall time of the pass itself.
         verify_seconds: Wall time of the verifier after it.
         statistics: What the pass counted; zeros left out.
+        report: What it said to people, in Markdown; mostly nothing.
     """
 
     text: str
     seconds: float
     verify_seconds: float
     statistics: Mapping[str, int] = field(default_factory=dict)
+    report: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the pass."""
+        return self.text.partition("{")[0]
 
 
 class Observer(Protocol):
@@ -123,4 +130,5 @@ def _run(
     middle = time.perf_counter()
     program.verify()
     statistics = {what: count for what, count in context.statistics.items() if count}
-    return PassResult(pass_text(item), middle - start, time.perf_counter() - middle, statistics)
+    seconds = middle - start, time.perf_counter() - middle
+    return PassResult(pass_text(item), *seconds, statistics, "\n".join(context.reports))

@@ -132,6 +132,16 @@ class CompiledModel:
         """
         return PlanTable.of(self.artifact.plan.layers, self._scheme)
 
+    @property
+    def reports(self) -> Mapping[str, str]:
+        """What passes reported when the model was compiled, by pass: texts in Markdown.
+
+        Raises:
+            RunError: If the model has not been called yet.
+        """
+        reports: Mapping[str, str] = self.artifact.recipe.get("reports", {})
+        return reports
+
     def compare(self, model: nn.Module, batches: Iterable[Batch]) -> CompareTable:
         """Compare with the eager model: SQNR, cosine and largest error per layer and output.
 

@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "softmax; cache: keys and values that the model keeps in buffers, stored in few bits)",
     )
     group.add_argument(
+        "--effective-bits",
+        metavar="BITS",
+        type=float,
+        help="give some layers wider or narrower weights than the scheme, where that does least "
+        "damage, so that a weight takes this many bits on average, scales included: 4.5",
+    )
+    group.add_argument(
         "--calibration",
         metavar="DATA",
         nargs="+",

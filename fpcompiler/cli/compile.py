@@ -63,7 +63,8 @@ def _run(args: argparse.Namespace) -> int:
     _warn_of_rules_without_layers(compiled)
     dumps = str(compiled.dumps) if compiled.dumps else None
     if args.json:
-        print_json({"artifact": args.output, "bytes": size, "dumps": dumps, **plan.to_json()})
+        facts = {"artifact": args.output, "bytes": size, "dumps": dumps}
+        print_json({**facts, "reports": dict(compiled.reports), **plan.to_json()})
         return OK
     from fpcompiler.runtime.tables import size_text
 
@@ -76,6 +77,8 @@ def _run(args: argparse.Namespace) -> int:
         print(plan.cache_text)
     if dumps:
         print(f"dumps: {dumps}")
+    for text in compiled.reports.values():
+        print(f"\n{text}", end="")
     return OK
 
 
@@ -106,6 +109,7 @@ def _compile(args: argparse.Namespace) -> CompiledModel:
             calibration=calibration.read_batches(args.calibration),
             method=args.method,
             attention=args.attention,
+            effective_bits=args.effective_bits,
             max_memory=args.max_memory,
             work_dir=args.work_dir,
             seed=args.seed,

@@ -42,6 +42,7 @@ def _facts(artifact: Artifact, size: int) -> dict[str, Any]:
         "scheme": artifact.scheme,
         "method": artifact.recipe.get("method"),
         "attention": artifact.recipe.get("attention"),
+        "effective_bits": artifact.recipe.get("effective_bits"),
         "targets": list(artifact.targets),
         "pipeline": artifact.pipeline,
         "packages": dict(artifact.packages),
