@@ -16,11 +16,13 @@ from fpcompiler.passes.fold_constants import FoldConstants
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.insert_quantize import InsertQuantize
 from fpcompiler.passes.lower_gemm import LowerGemm
+from fpcompiler.passes.mixed_formats import MixedFormats
 from fpcompiler.passes.normalize import Normalize
 from fpcompiler.passes.pipeline import Pipeline
 from fpcompiler.passes.preshift import Preshift
 from fpcompiler.passes.quantize_weights import QuantizeWeights
 from fpcompiler.passes.rotate import Rotate
+from fpcompiler.passes.round_weights import RoundWeights
 from fpcompiler.passes.search_formats import SearchFormats
 from fpcompiler.passes.smooth import Smooth
 
@@ -75,6 +77,19 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         ),
         "gptq": Method((Gptq(),), "each rounding makes up for those before (GPTQ)"),
         "search-gptq": Method((SearchFormats(), Gptq()), "search, then gptq with its scales"),
+        "adaround": Method(
+            (RoundWeights(),), "roundings learned by the outputs of blocks (AdaRound-FP, FP4DiT)"
+        ),
+        "adaround-layers": Method(
+            (RoundWeights(unit="layer"),), "roundings learned by the outputs of single layers: fast"
+        ),
+        "search-adaround": Method(
+            (SearchFormats(), RoundWeights()), "search, then adaround with its scales"
+        ),
+        "search-adaround-layers": Method(
+            (SearchFormats(), RoundWeights(unit="layer")),
+            "search, then adaround-layers with its scales",
+        ),
         "rotate-gptq": Method(
             (Rotate(weights_too=True), Gptq()), "rotate inputs of all layers, then gptq"
         ),
@@ -89,6 +104,7 @@ def default_pipeline(
     clip: str = "max",
     method: str = "rtn",
     attention: str | None = None,
+    effective_bits: float | None = None,
 ) -> Pipeline:
     """Return the passes that :func:`fpcompiler.compile` runs.
 
@@ -98,9 +114,11 @@ def default_pipeline(
         clip: How row scales of weights are chosen, see ``quantize-weights``.
         method: A name in :data:`METHODS`.
         attention: What of attention is quantized, see :func:`attention_passes`; None: nothing.
+        effective_bits: Bits for each weight, scales included, within which layers get weights of
+            different widths, see ``mixed-formats``; None: those of the scheme.
 
     Raises:
-        PassError: If there is no such method.
+        PassError: If there is no such method, or no weights take so few or so many bits.
         FormatError: If an operand for attention means nothing.
         OptionError: If the text for attention cannot be read.
     """
@@ -114,6 +132,7 @@ def default_pipeline(
         FoldConstants(),
         InsertQuantize(scheme=scheme),
         Cse(),
+        *(() if effective_bits is None else (MixedFormats(effective_bits, target=target),)),
         *(_for_target(item, target) for item in METHODS[method].passes),
         *(() if attention is None else attention_passes(attention)),
         QuantizeWeights(clip=clip),
@@ -121,6 +140,18 @@ def default_pipeline(
         Canonicalize(),
         SymbolDce(),
     )
+
+
+def what_learns(method: str, effective_bits: float | None = None) -> str:
+    """Return what of the choices for :func:`default_pipeline` needs calibration data; or nothing.
+
+    Args:
+        method: A name in :data:`METHODS`, or any other, which :func:`default_pipeline` refuses.
+        effective_bits: See there.
+    """
+    if method in METHODS and METHODS[method].needs_data:
+        return f"the method {method}"
+    return "" if effective_bits is None else "the choice of widths for effective_bits"
 
 
 def _for_target(item: Pass, target: str) -> Pass:

@@ -20,12 +20,14 @@ from fpcompiler.passes.fold_constants import FoldConstants
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.insert_quantize import InsertQuantize
 from fpcompiler.passes.lower_gemm import LowerGemm
+from fpcompiler.passes.mixed_formats import MixedFormats
 from fpcompiler.passes.normalize import Normalize
 from fpcompiler.passes.preshift import Preshift
 from fpcompiler.passes.quantize_attention import QuantizeAttention
 from fpcompiler.passes.quantize_cache import QuantizeCache
 from fpcompiler.passes.quantize_weights import QuantizeWeights
 from fpcompiler.passes.rotate import Rotate
+from fpcompiler.passes.round_weights import RoundWeights
 from fpcompiler.passes.search_formats import SearchFormats
 from fpcompiler.passes.smooth import Smooth
 
@@ -35,8 +37,10 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     Normalize,
     FoldConstants,
     InsertQuantize,
+    MixedFormats,
     Smooth,
     Rotate,
+    RoundWeights,
     Preshift,
     SearchFormats,
     Gptq,

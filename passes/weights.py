@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch_mlir import ir
 
@@ -137,6 +138,13 @@ class OpenWeights:
     def scales(self, weight: OpenWeight) -> tuple[Tensor, ...] | None:
         """Return the scales that a weight is quantized with, if they are given."""
         return given_scales(self._program, weight.op) if weight.op.name == "fpq.encode" else None
+
+    def opened(self, weight: OpenWeight, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return a weight before it is quantized, and its scales: given, or the operand's own."""
+        value, scales = self.value(weight).to(device), self.scales(weight)
+        if scales is None:
+            return value, quantize(value, weight.operand, layer=weight.layer)[1]
+        return value, tuple(scale.to(device) for scale in scales)
 
     def folded(self, group: Group) -> bool:
         """Return whether columns of the weights are divided after they are rounded."""

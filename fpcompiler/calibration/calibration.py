@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from fpcompiler.artifact import package_versions
@@ -26,14 +23,11 @@ from fpcompiler.calibration.float_graph import raise_without_quantization
 from fpcompiler.calibration.gradients import SquaredGradients
 from fpcompiler.calibration.groups import Group
 from fpcompiler.calibration.preflight import Preflight
-from fpcompiler.calibration.segments import Environment, Segments, Spill
 from fpcompiler.calibration.statistics import Accumulator, InputStatistics
 from fpcompiler.errors import OptionError, RunError, describe_layer
 from fpcompiler.ir.printer import print_program
 from fpcompiler.ir.program import Program
-
-Result = Mapping[str, Tensor]
-"""What work on a group returns: tensors by name, which are kept for a run that resumes."""
+from fpcompiler.streams import Environment, Result, Results, Segments, Spill
 
 Work = Callable[[Group, InputStatistics], Result]
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -126,12 +120,22 @@ class Calibration:
         """
         if not groups:
             return {}
-        if self.folder is None:
-            with tempfile.TemporaryDirectory(prefix="fpcompiler-") as folder:
-                run = _Run(self, Path(folder), program, groups)
-                return run.all(work, label, progress)
-        place = self.folder / _fingerprint(self, program, label)
-        return _Run(self, place, program, groups).all(work, label, progress)
+        with self.workspace(program, label) as folder:
+            return _Run(self, folder, program, groups).all(work, label, progress)
+
+    @contextmanager
+    def workspace(self, program: Program, label: str) -> Iterator[Path]:
+        """Provide the folder of a work: always the same one for a run that resumes.
+
+        Args:
+            program: What is worked on.
+            label: As for :meth:`visit`.
+        """
+        if self.folder is not None:
+            yield self.folder / _fingerprint(self, program, label)
+            return
+        with tempfile.TemporaryDirectory(prefix="fpcompiler-") as folder:
+            yield Path(folder)
 
     @contextmanager
     def squared_gradients(
@@ -149,12 +153,7 @@ class Calibration:
         Raises:
             RunError: If the model cannot run on a batch, or has no derivative.
         """
-        with ExitStack() as stack:
-            if self.folder is None:
-                temporary = tempfile.TemporaryDirectory(prefix="fpcompiler-")
-                folder = Path(stack.enter_context(temporary))
-            else:
-                folder = self.folder / _fingerprint(self, program, label)
+        with self.workspace(program, label) as folder:
             batches = range(len(self.batches))
             found = SquaredGradients(
                 program, folder / "gradients", self.batches, [self.quota(b) for b in batches],
@@ -176,7 +175,7 @@ class _Run:
     ) -> None:
         self.calibration = calibration
         self.spill = Spill(folder / "values")
-        self.results = _Results(folder / "results")
+        self.results = Results(folder / "results")
         self.pieces = _pieces(calibration, groups)
         taps = [group.x for piece in self.pieces for group in piece]
         self.module, nodes = raise_without_quantization(program, taps)
@@ -291,35 +290,6 @@ def _chain(
         tap(x)
 
     taps[node] = both
-
-
-class _Results:
-    """Results in a folder, one file for each group."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
-
-    def has(self, name: str) -> bool:
-        """Return whether there is a result that can be read; a run can be killed by a full disk."""
-        try:
-            self.read(name)
-        except (OSError, SafetensorError):
-            return False
-        return True
-
-    def write(self, name: str, result: Result) -> None:
-        path = self._path(name)
-        unfinished = path.with_suffix(".tmp")
-        save_file({key: value.clone().contiguous() for key, value in result.items()}, unfinished)
-        os.replace(unfinished, path)
-
-    def read(self, name: str) -> Result:
-        with safe_open(self._path(name), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def _pieces(calibration: Calibration, groups: Sequence[Group]) -> list[list[Group]]:

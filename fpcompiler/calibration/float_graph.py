@@ -31,13 +31,15 @@ def raise_without_quantization(
         IRError: If an operation cannot be executed.
     """
     with program.context():
-        raiser = _FloatRaiser(program)
+        raiser = FloatRaiser(program)
         raiser.keep(taps)
         module = raiser.run()
         return module, [raiser.values[value] for value in taps]
 
 
-class _FloatRaiser(Raiser):
+class FloatRaiser(Raiser):
+    """Passes quantized values through, and decodes stored weights."""
+
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.handlers["fpq.quantize"] = lambda op, args: args[0]

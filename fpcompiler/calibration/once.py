@@ -11,8 +11,8 @@ from torch_mlir import ir
 
 from fpcompiler.calibration.calibration import Calibration
 from fpcompiler.calibration.float_graph import raise_without_quantization
-from fpcompiler.calibration.segments import Environment, Segments
 from fpcompiler.ir.program import Program
+from fpcompiler.streams import Environment, Segments
 
 
 def run_once(

@@ -32,7 +32,7 @@ def raise_to_fx(program: Program) -> fx.GraphModule:
 
     A node that holds the output of a layer has the layer's name as ``meta["layer"]``, one that runs
     a chosen kernel has it as ``meta["kernel"]``; ``meta["place"]`` is where in the model a node
-    comes from. ``meta["globals"]`` of the module maps its attributes to the names of globals.
+    comes from, in words, and ``meta["module"]`` the path of the module that ran it. ``meta["globals"]`` of the module maps its attributes to the names of globals.
     Mutable globals are updated in place, at the end.
 
     Raises:
@@ -119,10 +119,11 @@ class Raiser:
         created = len(self.graph.nodes) - before
         if not created:
             return
-        place = str(place_of(op))
+        place = place_of(op)
+        words = str(place)
         node = self.graph._root.prev
         for _ in range(created):
-            node.meta["place"] = place
+            node.meta |= {"place": words, "module": place.layer}
             node = node.prev
         last, attributes = self.graph._root.prev, op.attributes
         if "fpq.layer" in attributes:

@@ -76,27 +76,21 @@ def shrinkage_damping(hessian: Tensor, tokens: int) -> float:
     return MOST_DAMPING if 2 * part >= 1 else max(0.0, part / (1 - part))
 
 
-def hold_out(
-    hessian: Tensor,
-    sample: Tensor,
-    *,
-    act_order: bool = True,
-    damping: float = 0.01,
-    layer: str = "",
-) -> HeldOut:
-    """Return what is needed to check weights on the last quarter of the sampled tokens.
+def split(hessian: Tensor, sample: Tensor, *, layer: str = "") -> tuple[Tensor, Tensor]:
+    """Return ``X^T X`` over the tokens to learn from, and over the last quarter of the sample.
 
     The last, not any: neighbours in a text say much about each other.
 
     Args:
         hessian: ``X^T X`` over all tokens, those of the sample included, ``[K, K]``.
         sample: Some of the tokens, or all, ``[S, K]``; with none there is nothing to gain.
-        act_order: See :func:`fpcompiler.numerics.gptq.factorize`.
-        damping: See there.
         layer: Named in errors.
 
+    Returns:
+        Both fp64 ``[K, K]``.
+
     Raises:
-        NumericsError: If the shapes do not fit, or the tokens that are left give no factor.
+        NumericsError: If the shapes do not fit.
     """
     if sample.ndim != 2 or hessian.shape != (sample.shape[1],) * 2:
         raise NumericsError(
@@ -113,6 +107,30 @@ def hold_out(
     dead = rest.diagonal() == 0
     rest[dead] = 0
     rest[:, dead] = 0
+    return rest, unseen
+
+
+def hold_out(
+    hessian: Tensor,
+    sample: Tensor,
+    *,
+    act_order: bool = True,
+    damping: float = 0.01,
+    layer: str = "",
+) -> HeldOut:
+    """Return what is needed to check weights on the last quarter of the sampled tokens.
+
+    Args:
+        hessian: See :func:`split`.
+        sample: See there.
+        act_order: See :func:`fpcompiler.numerics.gptq.factorize`.
+        damping: See there.
+        layer: Named in errors.
+
+    Raises:
+        NumericsError: If the shapes do not fit, or the tokens that are left give no factor.
+    """
+    rest, unseen = split(hessian, sample, layer=layer)
     return HeldOut(factorize(rest, act_order=act_order, damping=damping, layer=layer), unseen)
 
 

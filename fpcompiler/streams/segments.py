@@ -6,25 +6,19 @@ layers are in memory at a time, and each operation still runs once for each batc
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
-from fpcompiler.errors import RunError
+from fpcompiler.errors import FpcompilerError, RunError
 
 Environment = dict[str, Any]
 """Values of nodes by name: tensors and numbers."""
 
-_SCALARS: Final = "scalars"
-_STRIDES: Final = "strides"
+_NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 
 
 class Segments:
@@ -36,16 +30,29 @@ class Segments:
             further on, where everything that crosses the cut is a tensor or a number. What an
             earlier piece computed is carried to the piece that taps it.
         device: Where it runs; weights are brought there when they are read.
+        weights: Take the place of attributes of the module, by name. They may be changed between
+            runs.
+        skipped: Functions that are not called: their first argument is their result.
     """
 
     def __init__(
-        self, module: fx.GraphModule, pieces: Sequence[Sequence[fx.Node]], device: torch.device
+        self,
+        module: fx.GraphModule,
+        pieces: Sequence[Sequence[fx.Node]],
+        device: torch.device,
+        *,
+        weights: Mapping[str, Tensor] = _NONE,
+        skipped: frozenset[Callable[..., Any]] = frozenset(),
     ) -> None:
         self._module = module
         self._device = device
+        self._weights = weights
+        self._skipped = skipped
         self._nodes = [node for node in module.graph.nodes if node.op != "output"]
         position = {node: index for index, node in enumerate(self._nodes)}
         self._position = position
+        self._named = {node.name: node for node in self._nodes}
+        self._lists = [node for node in self._nodes if _is_list(node)]
         self._last = {
             node: max((position.get(user, len(self._nodes)) for user in node.users), default=-1)
             for node in self._nodes
@@ -57,18 +64,23 @@ class Segments:
         for start, taps in zip(self._cuts, pieces, strict=False):
             self._last |= {node: max(self._last[node], start) for node in taps}
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
     def __len__(self) -> int:
         """Return the number of pieces."""
         return len(self._cuts) - 1
 
     def _cut_after(self, index: int) -> int:
         cut = index + 1
-        while any(self._last[node] >= cut and _is_list(node) for node in self._nodes[:cut]):
+        while any(self._position[node] < cut <= self._last[node] for node in self._lists):
             cut += 1
         return cut
 
     def run(
-        self, piece: int, environment: Environment, taps: dict[fx.Node, Callable[[Tensor], None]]
+        self, piece: int, environment: Environment, taps: Mapping[fx.Node, Callable[[Any], None]]
     ) -> Environment:
         """Run one piece for one batch.
 
@@ -82,7 +94,7 @@ class Segments:
         """
         start, stop = self._cuts[piece], self._cuts[piece + 1]
         values: dict[fx.Node, Any] = {
-            node: environment[node.name] for node in self._nodes if node.name in environment
+            self._named[name]: value for name, value in environment.items()
         }
         for node, tap in taps.items():
             if self._position[node] < start:
@@ -114,8 +126,12 @@ class Segments:
 
         args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), argument)
         assert callable(node.target)
+        if node.target in self._skipped:
+            return args[0]
         try:
             return node.target(*args, **kwargs)
+        except FpcompilerError:
+            raise  # it says what is wrong better
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise RunError(
                 f"{node.meta.get('place', node.name)}: the model cannot run on the calibration "
@@ -127,7 +143,8 @@ class Segments:
         return values[node] if node in values else self._weight(node)
 
     def _weight(self, node: fx.Node) -> Tensor:
-        tensor = getattr(self._module, str(node.target))
+        name = str(node.target)
+        tensor = self._weights[name] if name in self._weights else getattr(self._module, name)
         assert isinstance(tensor, Tensor)
         return tensor.to(self._device)
 
@@ -137,55 +154,3 @@ def _is_list(node: fx.Node) -> bool:
         return False
     returns = node.target._schema.returns
     return len(returns) != 1 or str(returns[0].type).startswith("List")
-
-
-def _laid_out(tensor: Tensor, stride: Sequence[int]) -> Tensor:
-    """Return a copy with the strides that a value had: the last bits of products depend on them."""
-    empty = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-    return empty.copy_(tensor)
-
-
-class Spill:
-    """Environments in a folder, one file for each batch."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def write(self, piece: int, batch: int, environment: Environment) -> None:
-        """Keep what a piece left for a batch."""
-        folder = self._piece(piece)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Cloned, because values that share memory (views) must be written on their own.
-        tensors = {k: v.clone() for k, v in environment.items() if isinstance(v, Tensor)}
-        scalars = {k: v for k, v in environment.items() if k not in tensors}
-        strides = {k: v.stride() for k, v in tensors.items()}
-        path = folder / f"batch-{batch:05}.safetensors"
-        unfinished = path.with_suffix(".tmp")
-        metadata = {_SCALARS: json.dumps(scalars), _STRIDES: json.dumps(strides)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
-
-    def read(self, piece: int, batch: int, device: torch.device) -> Environment:
-        """Return what :meth:`write` kept."""
-        path = self._piece(piece) / f"batch-{batch:05}.safetensors"
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata()
-            strides = json.loads(metadata[_STRIDES])
-            values: Environment = {
-                key: _laid_out(file.get_tensor(key), stride) for key, stride in strides.items()
-            }
-            values |= json.loads(metadata[_SCALARS])
-        return values
-
-    def forget(self, piece: int) -> None:
-        """Delete what a piece left."""
-        shutil.rmtree(self._piece(piece), ignore_errors=True)
-
-    def forget_all_but(self, piece: int) -> None:
-        """Delete what other pieces left, in a run that was killed."""
-        for folder in self._folder.glob("piece-*"):
-            if folder != self._piece(piece):
-                shutil.rmtree(folder)
-
-    def _piece(self, piece: int) -> Path:
-        return self._folder / f"piece-{piece:04}"

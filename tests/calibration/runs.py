@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fpcompiler import ir
 from fpcompiler.calibration import Calibration, Group, InputStatistics, input_groups
-from fpcompiler.calibration.calibration import Result
+from fpcompiler.streams import Result
 from tests.models import Call
 from tests.programs import import_named, leaves_of, run_passes
 

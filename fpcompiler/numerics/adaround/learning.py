@@ -60,15 +60,21 @@ class Learned:
     ended: Ended
 
 
-def learn(weights: Sequence[SoftWeight], objective: Objective, options: RoundOptions) -> Learned:
+def learn(
+    weights: Sequence[SoftWeight],
+    objective: Objective,
+    options: RoundOptions,
+    start: Sequence[Tensor | None] = (),
+) -> Learned:
     """Return the codes with the least error among those looked at in the checks and at the end.
 
     Args:
         weights: At least one, all on one device.
         objective: What is made small.
         options: See there.
+        start: Codes to begin near to, for each weight or for none; None: the weight itself.
     """
-    state = _State(weights, options)
+    state = _State(weights, options, start or [None] * len(weights))
     plan = _Plan(options, weights[0].low.device)
     best, least, idle = state.codes(), math.inf, 0
     iteration, ended = 0, Ended.ITERATIONS
@@ -95,9 +101,15 @@ def learn(weights: Sequence[SoftWeight], objective: Objective, options: RoundOpt
 class _State:
     """The logits and their optimizer."""
 
-    def __init__(self, weights: Sequence[SoftWeight], options: RoundOptions) -> None:
+    def __init__(
+        self,
+        weights: Sequence[SoftWeight],
+        options: RoundOptions,
+        start: Sequence[Tensor | None],
+    ) -> None:
         self._weights = weights
-        self._logits = [weight.initial() for weight in weights]
+        pairs = zip(weights, start, strict=True)
+        self._logits = [weight.initial(codes) for weight, codes in pairs]
         self._strength = options.regularizer
         self._adam = torch.optim.Adam(self._logits, lr=options.learning_rate, fused=True)
 

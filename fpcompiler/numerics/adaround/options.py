@@ -50,7 +50,7 @@ class RoundOptions:
     batch: int = 4
     parametrization: Parametrization = Parametrization.LOGIT
     seed: int = 0
-    patience: int = 8
+    patience: int = 16
     seconds: float | None = None
     mixed_precision: bool = True
 

@@ -8,7 +8,9 @@ given its two neighbours are fixed: the soft value is ``low + width h``.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from fpcompiler.numerics.given import quantize_with
 from fpcompiler.numerics.rounding import decode
 from fpcompiler.numerics.scaling import dequantize, expand_scale
 from fpcompiler.operand import Operand
+
+_TRUST: Final = 0.8
+_EDGE: Final = 0.02
 
 
 class Parametrization(enum.Enum):
@@ -105,9 +110,49 @@ class SoftWeight:
             step if aware else None,
         )  # fmt: skip
 
-    def initial(self) -> Tensor:
-        """Return what is learned at the start, where the soft weight is the (clipped) weight."""
-        alpha = inverse_rectified_sigmoid(self.rest)
+    @classmethod
+    def stacked(
+        cls,
+        weights: Sequence[Tensor],
+        scales: Sequence[tuple[Tensor, ...]],
+        operand: Operand,
+        *,
+        parametrization: Parametrization = Parametrization.LOGIT,
+        layer: str = "",
+    ) -> SoftWeight:
+        """Return the neighbours of weights of one shape, ``[L, N, K]``, for :func:`.round_layers`.
+
+        Args:
+            weights: ``L`` times ``[N, K]``.
+            scales: Of each; one for a whole tensor may have any shape.
+            operand: See :meth:`of`.
+            parametrization: See there.
+            layer: See there.
+
+        Raises:
+            NumericsError: As :meth:`of` does.
+        """
+        levels = zip(*scales, strict=True)
+        stacks = tuple(
+            torch.stack([scale.reshape(1, 1) if scale.numel() == 1 else scale for scale in level])
+            for level in levels
+        )
+        values = torch.stack([weight.detach().float() for weight in weights])
+        return cls.of(values, stacks, operand, parametrization=parametrization, layer=layer)
+
+    def initial(self, codes: Tensor | None = None) -> Tensor:
+        """Return what is learned, at the start: there the soft weight is the (clipped) weight.
+
+        Args:
+            codes: Roundings to begin near to instead, such as those of :func:`.round_layers`. They
+                count for :data:`_TRUST`, the weight for the rest.
+        """
+        h = self.rest
+        if codes is not None:
+            up = (codes != self.codes(torch.full_like(self.rest, -1.0))).to(h.dtype)
+            # Within the clip, where the derivative is not 0 or all but that.
+            h = torch.lerp(h, up, _TRUST).clamp_(_EDGE, 1 - _EDGE)
+        alpha = inverse_rectified_sigmoid(h)
         return alpha if self.divisor is None else alpha.mul_(self.divisor)
 
     def alpha(self, learned: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ def round_unit(
     held_out: Samples,
     options: RoundOptions | None = None,
     *,
+    start: Sequence[Tensor | None] = (),
     layer: str = "",
 ) -> UnitResult:
     """Learn the roundings of all weights of a unit together.
@@ -83,6 +84,8 @@ def round_unit(
         samples: What is learned from.
         held_out: What decides; none of it should be in ``samples``.
         options: How to learn.
+        start: Codes of each weight to begin near to, such as :func:`.round_layers` finds; None for
+            a weight that has none. They are the result if learning makes them no better.
         layer: Named in errors.
 
     Returns:
@@ -101,13 +104,17 @@ def round_unit(
     unit = _Unit(forward, weights, layer)
     nearest = [weight.nearest for weight in weights]
     nearest_error = unit.error(nearest, held_out, _in_order(len(held_out), options.batch))
-    learned = learn(weights, _Reconstruction(unit, samples, options), options)
-    error = unit.error(learned.codes, held_out, _in_order(len(held_out), options.batch))
+    learned = learn(weights, _Reconstruction(unit, samples, options), options, start)
+    batches = _in_order(len(held_out), options.batch)
+    found = [learned.codes]
+    if any(codes is not None for codes in start):
+        pairs = zip(weights, start, strict=True)
+        found.append(tuple(w.nearest if codes is None else codes for w, codes in pairs))
+    errors = [unit.error(codes, held_out, batches) for codes in found]
+    error = min(errors)
     kept = error < nearest_error
-    return UnitResult(
-        learned.codes if kept else tuple(nearest), kept, error, nearest_error,
-        learned.iterations, learned.ended,
-    )  # fmt: skip
+    chosen = found[errors.index(error)] if kept else tuple(nearest)
+    return UnitResult(chosen, kept, error, nearest_error, learned.iterations, learned.ended)
 
 
 @dataclass(frozen=True, eq=False)
