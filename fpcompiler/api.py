@@ -53,6 +53,7 @@ def compile(
     method: str = "rtn",
     attention: str | None = None,
     effective_bits: float | None = None,
+    round_budget: str | None = None,
     max_memory: str | int = "4GiB",
     work_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -90,6 +91,9 @@ def compile(
         effective_bits: Bits for each quantized weight, scales included: some layers get wider or
             narrower weights than the scheme says, where that is predicted to do least damage to the
             model's output on the calibration data. :attr:`CompiledModel.reports` has the table.
+        round_budget: About what the methods that learn roundings may take for that, such as
+            ``"5min"``: they then make fewer steps, as many as this machine can. Without it,
+            ``adaround`` makes 2,500 steps for each block.
         max_memory: What calibration may take beside the model and the batches: ``"4GiB"``.
         work_dir: A folder for what calibration has finished, so that a run that was killed goes on
             from there; the result is the same. A finished run leaves less than the artifact there,
@@ -120,14 +124,17 @@ def compile(
     require_type("method", method, (str,), "the name of a method, such as 'gptq'")
     require_type("attention", attention, (str, _NONE), "an operand such as 'f8E4M3FN@token:f32'")
     require_type("effective_bits", effective_bits, (int, float, _NONE), "a number such as 4.5")
+    require_type("round_budget", round_budget, (str, _NONE), "a length of time such as '5min'")
     require_type("pipeline", pipeline, (str, tuple, list, _NONE), "a text or a tuple of passes")
     require_type("dump_dir", dump_dir, (*PATH, _NONE), "a folder, such as 'dumps'")
     parsed = SchemeClass.of(scheme)
     lookup(target)
     # What is wrong with the passes is said before a model is captured.
-    if pipeline is not None and (method, attention, effective_bits) != ("rtn", None, None):
+    given = (method, attention, effective_bits, round_budget)
+    if pipeline is not None and given != ("rtn", None, None, None):
         raise OptionError(
-            "pipeline= names all passes; leave out method=, attention= and effective_bits=."
+            "pipeline= names all passes; leave out method=, attention=, effective_bits= and "
+            "round_budget=."
         )
     if pipeline is None:
         learner = what_learns(method, effective_bits)
@@ -136,7 +143,9 @@ def compile(
                 f"{learner} learns from data: give calibration=batches, such as [x] "
                 "(--calibration on the command line)."
             )
-        pipeline = default_pipeline(str(parsed), target, clip, method, attention, effective_bits)
+        pipeline = default_pipeline(
+            str(parsed), target, clip, method, attention, effective_bits, round_budget or ""
+        )
         chosen = {"method": method, "attention": attention, "effective_bits": effective_bits}
     else:
         chosen = {}

@@ -45,6 +45,11 @@ _EFFECTS: Final[Mapping[str, _Effect]] = MappingProxyType(
             "groups better than round to nearest",
             "There was nothing better to choose; take gptq or rotate-gptq.",
         ),
+        "round-weights": _Effect(
+            "roundings learned",
+            "Give more calibration data, or more time: what was learned did not help on data that "
+            "it had not seen.",
+        ),
         "gptq": _Effect(
             "weights rounded by gptq",
             "Give more calibration data: with this much it rounds to nearest.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
@@ -105,6 +105,7 @@ def default_pipeline(
     method: str = "rtn",
     attention: str | None = None,
     effective_bits: float | None = None,
+    round_budget: str = "",
 ) -> Pipeline:
     """Return the passes that :func:`fpcompiler.compile` runs.
 
@@ -116,9 +117,11 @@ def default_pipeline(
         attention: What of attention is quantized, see :func:`attention_passes`; None: nothing.
         effective_bits: Bits for each weight, scales included, within which layers get weights of
             different widths, see ``mixed-formats``; None: those of the scheme.
+        round_budget: About what learning roundings may take, such as ``5min``; empty: no limit.
 
     Raises:
-        PassError: If there is no such method, or no weights take so few or so many bits.
+        PassError: If there is no such method, no weights take so few or so many bits, or the budget
+            is no length of time, or for a method that learns no roundings.
         FormatError: If an operand for attention means nothing.
         OptionError: If the text for attention cannot be read.
     """
@@ -133,7 +136,7 @@ def default_pipeline(
         InsertQuantize(scheme=scheme),
         Cse(),
         *(() if effective_bits is None else (MixedFormats(effective_bits, target=target),)),
-        *(_for_target(item, target) for item in METHODS[method].passes),
+        *_passes(method, target, round_budget),
         *(() if attention is None else attention_passes(attention)),
         QuantizeWeights(clip=clip),
         LowerGemm(target=target),
@@ -154,5 +157,19 @@ def what_learns(method: str, effective_bits: float | None = None) -> str:
     return "" if effective_bits is None else "the choice of widths for effective_bits"
 
 
-def _for_target(item: Pass, target: str) -> Pass:
-    return replace(item, target=target) if isinstance(item, SearchFormats | Preshift) else item
+def _passes(method: str, target: str, round_budget: str) -> Iterator[Pass]:
+    """Yield the passes of a method with the options that a user has chosen."""
+    every = METHODS[method].passes
+    if round_budget and not any(isinstance(item, RoundWeights) for item in every):
+        learning = [name for name in METHODS if "adaround" in name]
+        raise PassError(
+            f"round_budget={round_budget!r} is for methods that learn roundings, not for {method}: "
+            f"{', '.join(learning)}."
+        )
+    for item in every:
+        if isinstance(item, SearchFormats | Preshift):
+            yield replace(item, target=target)
+        elif isinstance(item, RoundWeights):
+            yield replace(item, budget=round_budget)
+        else:
+            yield item

@@ -153,13 +153,12 @@ class RoundWeights(Pass):
         )
 
     def _count(self, found: Learned, context: PassContext) -> None:
-        context.count(f"{self.unit}s with learned roundings", int(found.kept))
-        context.count(
-            f"{self.unit}s rounded to nearest, since learning does not help", not found.kept
-        )
+        units = f"{self.unit}s"
+        context.count(f"roundings learned: {units}", found.kept)
+        context.count(f"rounded to nearest, since learning does not help: {units}", not found.kept)
         context.count("iterations", found.iterations)
         shortened = found.ended is Ended.TIME
-        context.count(f"{self.unit}s with fewer iterations, for the time given", shortened)
+        context.count(f"fewer iterations, for the time given: {units}", shortened)
 
 
 def _rounding(weights: OpenWeights, weight: OpenWeight) -> Rounding:

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "damage, so that a weight takes this many bits on average, scales included: 4.5",
     )
     group.add_argument(
+        "--round-budget",
+        metavar="TIME",
+        help="what learning roundings may take (methods adaround and alike): 90s, 5min, 1h",
+    )
+    group.add_argument(
         "--calibration",
         metavar="DATA",
         nargs="+",

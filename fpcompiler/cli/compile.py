@@ -110,6 +110,7 @@ def _compile(args: argparse.Namespace) -> CompiledModel:
             method=args.method,
             attention=args.attention,
             effective_bits=args.effective_bits,
+            round_budget=args.round_budget,
             max_memory=args.max_memory,
             work_dir=args.work_dir,
             seed=args.seed,

@@ -32,8 +32,9 @@ def raise_to_fx(program: Program) -> fx.GraphModule:
 
     A node that holds the output of a layer has the layer's name as ``meta["layer"]``, one that runs
     a chosen kernel has it as ``meta["kernel"]``; ``meta["place"]`` is where in the model a node
-    comes from, in words, and ``meta["module"]`` the path of the module that ran it. ``meta["globals"]`` of the module maps its attributes to the names of globals.
-    Mutable globals are updated in place, at the end.
+    comes from, in words, and ``meta["module"]`` the path of the module that ran it.
+    ``meta["globals"]`` of the module maps its attributes to the names of globals. Mutable globals
+    are updated in place, at the end.
 
     Raises:
         IRError: If an operation cannot be executed.
