@@ -113,7 +113,7 @@ class Absorber:
 
     def _constant(self, value: ir.Value, powers: Tensor) -> ir.Value:
         """Return a new constant: the old one may be read elsewhere."""
-        constant = self._evaluator.evaluate(value.owner.operation)
+        constant = self._evaluator.evaluate(value)
         kind = tensor_type(value)
         assert kind is not None
         name = self._evaluator.name_for(value.owner.operation)

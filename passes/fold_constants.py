@@ -53,7 +53,7 @@ class FoldConstants(Pass):
         context: PassContext,
     ) -> None:
         sources = evaluator.source_values(op)
-        value = evaluator.evaluate(op)
+        value = evaluator.evaluate(op.results[0])
         if not isinstance(value, torch.Tensor) or value.numel() > sources + self.max_growth:
             return
         if not value.is_contiguous():

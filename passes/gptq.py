@@ -123,14 +123,14 @@ def _nearest(
 def _store(
     weights: OpenWeights, group: Group, found: Mapping[str, Tensor], context: PassContext
 ) -> None:
-    layers = dict(zip(group.names, group.layers, strict=True))
     few = int(found["few"])
     context.count("inputs with few tokens, where gptq was checked on tokens held out", int(few > 0))
     reason = f" ({few} tokens for {group.k} inputs)" if few else ""
     for number, weight in enumerate(weights.own(group)):
         nearest = bool(found[f"{number}.nearest"])
         note = "rounded to nearest: gptq does not help" if nearest else "weight rounded by gptq"
-        add_note(layers[weight.layer], note + reason)
+        for linear in weight.linears:
+            add_note(linear, note + reason)
         context.count("weights rounded to nearest, since gptq does not help", int(nearest))
         context.count("weights rounded by gptq", int(not nearest))
         levels = range(len(weight.operand.levels))

@@ -84,6 +84,12 @@ def _refuse_bias(bias: ir.Value, outputs: int | None) -> str:
     return "" if fits else "what is added is not a bias with one number for each output"
 
 
+def _refuse_input(x: ir.Value) -> str:
+    if _type(x).shape[-1] is None:
+        return "torch.export does not know the length of its input's last axis; try dynamic=None"
+    return ""
+
+
 def _linear(op: ir.Operation) -> Gemm:
     return Gemm(op.operands[0], op.operands[1], op.operands[2], _type(op.results[0]), _same)
 
@@ -92,7 +98,7 @@ def _refuse_linear(op: ir.Operation) -> str:
     shape = _type(op.operands[1]).shape
     if len(shape) != 2:
         return "the weight is not a matrix"
-    return _refuse_bias(op.operands[2], shape[0])
+    return _refuse_input(op.operands[0]) or _refuse_bias(op.operands[2], shape[0])
 
 
 def _matmul(op: ir.Operation) -> Gemm:
@@ -104,7 +110,7 @@ def _refuse_matmul(op: ir.Operation) -> str:
     rank = len(_type(op.operands[1]).shape)
     if rank != 2:
         return f"the weight has {rank} axes; only a matrix can become a GEMM"
-    return "" if _type(op.operands[0]).shape else "the input is a scalar"
+    return _refuse_input(op.operands[0]) if _type(op.operands[0]).shape else "the input is a scalar"
 
 
 def _addmm(op: ir.Operation) -> Gemm:
@@ -116,7 +122,8 @@ def _refuse_addmm(op: ir.Operation) -> str:
     factors = [constant_value(op.operands[i].owner.operation) for i in (3, 4)]
     if factors != [1, 1]:
         return f"beta and alpha are {factors[0]} and {factors[1]}, not 1"
-    return _refuse_bias(op.operands[0], _type(op.operands[2]).shape[1])
+    bias = _refuse_bias(op.operands[0], _type(op.operands[2]).shape[1])
+    return _refuse_input(op.operands[1]) or bias
 
 
 def _numbers(value: ir.Value) -> list[int]:
@@ -288,12 +295,19 @@ def name_layers(program: Program) -> None:
     for op in program.operations():
         weight = weight_of(op)
         if weight is not None and LAYER not in op.attributes and _is_parameter(weight, evaluator):
-            found[op] = (place_of(op).layer, evaluator.name_for(weight.owner.operation))
+            found[op] = (place_of(op).layer, _source(weight, evaluator))
     weights_of = Counter(path for path, _ in set(found.values()))
     with program.context():
         for op, (path, source) in found.items():
             name = path if path and weights_of[path] == 1 else source.removesuffix(".weight")
             op.attributes[LAYER] = ir.StringAttr.get(name)
+
+
+def _source(weight: ir.Value, evaluator: ConstantEvaluator) -> str:
+    """Return a name for a weight; parts of one tensor are numbered."""
+    producer = weight.owner.operation
+    name = evaluator.name_for(producer)
+    return name if len(producer.results) == 1 else f"{name}.{ir.OpResult(weight).result_number}"
 
 
 def layer_of(op: ir.Operation) -> str | None:

@@ -136,8 +136,7 @@ def default_pipeline(
         InsertQuantize(scheme=scheme),
         Cse(),
         *(() if effective_bits is None else (MixedFormats(effective_bits, target=target),)),
-        *_passes(method, target, round_budget),
-        *(() if attention is None else attention_passes(attention)),
+        *_passes(method, target, round_budget, attention),
         QuantizeWeights(clip=clip),
         LowerGemm(target=target),
         Canonicalize(),
@@ -157,8 +156,12 @@ def what_learns(method: str, effective_bits: float | None = None) -> str:
     return "" if effective_bits is None else "the choice of widths for effective_bits"
 
 
-def _passes(method: str, target: str, round_budget: str) -> Iterator[Pass]:
-    """Yield the passes of a method with the options that a user has chosen."""
+def _passes(method: str, target: str, round_budget: str, attention: str | None) -> Iterator[Pass]:
+    """Yield the passes of a method with the options that a user has chosen.
+
+    Attention is quantized after what looks through it, and before roundings are learned with it.
+    """
+    waiting = () if attention is None else attention_passes(attention)
     every = METHODS[method].passes
     if round_budget and not any(isinstance(item, RoundWeights) for item in every):
         learning = [name for name in METHODS if "adaround" in name]
@@ -170,6 +173,9 @@ def _passes(method: str, target: str, round_budget: str) -> Iterator[Pass]:
         if isinstance(item, SearchFormats | Preshift):
             yield replace(item, target=target)
         elif isinstance(item, RoundWeights):
+            yield from waiting
+            waiting = ()
             yield replace(item, budget=round_budget)
         else:
             yield item
+    yield from waiting

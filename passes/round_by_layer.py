@@ -62,7 +62,7 @@ class _Work:
         self._weights = weights
         self._options = options
         self._end = None if options.seconds is None else time.monotonic() + options.seconds
-        self._left = {group.name: group.weights for group in groups}
+        self._sizes = {group.name: group.weights for group in groups}
 
     def __call__(self, group: Group, statistics: InputStatistics) -> dict[str, Tensor]:
         seen = self._weights.statistics(group, statistics)
@@ -78,10 +78,12 @@ class _Work:
 
     def _seconds(self, group: Group) -> float | None:
         """Return this group's part of the time that is left; the least there is if it is over."""
-        left = sum(self._left.values())
-        own = self._left.pop(group.name)
         if self._end is None:
             return None
+        # Groups come in order, without those that a run that was killed has finished.
+        names = list(self._sizes)
+        left = sum(self._sizes[name] for name in names[names.index(group.name) :])
+        own = self._sizes[group.name]
         return max((self._end - time.monotonic()) * own / max(left, 1), 1e-3)
 
 

@@ -12,7 +12,6 @@ import torch
 from fpcompiler.calibration import Calibration, input_groups, raise_learnable
 from fpcompiler.errors import PassError
 from fpcompiler.ir.program import Program, Stage
-from fpcompiler.ir.torch_ops import text_of
 from fpcompiler.numerics.adaround import Ended, Parametrization, RoundOptions
 from fpcompiler.passes.base import Pass, PassContext, add_note, pass_text
 from fpcompiler.passes.candidates import check_choice
@@ -101,10 +100,10 @@ class RoundWeights(Pass):
             learned = learn_layers(program, weights, context, self._options(), text)
         else:
             learned = self._blocks(program, weights, context)
-        layers = {text_of(op.attributes["layer"]): op for op in program.operations("fpq.linear")}
         for found in learned:
             for weight, codes in zip(found.weights, found.codes, strict=True):
-                add_note(layers[weight.layer], found.note)
+                for linear in weight.linears:
+                    add_note(linear, found.note)
                 _, scales = weights.opened(weight, codes.device)
                 weights.store(weight, codes, scales, context)
             self._count(found, context)

@@ -43,6 +43,11 @@ class OpenWeight:
         return kind_of(self.op)
 
     @property
+    def linears(self) -> set[ir.Operation]:
+        """The layers that use it, folded or not."""
+        return _users(self.op.results[0])
+
+    @property
     def operand(self) -> Operand:
         """Format and scale levels."""
         return self.kind.operand
@@ -88,7 +93,7 @@ class OpenWeights:
 
     def value(self, weight: OpenWeight) -> Tensor:
         """Return the weight before it is quantized, ``[N, K]``."""
-        value = self._evaluator.evaluate(weight.op.operands[0].owner.operation)
+        value = self._evaluator.evaluate(weight.op.operands[0])
         assert isinstance(value, Tensor)
         return value
 
@@ -99,7 +104,7 @@ class OpenWeights:
         weight multiplies may say the opposite.
         """
         layers = set(group.layers)
-        return [weight for weight in self.of(group) if _users(weight.op.results[0]) <= layers]
+        return [weight for weight in self.of(group) if weight.linears <= layers]
 
     def are_whole(self, group: Group) -> bool:
         """Return whether all weights of a group are open, not folded, and used by it alone."""

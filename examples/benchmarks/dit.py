@@ -38,6 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import fpcompiler
+from examples.benchmarks.learned import Learning, PostponedError
 from examples.benchmarks.packing import device_name
 from examples.dit import fashion, weights
 from examples.dit.classifier import Classifier, frechet_distance
@@ -96,6 +97,8 @@ def arguments() -> argparse.Namespace:
     build = commands.add_parser("compile", parents=[shared])
     build.add_argument("--pictures", type=int, default=8, help="in a call, twice: without class")
     build.add_argument("--calls", type=int, default=20, help="to learn from")
+    build.add_argument("--round-budget", help="for learning roundings, such as 5min")
+    build.add_argument("--jobs", type=Path, help="learn roundings elsewhere: see learned.py")
     build.set_defaults(work=compile_rows)
     judge = commands.add_parser("evaluate", parents=[shared])
     judge.add_argument("--samples", type=int, default=40, help="Frechet distances need 512")
@@ -117,7 +120,11 @@ def compile_rows(options: argparse.Namespace, console: Console) -> None:
     options.artifacts.mkdir(parents=True, exist_ok=True)
     calls = calibration(options)
     for text in options.rows or ROWS:
-        row = compile_row(text, calls, options)
+        try:
+            row = compile_row(text, calls, options)
+        except PostponedError as job:
+            console.print(f"{text}: to be learned: {job}")
+            continue
         file_of(text, options).with_suffix(".json").write_text(json.dumps(row, indent=1) + "\n")
         console.print(f"{text}: compiled in {row['compile']['seconds']:.0f} s")
 
@@ -135,8 +142,12 @@ def calibration(options: argparse.Namespace) -> list[Any]:
 def compile_row(text: str, calls: list[Any], options: argparse.Namespace) -> dict[str, Any]:
     scheme, method = text.rpartition(":")[::2]
     start = time.perf_counter()
+    learning: dict[str, Any] = {}
     compiled = fpcompiler.compile(
-        weights.dit(), SCHEMES.get(scheme, scheme), calibration=calls, method=method
+        weights.dit(),
+        SCHEMES.get(scheme, scheme),
+        calibration=calls,
+        pipeline=pipeline(text, options, learning),
     )
     seconds = time.perf_counter() - start
     path = file_of(text, options)
@@ -157,7 +168,29 @@ def compile_row(text: str, calls: list[Any], options: argparse.Namespace) -> dic
             "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             **environment(torch.device("cpu"), options),
         },
+        **({"learning": learning} if learning else {}),
     }
+
+
+def pipeline(text: str, options: argparse.Namespace, learning: dict[str, Any]) -> Any:
+    """Return the passes of a row; what is learned is noted."""
+    from fpcompiler.passes import default_pipeline
+    from fpcompiler.passes.round_weights import RoundWeights
+    from fpcompiler.scheme import Scheme
+
+    scheme, method = text.rpartition(":")[::2]
+    learner = Learning(file_of(text, options).stem, options.jobs)
+
+    class Noted(RoundWeights):
+        def learn(self, walk: Any, context: Any) -> Any:
+            found, noted = learner(walk, lambda: super(Noted, self).learn(walk, context))
+            learning.update(noted)
+            return found
+
+    budget = options.round_budget if "adaround" in method else None
+    exact = str(Scheme.of(SCHEMES.get(scheme, scheme)))
+    passes = default_pipeline(exact, method=method, round_budget=budget or "")
+    return tuple(Noted(**vars(item)) if isinstance(item, RoundWeights) else item for item in passes)
 
 
 def file_of(text: str, options: argparse.Namespace) -> Path:

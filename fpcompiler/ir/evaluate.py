@@ -76,6 +76,8 @@ class ConstantEvaluator:
         if itself is not None:
             return itself
         names = sorted({name for name in (global_of(value) for value in self._cone(op)) if name})
+        if op.name == "torch.prim.ListUnpack" and len(names) == 1:
+            return names[0]
         step = op.name.removeprefix("torch.aten.").split(".")[0]
         return f"{names[0]}.{step}" if len(names) == 1 else f"folded.{step}"
 
@@ -91,14 +93,14 @@ class ConstantEvaluator:
             pending += list(value.owner.operands)
         return list(seen)
 
-    def evaluate(self, op: ir.Operation) -> Any:
-        """Return the value of a constant operation with one result.
+    def evaluate(self, value: ir.Value) -> Any:
+        """Return a result of a constant operation.
 
         Raises:
             IRError: If torch has no such operator, or a tensor is not loaded.
         """
         with torch.no_grad():
-            return self._value(op.results[0])
+            return self._value(value)
 
     def _value(self, value: ir.Value) -> Any:
         if value not in self._values:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fpcompiler
 from fpcompiler import ir, numerics
 from fpcompiler.errors import PassError
 from fpcompiler.operand import Operand
@@ -321,3 +322,32 @@ def test_stages_are_checked() -> None:
         "insert-quantize needs a program at stage normalized, but there it is at stage captured. "
         "Put the pass that leads there before it, or leave it out."
     )
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "adaround-layers"])
+def test_weights_that_are_parts_of_one_tensor(method: str) -> None:
+    """Cross-attention cuts one tensor in three, by one operation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.MultiheadAttention(32, 2, batch_first=True).eval()
+    generator = torch.Generator().manual_seed(1)
+    calls = [
+        tuple(torch.randn(4, length, 32, generator=generator) for length in (40, 30, 30))
+        for _ in range(2)
+    ]
+    scheme = "w=f8E4M3FN@row:f32,a=none,skip=none"
+    compiled = fpcompiler.compile(model, scheme, calibration=calls, method=method, dynamic=None)
+    with torch.no_grad():
+        (result, _), (wanted, _) = compiled(*calls[0]), model(*calls[0])
+    assert float((result - wanted).norm() / wanted.norm()) < 0.05
+    if method != "rtn":  # Each part has a note of its own.
+        assert sum("round" in row.reason for row in compiled.plan().rows) == 4
+
+
+def test_an_input_of_unknown_length_keeps_its_layer() -> None:
+    model = nn.MultiheadAttention(32, 2, batch_first=True).eval()
+    calls = tuple(normal(4, length, 32) for length in (40, 30, 30))
+    compiled = fpcompiler.compile(model, "w4a16", example_inputs=calls)
+    rows = {row.name: row for row in compiled.plan().rows}
+    assert "try dynamic=None" in rows["out_proj"].reason
+    assert not rows["out_proj"].quantized

@@ -166,7 +166,7 @@ def small(build: Callable[[], nn.Module], *shape: int) -> Callable[[], Any]:
 
 Made = Callable[[], Any]
 QUICK = (
-    "llama", "shared", "cached", "decoder-gpt2", "pixart", "long skip", "two streams",
+    "llama", "shared", "cached", "pixart", "long skip", "two streams",
     "shared layer", "chain", "branches",
 )  # fmt: skip
 MODELS: dict[str, tuple[Made, dict[str, int]]] = {

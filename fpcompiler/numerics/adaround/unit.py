@@ -182,7 +182,8 @@ class _Reconstruction:
         with torch.enable_grad():
             with torch.autocast("cuda", torch.bfloat16, enabled=self._mixed):
                 loss = self._unit.squared_error(soft, self._samples, self._next())
-            slopes = torch.autograd.grad(loss, soft)
+            # A weight that only decides a choice, by argmax for instance, has no derivative.
+            slopes = torch.autograd.grad(loss, soft, allow_unused=True, materialize_grads=True)
         return [
             (slope * self._factor).mul_(weight.width)
             for (weight, _), slope in zip(pairs, slopes, strict=True)
