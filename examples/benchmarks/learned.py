@@ -85,10 +85,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("jobs", type=Path, help="a folder of jobs, or one of them")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--at-once", type=int, default=12, help="jobs")
+    parser.add_argument(
+        "--at-once", type=int, default=12, help="jobs on the device; 1 to time them"
+    )
     options = parser.parse_args()
     if options.jobs.is_file():
-        learn(options.jobs, options.device)
+        learn(options.jobs, options.device, options.at_once)
         return
     waiting = [
         job for job in sorted(options.jobs.glob("*.pt")) if not job.with_suffix(".json").exists()
@@ -96,18 +98,22 @@ def main() -> None:
     running: list[subprocess.Popen[bytes]] = []
     while waiting or running:
         while waiting and len(running) < options.at_once:
-            command = [sys.executable, __file__, str(waiting.pop(0)), "--device", options.device]
-            running.append(subprocess.Popen(command))
+            shared = ["--device", options.device, "--at-once", str(options.at_once)]
+            running.append(subprocess.Popen([sys.executable, __file__, waiting.pop(0), *shared]))
         time.sleep(1)
         running = [process for process in running if process.poll() is None]
 
 
-def learn(job: Path, device: str) -> None:
-    """Learn one job; results lie in a folder of its name, and a killed run goes on."""
+def learn(job: Path, device: str, at_once: int) -> None:
+    """Learn one job, beside others; results lie in a folder of its name, a killed run goes on."""
     start = time.perf_counter()
     walk = load_walk(job, job.with_suffix(""), device)
     found = walk.run(lambda items, total, label: items, job.stem, print)
-    where = {"device": device_name(torch.device(device)), "seconds": time.perf_counter() - start}
+    where = {
+        "device": device_name(torch.device(device)),
+        "jobs_at_once": at_once,
+        "seconds": time.perf_counter() - start,
+    }
     job.with_suffix(".json").write_text(json.dumps(where) + "\n")
     for name, unit in recorded(found, where)["units"].items():
         print(job.stem, name, round(unit["error_of_rtn"], 3), unit["iterations"], flush=True)

@@ -30,7 +30,7 @@ SHORT = {PAPER: "4/4/4", TOKEN: "w4a6, token scales"}
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-DOCUMENTS = {"all": HERE / "README.md"}
+DOCUMENTS = {"all": HERE / "README.md", "dit": HERE / "README.md"}
 """Where tables are that are not in the README of the project."""
 
 
@@ -66,6 +66,7 @@ def tables() -> dict[str, str]:
         "methods": methods(SHOWN),
         "paper": methods({PAPER: MEASURED[PAPER]}),
         "all": methods(MEASURED),
+        "dit": dit(),
     }
 
 
@@ -104,6 +105,40 @@ def methods(rows: Rows) -> str:
             cells.append(f"{ratio['quantized_bytes_ratio_to_bf16']:.3f}" if ratio else "")
             lines.append(f"| {SHORT.get(scheme, scheme)} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def dit() -> str:
+    """Return the table of the trained DiT: few pictures of all rows, many of some."""
+    few, many = _read("dit-few.json"), _read("dit.json")
+    found = {_key(row): row for row in many["rows"]}
+    counts = [report["protocol"]["samples"] for report in (few, many)]
+    lines = [
+        "| scheme | method | error of blocks | "
+        + " | ".join(f"PSNR, {count:,} pictures" for count in counts)
+        + " | Frechet to fp32 | Frechet to real | class accuracy | x bf16 |",
+        "| --- | --- |" + " ---: |" * 7,
+        f"| fp32 | | | | | | {_dit_cells(many['fp32'])[2:]} | |",
+    ]
+    for row in few["rows"]:
+        more = _dit_cells(found.get(_key(row), {}))
+        cells = [_blocks(row), f"{row['metrics']['psnr_db']:.2f}", more]
+        ratio = f"{row['quantized_bytes_ratio_to_bf16']:.3f}"
+        lines.append(f"| {row['scheme']} | {row['method']} | {' | '.join(cells)} | {ratio} |")
+    return "\n".join(lines)
+
+
+def _blocks(row: dict[str, Any]) -> str:
+    """Return the mean error of the blocks' outputs, relative to round-to-nearest."""
+    units = row.get("learning", {}).get("units", {}).values()
+    errors = [unit["error_of_rtn"] for unit in units]
+    return f"{sum(errors) / len(errors):.2f}" if errors else ""
+
+
+def _dit_cells(row: dict[str, Any]) -> str:
+    metrics = row.get("metrics", {})
+    forms = {"psnr_db": ".2f", "frechet_to_fp32": ".2f", "frechet_to_real": ".2f"}
+    forms["class_accuracy"] = ".3f"
+    return " | ".join(f"{metrics[n]:{f}}" if n in metrics else "" for n, f in forms.items())
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str]:

@@ -16,13 +16,13 @@ TOKEN = "w=f4E2M1FN@row:f32/block32:f8E8M0FNU,a=f6E2M3FN@token:f32/block32:f8E8M
 MEASURED: Rows = {
     "w4a16": ("rtn", "mse", "search", "gptq", "rotate-gptq"),
     "w4a8": ("rtn", "mse", "search", "rotate-gptq"),
-    "w4a6": ("rtn", "mse", "search", "rotate-gptq"),
+    "w4a6": ("rtn", "mse", "search", "search-adaround-layers", "rotate-gptq"),
     TOKEN: ("rtn", "rotate-gptq"),
     "w4a6-row": (
         "rtn", "mse", "faithful", "search", "preshift", "search-preshift", "preshift-gptq",
         "rotate-gptq",
     ),
-    "w4a4": ("rtn", "mse", "search", "rotate", "rotate-gptq"),
+    "w4a4": ("rtn", "mse", "search", "rotate", "search-adaround-layers", "rotate-gptq"),
     "nvfp4": ("rtn", "search", "rotate-gptq"),
     "mxfp4": ("rtn", "search", "rotate-gptq"),
     PAPER: (
@@ -32,7 +32,7 @@ MEASURED: Rows = {
 }  # fmt: skip
 
 SHOWN: Rows = {
-    scheme: [m for m in methods if m in ("rtn", "search", "gptq", "rotate-gptq")]
+    scheme: [m for m in methods if m in ("rtn", "search", "search-adaround-layers", "gptq", "rotate-gptq")]
     for scheme, methods in MEASURED.items()
     if scheme != PAPER
 }

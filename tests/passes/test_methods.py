@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 import fpcompiler
 from fpcompiler.errors import OptionError, PassError, RunError
-from fpcompiler.passes import METHODS
+from fpcompiler.passes import METHODS, default_pipeline, pipeline_text
 from tests.passes.tiny import Mlp, tiny
 
 X = torch.randn(48, 32, generator=torch.Generator().manual_seed(2))
+FP8 = "f8E4M3FN@token:f32"
 DATA = [X[:24], X[24:]]
 BEFORE = "cse,normalize,fold-constants,insert-quantize{scheme=w4a4},cse"
 AFTER = "quantize-weights,lower-gemm"
@@ -116,3 +117,22 @@ def test_a_batch_that_the_model_cannot_run_is_named() -> None:
     with pytest.raises(RunError, match="the model cannot run on the calibration") as caught:
         fpcompiler.compile(tiny(Mlp), "w4a4", calibration=data, method="gptq")
     assert "in calibration batch 1" in caught.value.__notes__
+
+
+def test_a_budget_is_for_methods_that_learn_roundings() -> None:
+    with pytest.raises(PassError, match="not for gptq: adaround"):
+        fpcompiler.compile(tiny(Mlp), calibration=DATA, method="gptq", round_budget="5min")
+    with pytest.raises(PassError, match="write for instance 90s"):
+        fpcompiler.compile(tiny(Mlp), calibration=DATA, method="adaround", round_budget="soon")
+    budget = default_pipeline("w4a6", method="adaround", round_budget="1s")
+    assert "round-weights{budget=1s}" in pipeline_text(budget)
+
+
+def test_roundings_are_learned_with_attention_quantized() -> None:
+    items = [
+        item.name for item in default_pipeline("w4a6", method="search-adaround", attention=FP8)
+    ]
+    assert items.index("search-formats") < items.index("quantize-attention")
+    assert items.index("quantize-attention") < items.index("round-weights")
+    items = [item.name for item in default_pipeline("w4a6", method="gptq", attention=FP8)]
+    assert items.index("gptq") < items.index("quantize-attention")
