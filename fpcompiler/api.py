@@ -96,8 +96,9 @@ def compile(
             ``adaround`` makes 2,500 steps for each block.
         max_memory: What calibration may take beside the model and the batches: ``"4GiB"``.
         work_dir: A folder for what calibration has finished, so that a run that was killed goes on
-            from there; the result is the same. A finished run leaves less than the artifact there,
-            a killed one what it needs to go on; delete the folder when no run uses it.
+            from there; the result is the same, unless ``round_budget`` was given. A finished run
+            leaves less than the artifact there, a killed one what it needs to go on; delete the
+            folder when no run uses it.
         seed: Of every random choice in calibration.
         pipeline: Passes to run instead of those that the scheme and the target ask for.
         dump_dir: A folder that gets the program after each pass, what the pass changed, and what
@@ -116,7 +117,7 @@ def compile(
         CaptureError: If torch.export cannot turn the model into a graph.
         NumericsError: If a weight holds NaN or infinity; the message names the layer.
     """
-    from fpcompiler.passes import default_pipeline, parse_pipeline, what_learns
+    from fpcompiler.passes import METHODS, default_pipeline, parse_pipeline, what_learns
     from fpcompiler.scheme import Scheme as SchemeClass
     from fpcompiler.target import lookup
 
@@ -140,7 +141,7 @@ def compile(
         learner = what_learns(method, effective_bits)
         if learner and calibration is None:
             raise OptionError(
-                f"{learner} learns from data: give calibration=batches, such as [x] "
+                f"{learner} learns from data: give calibration=batches, such as [x, y] "
                 "(--calibration on the command line)."
             )
         pipeline = default_pipeline(
@@ -153,6 +154,12 @@ def compile(
     data = None
     if calibration is not None:
         data = _Data(calibration, max_memory, work_dir, seed)
+        least = METHODS[method].least_batches if method in METHODS else 0
+        if len(data.calls) < least:
+            raise OptionError(
+                f"the method {method} needs at least {least} batches of calibration data, since "
+                "one is not learned from and decides. Split the data into more batches."
+            )
     dumps, bar = _Dumps(_dump_folder(dump_dir), dump_weights), progress or _progress()
     if dump_weights and dumps.folder is None:
         raise OptionError("dump_weights= needs a folder: give dump_dir= too, or FPC_DUMP.")

@@ -41,6 +41,12 @@ class Method:
     description: str
     needs_data: bool = True
 
+    @property
+    def least_batches(self) -> int:
+        """How many batches of calibration data it needs."""
+        learned = (item for item in self.passes if isinstance(item, RoundWeights))
+        return 2 if any(item.unit == "block" for item in learned) else int(self.needs_data)
+
 
 _PRESHIFT: Final = Preshift(rho="search", limit=15)
 _SEARCH_PRESHIFT: Final = (
@@ -129,6 +135,11 @@ def default_pipeline(
         near = difflib.get_close_matches(method, list(METHODS), n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise PassError(f"There is no method {method!r}. {hint}Methods: {', '.join(METHODS)}.")
+    if effective_bits is not None and "preshift" in method:
+        raise PassError(
+            f"{method} stores shifted weights in wider formats, so that effective_bits would not "
+            "hold. Take another method, such as search or rotate-gptq."
+        )
     return (
         Cse(),
         Normalize(),

@@ -29,7 +29,7 @@ from fpcompiler.passes.weights import OpenWeight, OpenWeights, kind_of
 
 _SENSITIVITIES: Final = ("fisher", "mse")
 _MOST: Final = 10.0
-"""Eight bits and an fp32 scale for each 16 values: nothing takes more."""
+"""Eight bits and an fp32 scale for each 16 values: what takes more is no compression."""
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,12 @@ class _Work:
     def __call__(self, group: Group, statistics: InputStatistics) -> dict[str, Tensor]:
         seen = self._weights.statistics(group, statistics)
         grams = split(seen.gram, seen.sample, layer=group.name)
-        options = replace(self._options, seconds=self._seconds(group))
+        seconds = self._seconds(group)
         result: dict[str, Tensor] = {}
-        for alike in _alike(self._weights.own(group)):
+        stacks = _alike(self._weights.own(group))
+        for alike in stacks:
+            share = None if seconds is None else seconds / len(stacks)
+            options = replace(self._options, seconds=share)
             opened = [self._weights.opened(weight, seen.gram.device) for _, weight in alike]
             found = _round(alike, opened, [gram.float() for gram in grams], options)
             for index, (number, weight) in enumerate(alike):

@@ -66,6 +66,8 @@ class RoundWeights(Pass):
         check_choice(self.name, "unit", self.unit, tuple(_ITERATIONS))
         check_choice(self.name, "inputs", self.inputs, _INPUTS)
         check_choice(self.name, "parametrization", self.parametrization, _PARAMETRIZATIONS)
+        if self.unit == "layer" and self.inputs != type(self).inputs:
+            raise PassError(f"{self.name}: inputs is for unit=block; a layer has one input.")
         if self.iterations < 0:
             raise PassError(f"{self.name}: iterations must not be negative: {self.iterations}")
         self.seconds()
@@ -95,6 +97,8 @@ class RoundWeights(Pass):
         """
         weights = OpenWeights(program, input_groups(program))
         count = len(weights.every())
+        if not count and program.operations("fpq.linear"):
+            raise PassError(f"{self.name}: all weights are rounded already; put it before that.")
         if self.unit == "layer":
             text = pass_text(self)
             learned = learn_layers(program, weights, context, self._options(), text)

@@ -23,7 +23,6 @@ import json
 import math
 import platform
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -165,7 +164,6 @@ def compile_row(text: str, calls: list[Any], options: argparse.Namespace) -> dic
         f"{options.pictures} pictures each with and without class",
         "compile": {
             "seconds": seconds,
-            "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             **environment(torch.device("cpu"), options),
         },
         **({"learning": learning} if learning else {}),

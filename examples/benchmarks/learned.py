@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.benchmarks.packing import device_name
 from fpcompiler.numerics.adaround import Ended
 from fpcompiler.reconstruction import Walk, load_walk, save_walk
-from fpcompiler.streams import Result
+from fpcompiler.streams import Result, Results
 
 
 class PostponedError(Exception):
@@ -63,8 +63,28 @@ class Learning:
             save_walk(walk, job)
             raise PostponedError(job)
         there = load_walk(job, job.with_suffix(""), "cpu")
+        if not same(walk, there):
+            sys.exit(f"{job} was written for other data or options; delete it and its results.")
+        learned = Results(job.with_suffix("") / "results")
+        if not all(learned.has(unit.name) for unit in there.units):
+            sys.exit(f"{job.with_suffix('')} lacks results, though {done} says that it is done.")
         found = there.run(lambda items, total, label: items, self.name)
         return found, recorded(found, json.loads(done.read_text()))
+
+
+def same(one: Walk, other: Walk) -> bool:
+    """Return whether two walks learn the same roundings from the same data."""
+    tensors = [
+        [*(s for name in sorted(w.rounding) for s in w.rounding[name].scales)]
+        + [t for batch in w.batches for t in batch]
+        for w in (one, other)
+    ]
+    return (
+        [(u.name, u.weights) for u in one.units] == [(u.name, u.weights) for u in other.units]
+        and one.settings.options == other.settings.options
+        and len(tensors[0]) == len(tensors[1])
+        and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*tensors, strict=True))
+    )
 
 
 def recorded(found: Mapping[str, Result], where: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,12 +116,16 @@ def main() -> None:
         job for job in sorted(options.jobs.glob("*.pt")) if not job.with_suffix(".json").exists()
     ]
     running: list[subprocess.Popen[bytes]] = []
+    failed = 0
     while waiting or running:
         while waiting and len(running) < options.at_once:
             shared = ["--device", options.device, "--at-once", str(options.at_once)]
             running.append(subprocess.Popen([sys.executable, __file__, waiting.pop(0), *shared]))
         time.sleep(1)
+        failed += sum(bool(process.poll()) for process in running)
         running = [process for process in running if process.poll() is None]
+    if failed:
+        sys.exit(f"{failed} jobs failed; what they printed is above.")
 
 
 def learn(job: Path, device: str, at_once: int) -> None:

@@ -53,6 +53,8 @@ def document(name: str) -> Path:
 def replaced(text: str, name: str, table: str) -> str:
     """Return a document with another table between ``<!-- name: ... -->`` and ``<!-- end -->``."""
     before, mark, after = text.partition(f"<!-- {name}:")
+    if not mark:
+        raise ValueError(f"no document has a place <!-- {name}: ... --> for the table {name}")
     comment, _, rest = after.partition("-->")
     return (
         f"{before}{mark}{comment}-->\n\n{table}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
@@ -117,7 +119,7 @@ def dit() -> str:
         + " | ".join(f"PSNR, {count:,} pictures" for count in counts)
         + " | Frechet to fp32 | Frechet to real | class accuracy | x bf16 |",
         "| --- | --- |" + " ---: |" * 7,
-        f"| fp32 | | | | | | {_dit_cells(many['fp32'])[2:]} | |",
+        f"| fp32 | | | | {_dit_cells(many['fp32'])} | |",
     ]
     for row in few["rows"]:
         more = _dit_cells(found.get(_key(row), {}))
@@ -130,7 +132,7 @@ def dit() -> str:
 def _blocks(row: dict[str, Any]) -> str:
     """Return the mean error of the blocks' outputs, relative to round-to-nearest."""
     units = row.get("learning", {}).get("units", {}).values()
-    errors = [unit["error_of_rtn"] for unit in units]
+    errors = [unit["error_of_rtn"] if unit["kept"] else 1.0 for unit in units]
     return f"{sum(errors) / len(errors):.2f}" if errors else ""
 
 

@@ -19,7 +19,7 @@ MEASURED: Rows = {
     "w4a6": ("rtn", "mse", "search", "search-adaround-layers", "rotate-gptq"),
     TOKEN: ("rtn", "rotate-gptq"),
     "w4a6-row": (
-        "rtn", "mse", "faithful", "search", "preshift", "search-preshift", "preshift-gptq",
+        "rtn", "mse", "search", "preshift", "search-preshift", "preshift-gptq",
         "rotate-gptq",
     ),
     "w4a4": ("rtn", "mse", "search", "rotate", "search-adaround-layers", "rotate-gptq"),
@@ -32,7 +32,11 @@ MEASURED: Rows = {
 }  # fmt: skip
 
 SHOWN: Rows = {
-    scheme: [m for m in methods if m in ("rtn", "search", "search-adaround-layers", "gptq", "rotate-gptq")]
+    scheme: [
+        m
+        for m in methods
+        if m in ("rtn", "search", "search-adaround-layers", "gptq", "rotate-gptq")
+    ]
     for scheme, methods in MEASURED.items()
     if scheme != PAPER
 }

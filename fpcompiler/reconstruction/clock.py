@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-_LEAST: Final = 1e-3
+LEAST: Final = 1e-3
 """Seconds for a unit where the time is over; it makes the few iterations that are always made."""
 
 
@@ -29,7 +29,7 @@ class Clock:
         if self._end is None:
             return None
         share = (self._end - time.monotonic()) * self._sizes[0] / max(sum(self._sizes), 1)
-        return max(share, _LEAST)
+        return max(share, LEAST)
 
     def done(self) -> None:
         """A unit is done."""

@@ -55,7 +55,9 @@ def save_walk(walk: Walk, path: str | os.PathLike[str]) -> None:
         "batches": [tuple(tensor.cpu() for tensor in batch) for batch in walk.batches],
         "settings": replace(walk.settings, device=torch.device("cpu")),
     }
-    torch.save(job, path)
+    unfinished = Path(f"{path}.tmp")
+    torch.save(job, unfinished)
+    os.replace(unfinished, path)
 
 
 def load_walk(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 
-from fpcompiler.errors import RunError
+from fpcompiler.errors import FpcompilerError, RunError
 from fpcompiler.reconstruction.units import Unit
+
+_NONE: Final[Mapping[str, Tensor]] = MappingProxyType({})
 
 
 class UnitFunction:
@@ -20,6 +23,7 @@ class UnitFunction:
         unit: Of this graph.
         device: Where it runs; constants are brought there.
         skipped: Functions that are not called: their first argument is their result.
+        weights: Take the place of attributes of the module, other than the unit's own weights.
     """
 
     def __init__(
@@ -28,13 +32,14 @@ class UnitFunction:
         unit: Unit,
         device: torch.device,
         skipped: frozenset[Callable[..., Any]],
+        weights: Mapping[str, Tensor] = _NONE,
     ) -> None:
         self._unit = unit
         self._factors: list[Tensor] | None = None
         self._dtypes = [getattr(module, name).dtype for name in unit.weights]
-        self._module = _Copier(module, device, skipped).copy(unit, unit.outputs)
+        self._module = _Copier(module, device, weights, skipped).copy(unit, unit.outputs)
         reads = [node for node in unit.reads if node is not None]
-        self._reads = _Copier(module, device, skipped).copy(unit, reads)
+        self._reads = _Copier(module, device, weights, skipped).copy(unit, reads)
 
     def __call__(self, weights: Sequence[Tensor], inputs: tuple[Any, ...]) -> Tensor:
         """Return the output; autograd goes through.
@@ -67,7 +72,9 @@ class UnitFunction:
         own = [weight.to(dtype) for weight, dtype in zip(weights, self._dtypes, strict=True)]
         try:
             return list(module(*own, *inputs))
-        except (RuntimeError, NotImplementedError) as error:
+        except (torch.OutOfMemoryError, FpcompilerError):
+            raise
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise RunError(f"unit {self._unit.name!r} cannot run on its own: {error}") from error
 
     def joined(self, outputs: Sequence[Tensor]) -> Tensor:
@@ -90,10 +97,15 @@ class _Copier:
     """Copies nodes into a graph of their own, with the constants that they read."""
 
     def __init__(
-        self, module: fx.GraphModule, device: torch.device, skipped: frozenset[Callable[..., Any]]
+        self,
+        module: fx.GraphModule,
+        device: torch.device,
+        weights: Mapping[str, Tensor],
+        skipped: frozenset[Callable[..., Any]],
     ) -> None:
         self._source = module
         self._device = device
+        self._weights = weights
         self._skipped = skipped
         self._root = torch.nn.Module()
         self._graph = fx.Graph()
@@ -117,7 +129,9 @@ class _Copier:
         if node in self._copies:
             return self._copies[node]
         if node.op == "get_attr":
-            tensor = getattr(self._source, str(node.target))
+            name = str(node.target)
+            weights = self._weights
+            tensor = weights[name] if name in weights else getattr(self._source, name)
             self._root.register_buffer(str(node.target), tensor.detach().to(self._device))
             self._copies[node] = self._graph.get_attr(str(node.target))
             return self._copies[node]

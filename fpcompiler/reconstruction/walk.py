@@ -8,6 +8,7 @@ and FP4DiT, arXiv 2503.15465), so that a unit also makes up for the errors befor
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,10 +18,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from fpcompiler.errors import NumericsError
+from fpcompiler.errors import NumericsError, RunError
 from fpcompiler.numerics import pack
 from fpcompiler.numerics.adaround import Ended, RoundOptions, SoftWeight, UnitResult, round_unit
-from fpcompiler.reconstruction.clock import Clock
+from fpcompiler.reconstruction.clock import LEAST, Clock
 from fpcompiler.reconstruction.fake_quantize import fake_quantize
 from fpcompiler.reconstruction.samples import StoredSamples
 from fpcompiler.reconstruction.start import layer_codes
@@ -49,7 +50,7 @@ class Settings:
         options: How roundings are learned; a step takes one batch of calibration data.
         device: Where everything runs.
         quantized_inputs: Whether units are learned with activations quantized.
-        max_memory: Bytes for samples and a unit.
+        max_memory: Bytes, half of which are for samples. A unit takes what it takes.
         seed: Decides which batches are held out, and the order of the others.
         seconds: About what all units may take together; None for no limit.
     """
@@ -195,15 +196,26 @@ class Walk:
         return sum(int(getattr(self.module, name).numel()) for name in unit.weights)
 
     def _learn(self, number: int, clock: Clock) -> Result:
-        unit, settings = self.units[number], self.settings
-        function = UnitFunction(self.module, unit, settings.device, self._skipped)
+        try:
+            return self._learned(number, clock.allowed())
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"unit {self.units[number].name!r}: there is not enough memory on the device to "
+                "learn its roundings. Give the calibration data in smaller batches, or take "
+                "round-weights{unit=layer}."
+            ) from error
+
+    def _learned(self, number: int, seconds: float | None) -> Result:
+        unit, settings, begin = self.units[number], self.settings, time.monotonic()
+        function = UnitFunction(self.module, unit, settings.device, self._skipped, self._weights)
         samples, held_out = self._collect(number, function)
-        options = replace(settings.options, batch=1, seed=settings.seed, seconds=clock.allowed())
+        options = replace(settings.options, batch=1, seed=settings.seed, seconds=seconds)
         originals = [self._weights.original(name) for name in unit.weights]
         scales = [self._weights.scales(name) for name in unit.weights]
         soft = [self._soft(*item) for item in zip(unit.weights, originals, scales, strict=True)]
         start = layer_codes(unit, function, originals, scales, soft, (samples, held_out), options)
-        options = replace(options, seconds=clock.allowed())
+        if seconds is not None:
+            options = replace(options, seconds=max(seconds - (time.monotonic() - begin), LEAST))
         found = round_unit(function, soft, samples, held_out, options, start=start, layer=unit.name)
         return self._encoded(unit, found)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -377,28 +376,3 @@ def test_what_is_taken_out_of_a_list_later_belongs_to_the_unit() -> None:
     (unit,) = check(build.module(after, *taken), [normal(3, 4)])
     assert unit.name == "block"
     assert unit.outputs == (z, *taken)
-
-
-def deep(blocks: int, sums: bool) -> Builder:
-    build = Builder()
-    x = build.input()
-    for number in range(blocks):
-        start = x
-        for layer in range(7):
-            x = build.linear(f"layers.{number}.fc{layer}", x, torch.empty(1), "")
-            for _ in range(37):
-                x = build.call(f"layers.{number}", aten.relu.default, x)
-        if sums:
-            x = build.call(f"layers.{number}", aten.add.Tensor, start, x)
-    build.graph.output(x)
-    return build
-
-
-@pytest.mark.parametrize(("sums", "units"), [(True, 72), (False, 504)], ids=["blocks", "layers"])
-def test_a_large_graph_takes_no_time(sums: bool, units: int) -> None:
-    build = deep(72, sums)
-    start = time.process_time()
-    found = find_units(build.graph, build.weights)
-    # 0.1 s here; a search of the whole graph for each unit would take 23 s.
-    assert time.process_time() - start < 2
-    assert len(found) == units

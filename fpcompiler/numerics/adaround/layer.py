@@ -7,6 +7,7 @@ less than a batch of them wherever K is smaller than that. Layers of equal shape
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,10 +71,13 @@ def round_layers(
         NumericsError: If shapes do not fit, or a Gram matrix is not finite.
     """
     _require_fit(target, weight, (gram, held_out), layer)
+    start, options = time.perf_counter(), options or RoundOptions()
     target = target.detach().float()
     objective = _GramObjective(target, weight, gram)
-    learned = learn([weight], objective, options or RoundOptions())
-    codes = objective.polish(learned.codes[0])
+    learned = learn([weight], objective, options)
+    seconds = options.seconds
+    left = None if seconds is None else max(0.0, seconds - (time.perf_counter() - start))
+    codes = objective.polish(learned.codes[0], left)
     error, nearest_error = (
         _errors(target, weight.values(c), held_out).sum(-1) for c in (codes, weight.nearest)
     )
@@ -107,10 +111,10 @@ class _GramObjective:
         errors = _row_errors(self._difference(self._up(codes[0])), self._gram)
         return float(errors.mul_(self._factor).mean())
 
-    def polish(self, codes: Tensor) -> Tensor:
-        """Return codes that no single flip makes better."""
+    def polish(self, codes: Tensor, seconds: float | None) -> Tensor:
+        """Return codes that no single flip makes better, if time suffices."""
         up = self._up(codes)
-        up = flip(up, self._difference(up), self._width, self._gram)
+        up = flip(up, self._difference(up), self._width, self._gram, seconds)
         return self._weight.codes(torch.where(up, 1.0, -1.0))
 
     def _relative(self, errors: Tensor) -> Tensor:

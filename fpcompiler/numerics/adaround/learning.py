@@ -27,6 +27,8 @@ _GAIN: Final = 0.995
 _TIMED: Final = 20
 """Iterations after which the time of one is known; in the first ones memory is allocated."""
 _UNTIMED: Final = 5
+_LOOKED: Final = 10
+"""Iterations between later looks at the clock: on CUDA each waits for the device."""
 
 
 class Objective(Protocol):
@@ -149,12 +151,15 @@ class _Plan:
 
     def count(self, iteration: int) -> None:
         """Note that an iteration was made, and plan fewer of them if time would not suffice."""
-        if self._seconds is None or iteration not in (_UNTIMED, _TIMED):
-            return
-        if iteration == _UNTIMED:
-            self._settled = self._now()
+        if self._seconds is None or (iteration > _TIMED and iteration % _LOOKED):
             return
         now = self._now()
+        if now - self._start >= self._seconds:
+            self.iterations = min(self.iterations, iteration)
+        if iteration == _UNTIMED:
+            self._settled = now
+        if iteration != _TIMED:
+            return
         each = max((now - self._settled) / (_TIMED - _UNTIMED), 1e-9)
         left = self._seconds - (now - self._start)
         self.iterations = min(self.iterations, iteration + max(0, int(left / each)))
