@@ -153,7 +153,7 @@ def test_constants_are_found_and_evaluated() -> None:
         assert not known["torch.aten.linear"]
         assert not known["torch.aten.rand"]
         (transposed,) = program.operations("torch.aten.t")
-        assert torch.equal(evaluator.evaluate(transposed), (model.w * model.g).t())
+        assert torch.equal(evaluator.evaluate(transposed.results[0]), (model.w * model.g).t())
         assert evaluator.source_values(transposed) == 36
 
 

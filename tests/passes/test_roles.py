@@ -105,9 +105,10 @@ PUBLISHED = {
         lambda: dit_models.PixArt(sigma=True), dit_models.pixart_call, PIXART | {"other": 2},
     ),
     "hunyuan": (
-        # The long skip has none either; the pooled text is part of the condition.
+        # The long skip has none either; the pooled text is part of the condition, through an
+        # attention whose projections of queries and of keys and values are parts of one tensor.
         lambda: dit_models.Hunyuan(), dit_models.hunyuan_call,
-        {"embedding": 7, "modulation": 4, "qkv": 18, "attention-out": 6, "ffn-in": 3,
+        {"embedding": 8, "modulation": 4, "qkv": 18, "attention-out": 6, "ffn-in": 3,
          "ffn-out": 3, "head": 1, "other": 1},
     ),
 }  # fmt: skip
