@@ -252,7 +252,7 @@ def test_a_budget_shortens_the_work_and_says_so() -> None:
     program = small(SCHEMES["weights alone"])
     (result,) = calibrated(program, "round-weights{iterations=100000 budget=0.4s}")
     assert result.statistics["fewer iterations, for the time given: blocks"] >= 1
-    assert 2 * 20 <= result.statistics["iterations"] < 20000
+    assert 2 <= result.statistics["iterations"] < 20000
 
 
 def test_the_options_are_text() -> None:
