@@ -38,9 +38,10 @@ class MixedFormats(Pass):
 
     Each layer's weight is rounded to nearest in every format that the target can run with the
     layer's input, scales as the scheme has them, and the damage is predicted. The choice with the
-    least sum of damages is exact (:class:`fpcompiler.numerics.mixed.Frontier`). What is searched
-    or rounded later works with the formats chosen; ``preshift`` may store weights in wider ones. A
-    weight that multiplies several inputs keeps its format, and counts.
+    least sum of damages is exact, but for very many different sizes
+    (:class:`fpcompiler.numerics.mixed.Frontier`). What is searched or rounded later works with the
+    formats chosen; ``preshift`` may store weights in wider ones. A weight that multiplies several
+    inputs keeps its format, and counts.
 
     Attributes:
         effective_bits: The budget: bits of all quantized weights in the artifact, scales included,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 LEAST: Final = 1e-3
-"""Seconds for a unit where the time is over; it makes the few iterations that are always made."""
+"""Seconds for a unit where the time is over: it makes the one step that is always made."""
 
 
 class Clock:

@@ -48,6 +48,10 @@ class RoundedWeights(Mapping[str, Tensor]):
     def learned(self, name: str, packed: Tensor) -> None:
         """Take the codes that were learned for a weight, and keep no values any longer."""
         self._packed[name] = packed
+        self.forget()
+
+    def forget(self) -> None:
+        """Keep no values any longer: those of one unit at a time are enough."""
         self._decoded.clear()
 
     def original(self, name: str) -> Tensor:
@@ -63,7 +67,7 @@ class RoundedWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Return the values of a weight, in its own dtype.
 
-        They are kept until the next weight is learned: each batch reads them.
+        They are kept until :meth:`forget`, since each batch reads them.
         """
         if name not in self._decoded:
             self._decoded[name] = self._decode(name)

@@ -189,6 +189,7 @@ class Walk:
             for stream in streams:
                 stream.advance(number)
                 stream.forget(number - 1)
+            self._weights.forget()
         for stream in streams:
             stream.forget_all_but(done - 1)
 
