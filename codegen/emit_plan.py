@@ -180,7 +180,11 @@ class _Emitter:
         raise IRError(f"a plan cannot hold an argument of type {type(value).__name__}: {value!r}")
 
 
-_LISTS: Final = (torch.ops.fpc.quantize.default, torch.ops.fpc.fold.default)
+_LISTS: Final = (
+    torch.ops.fpc.quantize.default,
+    torch.ops.fpc.fused_quantize.default,
+    torch.ops.fpc.fold.default,
+)
 """Operators of ours that return several tensors."""
 
 _MARKED: Final = (

@@ -13,6 +13,7 @@ from fpcompiler.passes.attention_option import attention_passes
 from fpcompiler.passes.base import Pass
 from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
+from fpcompiler.passes.fuse_quantize import FuseQuantize
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.insert_quantize import InsertQuantize
 from fpcompiler.passes.lower_gemm import LowerGemm
@@ -151,6 +152,7 @@ def default_pipeline(
         QuantizeWeights(clip=clip),
         LowerGemm(target=target),
         Canonicalize(),
+        FuseQuantize(),
         SymbolDce(),
     )
 

@@ -17,6 +17,7 @@ from fpcompiler.errors import PassError
 from fpcompiler.passes.base import Pass, pass_text
 from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
+from fpcompiler.passes.fuse_quantize import FuseQuantize
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.insert_quantize import InsertQuantize
 from fpcompiler.passes.lower_gemm import LowerGemm
@@ -48,6 +49,7 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     QuantizeAttention,
     QuantizeWeights,
     LowerGemm,
+    FuseQuantize,
     Cse,
     Canonicalize,
     SymbolDce,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fpcompiler.errors import OptionError, RunError
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.operators import QUANTIZERS
 from fpcompiler.runtime.tables import CompareRow, CompareTable, PlanTable
 from fpcompiler.tree import Spec, describe, leaf_paths
 
@@ -190,7 +191,7 @@ def _result_values(plan: Plan) -> dict[str, tuple[str, ...]]:
     marked: dict[str, list[str]] = defaultdict(list)
     layer = ""
     for step in plan.steps:
-        if step.layer and step.op != "fpc.quantize":
+        if step.layer and step.op not in QUANTIZERS:
             marked[step.layer].append(step.outs[0])
         main = step.op in _MAIN
         if main and step.layer:
@@ -204,7 +205,7 @@ def _result_values(plan: Plan) -> dict[str, tuple[str, ...]]:
 
 
 def _continues(step: Step, value: str) -> bool:
-    return step.op != "fpc.quantize" and len(step.outs) == 1 and value in step.uses()
+    return step.op not in QUANTIZERS and len(step.outs) == 1 and value in step.uses()
 
 
 def _run_eager(

@@ -20,6 +20,9 @@ from fpcompiler.tree import unflatten
 Observer: TypeAlias = Callable[[Step, Tensor], None]
 """Called after each step that belongs to a layer and has one tensor as its result."""
 
+Caller: TypeAlias = Callable[[Step, operators.Function, list[Any], dict[str, Any]], Any]
+"""Called in place of the function of each step, with its arguments; returns its result."""
+
 _STEP_ERRORS: Final = (
     ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
@@ -92,7 +95,12 @@ class Executor:
         outputs = self.run_leaves(leaves, observe)
         return unflatten(self.plan.signature.outputs, outputs)
 
-    def run_leaves(self, leaves: Sequence[Tensor], observe: Observer | None = None) -> list[Any]:
+    def run_leaves(
+        self,
+        leaves: Sequence[Tensor],
+        observe: Observer | None = None,
+        caller: Caller | None = None,
+    ) -> list[Any]:
         """Run on tensors, one per placeholder; return one value per leaf of the outputs.
 
         Raises:
@@ -105,7 +113,7 @@ class Executor:
             values.update(self._state)
             for placeholder, leaf in zip(self.plan.placeholders, leaves, strict=True):
                 values[placeholder.name] = leaf
-            self._run_steps(values, observe)
+            self._run_steps(values, observe, caller)
             outputs = [self._own(out, values) for out in self.plan.outputs]
             updates = [(name, self._own(value, values)) for value, name in self.plan.stores]
             for name, update in updates:
@@ -123,13 +131,18 @@ class Executor:
         for name, initial in self._initial.items():
             self._state[name].copy_(initial)
 
-    def _run_steps(self, values: dict[str, Any], observe: Observer | None) -> None:
+    def _run_steps(
+        self, values: dict[str, Any], observe: Observer | None, caller: Caller | None
+    ) -> None:
         index = 0
         try:
             for index, instruction in enumerate(self._code):  # noqa: B007  (read in the handler)
                 args = operators.fill(instruction.args, values)
                 kwargs = {k: operators.fill(v, values) for k, v in instruction.kwargs.items()}
-                result = instruction.function(*args, **kwargs)
+                if caller is None:
+                    result = instruction.function(*args, **kwargs)
+                else:
+                    result = caller(instruction.step, instruction.function, args, kwargs)
                 if instruction.spread:
                     values.update(zip(instruction.outs, result, strict=True))
                 else:
@@ -189,7 +202,7 @@ def _assemble(
                 args=[operators.decode(arg, device) for arg in step.args],
                 kwargs={k: operators.decode(v, device) for k, v in step.kwargs.items()},
                 outs=step.outs,
-                spread=len(step.outs) > 1 or step.op == "fpc.quantize",
+                spread=len(step.outs) > 1 or step.op in operators.QUANTIZERS,
                 frees=tuple(frees.get(index, ())),
                 step=step,
             )

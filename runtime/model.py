@@ -12,10 +12,14 @@ import torch
 from torch import nn
 
 from fpcompiler.artifact import Artifact, read, save
-from fpcompiler.errors import RunError
+from fpcompiler.errors import OptionError, RunError
 from fpcompiler.runtime.compare import Batch, call_arguments, compare
 from fpcompiler.runtime.devices import parse_device
+from fpcompiler.runtime.example_call import example_call
 from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.inputs import bind
+from fpcompiler.runtime.profile import profile
+from fpcompiler.runtime.profile_report import Profile
 from fpcompiler.runtime.tables import CompareTable, PlanTable, VerifyReport
 from fpcompiler.runtime.verify import verify
 
@@ -158,6 +162,43 @@ class CompiledModel:
         if self._artifact is None and batches:
             self._compile(*call_arguments(batches[0]))
         return compare(self._ready(), model, batches)
+
+    def profile(
+        self,
+        batch: Batch | None = None,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        seconds: float = 2.0,
+        iterations: int | None = None,
+    ) -> Profile:
+        """Measure its speed and memory, where the time goes, and what this machine allows.
+
+        The state (KV caches) of this model stays as it is: the calls have one of their own, which
+        is reset before each.
+
+        Args:
+            batch: The call: a tensor, a tuple of arguments, or a dict of keyword arguments. By
+                default the one that was recorded when the model was compiled.
+            sizes: Sizes of the recorded call that shall differ, by symbol of the plan:
+                ``{"s0": 512}``.
+            seconds: How long calls are timed.
+            iterations: How many calls are timed instead.
+
+        Raises:
+            OptionError: If an argument has an unusable value.
+            RunError: If nothing is compiled yet, or the batch does not fit.
+            NumericsError: If a value to quantize is NaN or infinite.
+        """
+        plan, executor = self.artifact.plan, self._ready()
+        if batch is None:
+            leaves = example_call(plan, self.artifact.golden, sizes)
+        elif sizes:
+            raise OptionError("sizes change the recorded call; leave them out beside a batch.")
+        else:
+            args, kwargs = call_arguments(batch)
+            leaves = bind(plan.signature, args, kwargs)
+        leaves = [leaf.to(self._device) for leaf in leaves]
+        return profile(executor, leaves, seconds=seconds, iterations=iterations)
 
     def verify(self) -> VerifyReport:
         """Check the file it came from, its scales and shapes, and replay its recorded calls.

@@ -44,9 +44,13 @@ _SCALAR_FUNCTIONS: Final[Mapping[str, Function]] = MappingProxyType(
 )
 
 FPC_OPERATORS: Final = (
-    "quantize", "encode", "dequantize", "fold", "hadamard", "linear", "pack", "unpack",
+    "quantize", "fused_quantize", "encode", "dequantize", "fold", "hadamard", "linear", "pack",
+    "unpack",
 )  # fmt: skip
 """Operators of the namespace ``fpc``."""
+
+QUANTIZERS: Final = frozenset({"fpc.quantize", "fpc.fused_quantize"})
+"""Those in a plan that return ``[codes, *scales]``, a list also where there are no scales."""
 
 _TEXT_ARGUMENTS: Final = frozenset(
     {

@@ -25,10 +25,16 @@ from fpcompiler.numerics import (
 from fpcompiler.numerics.folding import divide_columns
 from fpcompiler.numerics.hadamard import hadamard
 from fpcompiler.operand import Granularity, Operand, ScaleLevel
-from fpcompiler.runtime import reference
+from fpcompiler.runtime import fused, reference
 
 QUANTIZE: Final = "(Tensor x, str operand, str layer) -> Tensor[]"
 """Values to ``[codes, *scales]``."""
+
+FUSED_QUANTIZE: Final = (
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, str producer, "
+    "float eps, str operand, str layer) -> Tensor[]"
+)
+"""A norm or an activation of values, quantized; see :mod:`fpcompiler.runtime.fused`."""
 
 ENCODE: Final = "(Tensor x, Tensor[] scales, str operand, str layer) -> Tensor"
 """Values to codes, with scales that are given."""
@@ -76,6 +82,36 @@ def _fake_quantize(x: Tensor, operand: str, layer: str) -> list[Tensor]:
         dtype = torch.float32 if level.is_real else torch.uint8
         results.append(x.new_empty(scale_shape(x.shape, level), dtype=dtype))
     return results
+
+
+def _fused_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    producer: str,
+    eps: float,
+    operand: str,
+    layer: str,
+) -> list[Tensor]:
+    values = fused.produce(x, weight, bias, scale, shift, producer, eps, layer)
+    return _quantize(values, operand, layer)
+
+
+def _fake_fused_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    producer: str,
+    eps: float,
+    operand: str,
+    layer: str,
+) -> list[Tensor]:
+    values = fused.produce(x, weight, bias, scale, shift, producer, eps, layer)
+    return _fake_quantize(values, operand, layer)
 
 
 def _encode(x: Tensor, scales: Sequence[Tensor], operand: str, layer: str) -> Tensor:
@@ -196,6 +232,7 @@ def _fake_unpack(packed: Tensor, bits: int, k: int) -> Tensor:
 
 for _name, _schema, _run, _fake in (
     ("fpc::quantize", QUANTIZE, _quantize, _fake_quantize),
+    ("fpc::fused_quantize", FUSED_QUANTIZE, _fused_quantize, _fake_fused_quantize),
     ("fpc::encode", ENCODE, _encode, _fake_encode),
     ("fpc::dequantize", DEQUANTIZE, _dequantize, _fake_dequantize),
     ("fpc::linear", LINEAR, _linear, _fake_linear),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text  # Not plain texts: rich would read [s0, 64] as markup.
 
@@ -192,8 +192,8 @@ class VerifyReport:
         return as_text(self.__rich__())
 
 
-def as_text(table: Table) -> str:
-    """Return a rich table as plain text without colours."""
+def as_text(table: RenderableType) -> str:
+    """Return a rich table, or what holds some, as plain text without colours."""
     buffer = io.StringIO()
     console = Console(file=buffer, width=_TEXT_WIDTH, color_system=None, force_terminal=False)
     console.print(table)

@@ -240,6 +240,20 @@ def test_a_dequantized_constant_is_checked(artifact):
     assert "the codes are float32 [4, 32]" in check(plan, {**good, "codes": codes.float()})[0]
 
 
+@pytest.mark.parametrize(
+    ("op", "before"),
+    [("fpc.quantize", ()), ("fpc.fused_quantize", (None, None, None, None, "relu", 0.0))],
+)
+def test_the_operand_of_a_quantizer_is_checked(artifact, op, before):
+    def problems(operand: object) -> list[str]:
+        step = Step(op, ({"v": PLAIN.placeholders[0].name}, *before, operand, "up"), ("q", "s"))
+        return check(replace(PLAIN, steps=(step, *PLAIN.steps)), artifact.tensors)
+
+    assert problems("f6E2M3FN@token:f32") == []
+    assert "There is no format 'f5E2M2'" in problems("f5E2M2@token:f32")[0]
+    assert "operand is 7" in problems(7)[0]
+
+
 def test_a_large_model_is_hashed_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_HASH_PIECE", 100)
     torch.manual_seed(1)

@@ -17,6 +17,9 @@ from fpcompiler.plan import Plan, Step, used_values
 _LINEAR: Final = ("x", "w", "bias", "x_operand", "w_operand", "k", "dtype", "layer")
 _DEQUANTIZE: Final = ("value", "operand", "dtype")
 _QUANTIZE: Final = ("x", "operand", "layer")
+_FUSED_QUANTIZE: Final = (
+    "x", "weight", "bias", "scale", "shift", "producer", "eps", "operand", "layer",
+)  # fmt: skip
 
 
 def check(plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -48,6 +51,8 @@ def _check_step(step: Step, values: Mapping[str, Tensor]) -> Iterator[str]:
             yield from _check_dequantize(_arguments(step, _DEQUANTIZE), values)
         elif step.op == "fpc.quantize":
             Operand.parse(_text(_arguments(step, _QUANTIZE), "operand"))
+        elif step.op == "fpc.fused_quantize":
+            Operand.parse(_text(_arguments(step, _FUSED_QUANTIZE), "operand"))
     except FormatError as error:
         yield str(error)
 

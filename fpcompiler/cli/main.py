@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from fpcompiler import __version__
+from fpcompiler.cli import bench, doctor, formats, inspect, methods, opt, run, targets, verify
 from fpcompiler.cli import compile as compile_command
-from fpcompiler.cli import doctor, formats, inspect, methods, opt, run, targets, verify
 from fpcompiler.cli import eval as eval_command
 from fpcompiler.cli.command import FAILED, Command
 from fpcompiler.errors import FpcompilerError
@@ -23,6 +23,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     run.COMMAND,
     inspect.COMMAND,
     verify.COMMAND,
+    bench.COMMAND,
     eval_command.COMMAND,
     opt.COMMAND,
     formats.COMMAND,

@@ -43,6 +43,7 @@ def new_context() -> ir.Context:
     from torch_mlir.dialects import torch as torch_dialect
     from torch_mlir.passmanager import PassManager
 
+    import fpcompiler.ir.fused_quantize  # noqa: F401  (an operation of the dialect)
     from fpcompiler.ir.dialect import Fpq
 
     _declare_bindings("torch_c", "fpq")

@@ -1,16 +1,17 @@
 """The ``fpq`` dialect: quantized values as types, and the operations on them.
 
-===================  ==============================================================================
-``fpq.quantize``     tensor -> quantized; computes scales and codes of the values it is given
-``fpq.encode``       tensor -> quantized; computes the codes, with scales that are given
-``fpq.dequantize``   quantized -> tensor
-``fpq.assemble``     codes and scales (stored weights, caches) -> quantized
-``fpq.disassemble``  quantized -> packed codes and scales, as torch tensors
-``fpq.fold``         quantized -> quantized; columns divided by powers of two, exactly
-``fpq.hadamard``     tensor -> tensor; the Hadamard transform of blocks of the last axis
-``fpq.linear``       ``x @ w.T + bias``; x is a tensor or quantized, w quantized
-``fpq.scaled_gemm``  an ``fpq.linear`` for which a target and a kernel have been chosen
-===================  ==============================================================================
+======================  ==========================================================================
+``fpq.quantize``        tensor -> quantized; computes scales and codes of the values it is given
+``fpq.fused_quantize``  the same of a norm or an activation that it computes too
+``fpq.encode``          tensor -> quantized; computes the codes, with scales that are given
+``fpq.dequantize``      quantized -> tensor
+``fpq.assemble``        codes and scales (stored weights, caches) -> quantized
+``fpq.disassemble``     quantized -> packed codes and scales, as torch tensors
+``fpq.fold``            quantized -> quantized; columns divided by powers of two, exactly
+``fpq.hadamard``        tensor -> tensor; the Hadamard transform of blocks of the last axis
+``fpq.linear``          ``x @ w.T + bias``; x is a tensor or quantized, w quantized
+``fpq.scaled_gemm``     an ``fpq.linear`` for which a target and a kernel have been chosen
+======================  ==========================================================================
 
 Every shape, format and scale is checked by the verifiers after each pass.
 """
@@ -30,6 +31,7 @@ from fpcompiler.ir.types import (
     element_text,
     quantized_type,
     ranked_text,
+    shape_text,
     tensor_type,
 )
 from fpcompiler.numerics.folding import takes_powers
@@ -60,7 +62,7 @@ class VerifyError(Exception):
     """Raised inside a verifier; its message becomes the diagnostic."""
 
 
-def _checked(op: ir.OpView, check: Any) -> bool:
+def check_operation(op: ir.OpView, check: Any) -> bool:
     """Run a check; turn its error into a diagnostic at the operation, as MLIR wants it."""
     try:
         check(op.operation)
@@ -87,11 +89,7 @@ def _quantized(value: ir.Value, what: str) -> QuantizedType:
 def _same_shape(a: Shape, b: Shape, what: str) -> None:
     fits = len(a) == len(b) and all(x == y or None in (x, y) for x, y in zip(a, b, strict=True))
     if not fits:
-        raise VerifyError(f"{what}: shape {_text(a)} is not {_text(b)}")
-
-
-def _text(shape: Shape) -> str:
-    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+        raise VerifyError(f"{what}: shape {shape_text(a)} is not {shape_text(b)}")
 
 
 def scale_shapes(kind: QuantizedType) -> tuple[Shape, ...]:
@@ -133,7 +131,12 @@ def scale_texts(kind: QuantizedType) -> tuple[str, ...]:
     )
 
 
-def _check_quantize(op: ir.Operation) -> None:
+def check_quantize(op: ir.Operation) -> None:
+    """Check that the result can hold the first operand.
+
+    Raises:
+        VerifyError: If it cannot.
+    """
     source = _tensor(op.operands[0], "input")
     result = _quantized(op.results[0], "result")
     if not source.shape:
@@ -145,7 +148,7 @@ def _check_quantize(op: ir.Operation) -> None:
 
 
 def _check_encode(op: ir.Operation) -> None:
-    _check_quantize(op)
+    check_quantize(op)
     result = _quantized(op.results[0], "result")
     _check_types(list(op.operands)[1:], _slot_types(result), "scales")
 
@@ -227,7 +230,7 @@ def _check_hadamard(op: ir.Operation) -> None:
     _same_shape(result.shape, source.shape, "result")
     block = ir.IntegerAttr(op.attributes["block"]).value
     if block not in HADAMARD_BLOCKS or not source.shape or (source.shape[-1] or 1) % block:
-        raise VerifyError(f"blocks of {block} do not fit an input {_text(source.shape)}")
+        raise VerifyError(f"blocks of {block} do not fit an input {shape_text(source.shape)}")
 
 
 def _check_linear(op: ir.Operation) -> None:
@@ -235,10 +238,11 @@ def _check_linear(op: ir.Operation) -> None:
     x = quantized_type(op.operands[0]) or _tensor(op.operands[0], "input")
     result = _tensor(op.results[0], "result")
     if len(weight.shape) != 2 or None in weight.shape:
-        raise VerifyError(f"weight must be [N, K] with known sizes, not {_text(weight.shape)}")
+        raise VerifyError(f"weight must be [N, K] with known sizes, not {shape_text(weight.shape)}")
     if not x.shape or x.shape[-1] != weight.shape[1]:
         raise VerifyError(
-            f"the contracted axes differ: input {_text(x.shape)}, weight {_text(weight.shape)}"
+            f"the contracted axes differ: input {shape_text(x.shape)}, "
+            f"weight {shape_text(weight.shape)}"
         )
     _same_shape(result.shape, (*x.shape[:-1], weight.shape[0]), "result")
     bias = tensor_type(op.operands[2])
@@ -264,7 +268,7 @@ class QuantizeOp(Fpq.Operation, name="quantize", traits=[Pure]):
     @staticmethod
     def verify_invariants(op: ir.OpView) -> bool:
         """Check shapes, formats and scale levels."""
-        return _checked(op, _check_quantize)
+        return check_operation(op, check_quantize)
 
 
 class EncodeOp(Fpq.Operation, name="encode", traits=[Pure]):
@@ -281,7 +285,7 @@ class EncodeOp(Fpq.Operation, name="encode", traits=[Pure]):
     @staticmethod
     def verify_invariants(op: ir.OpView) -> bool:
         """Check shapes, formats and scales."""
-        return _checked(op, _check_encode)
+        return check_operation(op, _check_encode)
 
 
 class DequantizeOp(Fpq.Operation, name="dequantize", traits=[Pure]):
@@ -293,7 +297,7 @@ class DequantizeOp(Fpq.Operation, name="dequantize", traits=[Pure]):
     @staticmethod
     def verify_invariants(op: ir.OpView) -> bool:
         """Check that the shapes are equal."""
-        return _checked(op, _check_dequantize)
+        return check_operation(op, _check_dequantize)
 
 
 class AssembleOp(Fpq.Operation, name="assemble", traits=[Pure]):
@@ -312,7 +316,7 @@ class AssembleOp(Fpq.Operation, name="assemble", traits=[Pure]):
     @staticmethod
     def verify_invariants(op: ir.OpView) -> bool:
         """Check that codes and scales have the types that the result needs."""
-        return _checked(op, _check_assemble)
+        return check_operation(op, _check_assemble)
 
 
 class DisassembleOp(Fpq.Operation, name="disassemble", traits=[Pure]):
@@ -330,7 +334,7 @@ class DisassembleOp(Fpq.Operation, name="disassemble", traits=[Pure]):
     @staticmethod
     def verify_invariants(op: ir.OpView) -> bool:
         """Check the types of the parts."""
-        return _checked(op, _check_disassemble)
+        return check_operation(op, _check_disassemble)
 
 
 class FoldOp(Fpq.Operation, name="fold", traits=[Pure]):
@@ -348,7 +352,7 @@ class FoldOp(Fpq.Operation, name="fold", traits=[Pure]):
     @staticmethod
     def verify_invariants(op: ir.OpView) -> bool:
         """Check that the result has room for the powers."""
-        return _checked(op, _check_fold)
+        return check_operation(op, _check_fold)
 
 
 class HadamardOp(Fpq.Operation, name="hadamard", traits=[Pure]):
@@ -361,7 +365,7 @@ class HadamardOp(Fpq.Operation, name="hadamard", traits=[Pure]):
     @staticmethod
     def verify_invariants(op: ir.OpView) -> bool:
         """Check that blocks fit the last axis."""
-        return _checked(op, _check_hadamard)
+        return check_operation(op, _check_hadamard)
 
 
 class LinearOp(Fpq.Operation, name="linear", traits=[Pure]):
@@ -376,7 +380,7 @@ class LinearOp(Fpq.Operation, name="linear", traits=[Pure]):
     @staticmethod
     def verify_invariants(op: ir.OpView) -> bool:
         """Check the contracted axis, the result and the bias."""
-        return _checked(op, _check_linear)
+        return check_operation(op, _check_linear)
 
 
 class ScaledGemmOp(Fpq.Operation, name="scaled_gemm", traits=[Pure]):
@@ -393,4 +397,4 @@ class ScaledGemmOp(Fpq.Operation, name="scaled_gemm", traits=[Pure]):
     @staticmethod
     def verify_invariants(op: ir.OpView) -> bool:
         """Check the contracted axis, the result and the bias."""
-        return _checked(op, _check_linear)
+        return check_operation(op, _check_linear)

@@ -64,6 +64,7 @@ class Raiser:
             "torch.prim.ListUnpack": self._unpack,
             "torch.vtensor.literal": self._literal,
             "fpq.quantize": self._quantize,
+            "fpq.fused_quantize": self._fused_quantize,
             "fpq.encode": self._encode,
             "fpq.dequantize": self._dequantize,
             "fpq.assemble": lambda op, args: [arg for arg in args if arg is not None],
@@ -173,10 +174,18 @@ class Raiser:
         return [self._call(operator.getitem, (node, i)) for i in range(len(op.results))]
 
     def _quantize(self, op: ir.Operation, args: list[Any]) -> list[fx.Node]:
+        return self._parts(op, torch.ops.fpc.quantize.default, args)
+
+    def _fused_quantize(self, op: ir.Operation, args: list[Any]) -> list[fx.Node]:
+        eps = ir.FloatAttr(op.attributes["eps"]).value
+        called = [*args, text_of(op.attributes["producer"]), eps]
+        return self._parts(op, torch.ops.fpc.fused_quantize.default, called)
+
+    def _parts(self, op: ir.Operation, function: Any, args: list[Any]) -> list[fx.Node]:
+        """Call a quantizer; return the codes and the scales of each level."""
         kind = quantized_type(op.results[0])
         assert kind is not None
-        layer = place_of(op).layer
-        node = self._call(torch.ops.fpc.quantize.default, (args[0], str(kind.operand), layer))
+        node = self._call(function, (*args, str(kind.operand), place_of(op).layer))
         count = 1 + len(kind.operand.levels)
         return [self._call(operator.getitem, (node, i)) for i in range(count)]
 

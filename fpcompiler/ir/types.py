@@ -103,6 +103,11 @@ class QuantizedType:
         return ir.Type.parse(str(self))
 
 
+def shape_text(shape: Shape) -> str:
+    """Return a shape as error messages spell it."""
+    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+
+
 def levels_text(operand: Operand) -> str:
     """Return the part of an operand's text that describes its scales."""
     return str(operand).partition("@")[2]

@@ -10,41 +10,18 @@ from pathlib import Path
 from typing import Final
 
 from fpcompiler.errors import OptionError
+from fpcompiler.native.linear import declare
+from fpcompiler.native.structs import OperandStruct
 from fpcompiler.options import Options
 
 PATH: Final = Path(__file__).parent / "libfpc.so"
 """Where the build puts the library."""
 
-INSTRUCTION_SETS: Final = ("baseline", "AVX2", "AVX-512")
+INSTRUCTION_SETS: Final = ("baseline", "AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 BF16")
 """What kernels are compiled for, in the order of ``FpcInstructions``."""
 
-_ABI: Final = 1
+_ABI: Final = 2
 _LOG: Final = logging.getLogger("fpcompiler.numerics")
-
-
-class Format(ctypes.Structure):
-    """``FpcFormat``."""
-
-    _fields_ = (
-        ("mantissa_bits", ctypes.c_int32),
-        ("magnitude_bits", ctypes.c_int32),
-        ("min_exponent", ctypes.c_int32),
-        ("max_exponent", ctypes.c_int32),
-        ("max", ctypes.c_float),
-    )
-
-
-class OperandStruct(ctypes.Structure):
-    """``FpcOperand``."""
-
-    _fields_ = (
-        ("element", Format),
-        ("outer", ctypes.c_int32),
-        ("block", ctypes.c_int32),
-        ("block_scale", ctypes.c_int32),
-        ("rounding", ctypes.c_int32),
-        ("code_bits", ctypes.c_int32),
-    )
 
 
 @dataclass(frozen=True)
@@ -104,4 +81,9 @@ def load(path: Path) -> Library | str:
         ctypes.c_int32,
         ctypes.c_int32,
     )
+    declare(functions)
+    functions.fpc_read_bytes.restype = ctypes.c_uint64
+    functions.fpc_read_bytes.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
+    functions.fpc_peak.restype = ctypes.c_int64
+    functions.fpc_peak.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_int32)
     return Library(functions, int(functions.fpc_instructions()))

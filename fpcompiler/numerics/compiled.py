@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fpcompiler.native import Library, library
-from fpcompiler.native.loading import Format, OperandStruct
+from fpcompiler.native.structs import Format, OperandStruct
 from fpcompiler.operand import Granularity, Operand, ScaleRounding
 
-_INPUTS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+INPUTS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OUTER: Final = {Granularity.TENSOR: 1, Granularity.ROW: 2, Granularity.TOKEN: 2}
 _BLOCK_SCALES: Final = {"f32": 0, "f8E8M0FNU": 1, "f8E4M3FN": 2}
 _ROUNDINGS: Final = {
@@ -28,7 +28,7 @@ _VALUES_PER_THREAD: Final = 1 << 16
 
 def quantizer(rows: Tensor, operand: Operand) -> Library | None:
     """Return the library if it can quantize ``rows``, which must then be on the CPU."""
-    if rows.device.type != "cpu" or rows.dtype not in _INPUTS or not operand.format.zero:
+    if rows.device.type != "cpu" or rows.dtype not in INPUTS or not operand.format.zero:
         return None
     return library()
 
@@ -63,7 +63,7 @@ def quantize_rows(
     block = scales[-1].data_ptr() if operand.block else None
     threads = max(1, min(torch.get_num_threads(), rows.numel() // _VALUES_PER_THREAD))
     status = native.functions.fpc_quantize(
-        ctypes.byref(_struct(operand, bits)), rows.data_ptr(), _INPUTS[rows.dtype],
+        ctypes.byref(operand_struct(operand, bits)), rows.data_ptr(), INPUTS[rows.dtype],
         rows.shape[0], rows.shape[1], rows.stride(0), packed.data_ptr(), outer, block, threads,
         native.instructions,
     )  # fmt: skip
@@ -73,7 +73,8 @@ def quantize_rows(
 
 
 @lru_cache(maxsize=256)
-def _struct(operand: Operand, bits: int) -> OperandStruct:
+def operand_struct(operand: Operand, bits: int) -> OperandStruct:
+    """Return an operand as the native library takes it, with the bits of a stored code."""
     spec, block = operand.format, operand.block
     return OperandStruct(
         element=Format(

@@ -15,6 +15,7 @@ from fpcompiler.errors import IRError
 from fpcompiler.passes import default_pipeline, run_pipeline
 from fpcompiler.plan import Plan
 from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.operators import QUANTIZERS
 from tests.models import Case, cases, normal
 from tests.passes.tiny import Attention, tiny
 from tests.programs import (
@@ -100,7 +101,8 @@ def test_every_layer_has_one_step_that_gives_its_output() -> None:
 
 def test_one_step_quantizes_the_input_of_q_k_and_v() -> None:
     plan, _ = plan_of(tiny(Attention), normal(1, 4, 32), "w4a6")
-    assert sum(step.op == "fpc.quantize" for step in plan.steps) == 2  # and the input of out
+    quantizes = [step.op for step in plan.steps if step.op in QUANTIZERS]
+    assert quantizes == ["fpc.fused_quantize", "fpc.quantize"]  # and the input of out
     assert sum(step.op == "fpc.linear" for step in plan.steps) == 4
 
 

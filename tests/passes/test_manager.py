@@ -171,8 +171,10 @@ def test_only_passes_that_change_something_write_files(tmp_path: Path) -> None:
         "08-lower-gemm.mlir",
         "09-canonicalize.diff",
         "09-canonicalize.mlir",
-        "10-symbol-dce.diff",
-        "10-symbol-dce.mlir",
+        "10-fuse-quantize.diff",
+        "10-fuse-quantize.mlir",
+        "11-symbol-dce.diff",
+        "11-symbol-dce.mlir",
         "numerics.json",
         "pipeline.txt",
         "timing.json",
@@ -191,7 +193,7 @@ def test_numerics_say_what_each_pass_did_to_the_numbers(tmp_path: Path) -> None:
     assert all(10 < db < 40 for db in quantized["layers_sqnr_db"].values())
     assert set(quantized["layers_sqnr_db"]) == {"up", "down", "lm_head"}
     assert 10 < quantized["outputs_sqnr_db"][0] < 40
-    for name in ("quantize-weights", "lower-gemm", "canonicalize", "symbol-dce"):
+    for name in ("quantize-weights", "lower-gemm", "canonicalize", "fuse-quantize", "symbol-dce"):
         assert rows[name]["outputs_sqnr_db"] == quantized["outputs_sqnr_db"]
     timing = json.loads((tmp_path / "timing.json").read_text())
     assert [row["pass"] for row in timing] == [passes.pass_text(p) for p in parse_pipeline(DEFAULT)]

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define FPC_ABI 1
+#define FPC_ABI 2
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus
@@ -27,7 +27,13 @@ enum FpcOuter { FPC_NO_OUTER = 0, FPC_PER_TENSOR = 1, FPC_PER_ROW = 2 };
 enum FpcBlockScale { FPC_F32 = 0, FPC_E8M0 = 1, FPC_E4M3 = 2 };
 enum FpcRounding { FPC_FLOOR = 0, FPC_CEIL = 1, FPC_RNE = 2, FPC_MSE = 3 };
 enum FpcInput { FPC_INPUT_F32 = 0, FPC_INPUT_F16 = 1, FPC_INPUT_BF16 = 2 };
-enum FpcInstructions { FPC_BASELINE = 0, FPC_AVX2 = 1, FPC_AVX512 = 2 };
+enum FpcInstructions {
+    FPC_BASELINE = 0,
+    FPC_AVX2 = 1,
+    FPC_AVX512 = 2,       // F, BW, DQ, VL
+    FPC_AVX512_VNNI = 3,  // and VBMI, VNNI
+    FPC_AVX512_BF16 = 4   // and BF16
+};
 enum FpcStatus { FPC_OK = 0, FPC_NOT_FINITE = 1, FPC_NO_MEMORY = 2 };
 
 // What quantization makes of a row; see fpcompiler/operand.py.
@@ -54,6 +60,84 @@ int32_t fpc_instructions(void);
 int32_t fpc_quantize(const FpcOperand* operand, const void* x, int32_t input, int64_t rows,
                      int64_t k, int64_t stride, uint8_t* codes, float* outer_scale,
                      void* block_scale, int32_t threads, int32_t instructions);
+
+// --- linear layers ----------------------------------------------------------------------------
+
+enum FpcArithmetic {
+    FPC_INT8 = 0,    // values of both operands are integers times a power of two: exact sums
+    FPC_BF16 = 1,    // both are held by bf16; sums are fp32. Needs FPC_AVX512_BF16
+    FPC_FLOAT32 = 2  // anything else
+};
+
+// Weights with codes of four bits, and the scales and the bias of the outputs.
+typedef struct {
+    const uint8_t* data;   // what fpc_repack wrote; its layout is in gemm.h
+    int64_t n, k;          // outputs, inputs
+    int32_t group;         // inputs that share scales in one of the operands; 0: all of them
+    int32_t block_scale;   // FpcBlockScale of the weights' groups, or -1 if they have none
+    int32_t scaled_inputs; // whether the activations have scales of groups
+    int32_t arithmetic;    // FpcArithmetic
+    int32_t offset;        // int8: what is added to the integers, so that none is negative
+    float unit;            // int8: what 1 of a product of integers stands for
+    uint8_t integers[16];  // int8: the integer of each code, with the offset
+    uint16_t halves[16];   // the value of each code as bf16
+    float values[16];      // the value of each code
+    const float* row_scale;  // [n rounded up to 64]
+    const float* bias;       // [n rounded up to 64], or null
+} FpcWeights;
+
+// Activations: how values are quantized, and what the codes stand for.
+typedef struct {
+    FpcOperand operand;
+    int32_t quantized;     // 0: values are used as they are, and nothing else here counts
+    int8_t integers[256];  // int8: the integer of each code
+    float values[256];     // the value of each code
+} FpcActivations;
+
+int64_t fpc_weight_bytes(const FpcWeights* weights);
+
+// Bring weights into the order in which they are multiplied.
+//   packed  [n, row_bytes]: codes of four bits, the first one of a byte in its low half
+//   scales  [n, ceil(k / (group * repeat))]: fp32, or one code a byte; unused without
+//   repeat  groups that share one of these scales
+//   to      fpc_weight_bytes(weights), aligned to 64
+void fpc_repack(const FpcWeights* weights, const uint8_t* packed, int64_t row_bytes,
+                const void* scales, int64_t repeat, uint8_t* to, int32_t threads);
+
+// Activations that are ready to be multiplied with any weights that agree in `k`, `group`,
+// `arithmetic` and `offset`.
+int64_t fpc_prepared_bytes(const FpcWeights* weights, int64_t m);
+
+// Quantize `m` rows of values that lie `stride` values apart, and make them ready.
+//   prepared  fpc_prepared_bytes(weights, m), aligned to 64
+// Returns an FpcStatus.
+int32_t fpc_prepare(const FpcWeights* weights, const FpcActivations* activations, const void* x,
+                    int32_t input, int64_t m, int64_t stride, uint8_t* prepared, int32_t threads,
+                    int32_t instructions);
+
+// The same from rows that are quantized already.
+//   codes        [m, k], one a byte
+//   outer_scale  fp32 [1] per tensor, [m] per row, otherwise unused
+//   block_scale  [m, ceil(k / block)]: fp32, or one code a byte
+int32_t fpc_prepare_codes(const FpcWeights* weights, const FpcActivations* activations,
+                          const uint8_t* codes, const float* outer_scale, const void* block_scale,
+                          int64_t m, uint8_t* prepared, int32_t threads, int32_t instructions);
+
+// Write `m` rows of results, `stride` values apart.
+// Returns an FpcStatus.
+int32_t fpc_multiply(const FpcWeights* weights, const uint8_t* prepared, int64_t m, void* y,
+                     int32_t output, int64_t stride, int32_t threads, int32_t instructions);
+
+// --- what this machine can do -------------------------------------------------------------------
+
+// Read memory at its full speed. Returns the exclusive or of its 8-byte words, the last one filled
+// up with zeros.
+uint64_t fpc_read_bytes(const void* data, int64_t bytes, int32_t threads);
+
+// Multiply and add at full speed, with the best instructions that this processor has for an
+// FpcArithmetic. Returns how many operations were done, a product and a sum being two; 0 for
+// another arithmetic.
+int64_t fpc_peak(int32_t arithmetic, int64_t iterations, int32_t threads);
 
 #ifdef __cplusplus
 }

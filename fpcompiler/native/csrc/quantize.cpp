@@ -4,6 +4,8 @@
 
 #include <stdlib.h>
 
+#include "threads.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -42,29 +44,6 @@ namespace baseline {
 }  // namespace baseline
 
 namespace {
-
-// Subnormal numbers count while this lives, whatever the program has set for its own threads.
-class KeepSubnormals {
-   public:
-#if defined(__x86_64__)
-    KeepSubnormals() : saved_(__builtin_ia32_stmxcsr()) {
-        __builtin_ia32_ldmxcsr(saved_ & ~0x8040u);
-    }
-    ~KeepSubnormals() { __builtin_ia32_ldmxcsr(saved_); }
-
-   private:
-    unsigned saved_;
-#elif defined(__aarch64__)
-    KeepSubnormals() {
-        asm volatile("mrs %0, fpcr" : "=r"(saved_));
-        asm volatile("msr fpcr, %0" : : "r"(saved_ & ~(1ull << 24)));
-    }
-    ~KeepSubnormals() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
-
-   private:
-    unsigned long long saved_;
-#endif
-};
 
 struct Job {
     const FpcOperand* operand;
@@ -130,8 +109,11 @@ int32_t detect() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return FPC_AVX512;
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vnni"))
+            return FPC_AVX512;
+        return __builtin_cpu_supports("avx512bf16") ? FPC_AVX512_BF16 : FPC_AVX512_VNNI;
+    }
     if (__builtin_cpu_supports("avx2")) return FPC_AVX2;
 #endif
     return FPC_BASELINE;
@@ -155,7 +137,7 @@ extern "C" int32_t fpc_quantize(const FpcOperand* operand, const void* x, int32_
             k,       stride * size,     codes,       outer_scale,
             (uint8_t*)block_scale,      threads};
 #if defined(__x86_64__)
-    if (instructions == FPC_AVX512) return quantize<avx512::Row>(job);
+    if (instructions >= FPC_AVX512) return quantize<avx512::Row>(job);
     if (instructions == FPC_AVX2) return quantize<avx2::Row>(job);
 #endif
     return quantize<baseline::Row>(job);

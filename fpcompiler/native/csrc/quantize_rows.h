@@ -211,9 +211,17 @@ struct Row {
         return real_scale(as_float(bits), operand);
     }
 
-    // Write the codes of a row; `outer` is the scale of the tensor, or where that of the row goes.
+    // Write the packed codes of a row and its scales; `outer` is that of the tensor, or where that of
+    // the row goes.
     int32_t quantize(const void* from, int32_t input, uint8_t* to, float* outer,
                      void* block_scale) {
+        const int32_t status = encode(from, input, outer, block_scale);
+        if (status == FPC_OK) pack(to);
+        return status;
+    }
+
+    // Leave the codes of a row in `codes`, one a byte.
+    int32_t encode(const void* from, int32_t input, float* outer, void* block_scale) {
         const float* row = load_row(from, input, k, padded, values);
         int64_t width = operand.block ? operand.block : padded;
         int32_t most = 0;
@@ -236,7 +244,6 @@ struct Row {
         } else {
             encode_blocks(row, shared, (uint8_t*)block_scale);
         }
-        pack(to);
         return FPC_OK;
     }
 
@@ -259,10 +266,15 @@ struct Row {
 
     template <int kWidth>
     void encode_blocks_of(const float* row, float outer, uint8_t* scales) {
-        const bool powers = operand.block_scale == FPC_E8M0;
-        if (operand.rounding == FPC_MSE) powers ? choose_powers<kWidth>(row, outer)
-                                                : choose_e4m3<kWidth>(row, outer);
+        const bool powers = operand.block_scale == FPC_E8M0, better = operand.rounding == FPC_MSE;
         const float shared = operand.outer ? outer : 1;
+        if (powers && better) {
+            // A quotient by a power of two is the product with its inverse, bit for bit.
+            if (operand.outer) encode_better_powers<kWidth, false>(row, shared, scales);
+            else encode_better_powers<kWidth, true>(row, shared, scales);
+            return;
+        }
+        if (better) choose_e4m3<kWidth>(row, outer);
         for (int64_t b = 0; b < blocks; b++) {
             const float scale = amax[b] == 0 ? 1 : high[b];
             scales[b] = powers ? (uint8_t)(bits_of(scale) >> 23) : e4m3_code(scale);
@@ -270,25 +282,39 @@ struct Row {
         }
     }
 
-    // Put the better one of each pair in `high`: the low one if its squared error is smaller.
+    // Encode each block with the better one of its pair: the low one if its squared error is smaller.
     //
     // Over the low scale the numbers of the high one are those of the grid with a bias one less;
-    // _gain_of_half of fpcompiler/numerics/scales.py.
-    template <int kWidth>
-    void choose_powers(const float* row, float outer) {
+    // _gain_of_half of fpcompiler/numerics/scales.py. Codes are the same over either.
+    template <int kWidth, bool kInverse>
+    void encode_better_powers(const float* row, float shared, uint8_t* scales) {
+        constexpr int kCount = kWidth / kLanes;
         const Grid fine_grid = grid, coarse_grid = doubled;
-        const float shared = operand.outer ? outer : 1;
         for (int64_t b = 0; b < blocks; b++) {
-            const F scale = splat(low[b] * shared);
+            const float scale = low[b] * shared;
+            const F divisor = splat(kInverse ? 1 / scale : scale);
+            I fine_codes[kCount], coarse_codes[kCount];
             D gain{};
-            for (int i = 0; i < kWidth; i += kLanes) {
-                F value = (F)magnitude(load<F>(row + b * kWidth + i) / scale);
-                F fine = Rounded(value, fine_grid).value();
-                F coarse = Rounded(value, coarse_grid).value();
-                F term = (coarse - fine) * ((coarse + fine) - 2 * value);
+            for (int i = 0; i < kCount; i++) {
+                const F from = load<F>(row + b * kWidth + kLanes * i);
+                const F signed_value = kInverse ? from * divisor : from / divisor;
+                const F value = (F)magnitude(signed_value);
+                const I sign = (I)((U)from >> 31) << grid.magnitude_bits;
+                const Rounded fine(value, fine_grid), coarse(value, coarse_grid);
+                const F a = fine.value(), c = coarse.value();
+                const F term = (c - a) * ((c + a) - 2 * value);
                 gain += __builtin_convertvector(term, D);
+                fine_codes[i] = fine.code(fine_grid) | sign;
+                coarse_codes[i] = coarse.code(coarse_grid) | sign;
             }
-            high[b] = either(total(gain) > 0, low[b], high[b]);
+            // A coin toss, which must not become a branch.
+            const bool keep_low = (int)(total(gain) > 0) | (int)(low[b] == high[b]);
+            const I mask = splat(-(int32_t)keep_low);
+            for (int i = 0; i < kCount; i++)
+                store_bytes(codes + b * kWidth + kLanes * i,
+                            (fine_codes[i] & mask) | (coarse_codes[i] & ~mask));
+            const float chosen = either(keep_low, low[b], high[b]);
+            scales[b] = (uint8_t)(bits_of(amax[b] == 0 ? 1 : chosen) >> 23);
         }
     }
 

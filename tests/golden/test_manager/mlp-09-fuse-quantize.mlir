@@ -1,6 +1,8 @@
-// fpcompiler opt 08-canonicalize.mlir -p symbol-dce
+// fpcompiler opt 08-canonicalize.mlir -p fuse-quantize
 module attributes {fpq.stage = "lowered"} {
+  ml_program.global private @up.weight(#ml_program.extern) : tensor<64x32xf32> loc(unknown)
   ml_program.global private @up.bias(#ml_program.extern) : tensor<64xf32> loc(unknown)
+  ml_program.global private @down.weight(#ml_program.extern) : tensor<32x64xf32> loc(unknown)
   ml_program.global private @lm_head.weight(#ml_program.extern) : tensor<8x32xf32> loc(unknown)
   ml_program.global private @lm_head.bias(#ml_program.extern) : tensor<8xf32> loc(unknown)
   ml_program.global private @up.weight.codes(#ml_program.extern) : tensor<64x32xf4E2M1FN> loc(unknown)
@@ -12,7 +14,6 @@ module attributes {fpq.stage = "lowered"} {
   func.func @main(%x: !torch.vtensor<[?,32],f32> loc("x")) -> !torch.vtensor<[?,8],f32> attributes {torch.assume_strict_symbolic_shapes} {
     %int1 = torch.constant.int 1 loc(unknown)
     %none = torch.constant.none loc(unknown)
-    %str = torch.constant.str "none" loc(unknown)
     %up.bias = ml_program.global_load @up.bias : tensor<64xf32> loc("up.bias")
     %up.bias_0 = torch_c.from_builtin_tensor %up.bias : tensor<64xf32> -> !torch.vtensor<[64],f32> loc("up.bias")
     %up.input = "fpq.quantize"(%x) : (!torch.vtensor<[?,32],f32>) -> !fpq.quantized<tensor<?x32xf6E2M3FN>, "block32:f8E8M0FNU"> loc("up.input"("up"("tests/passes/tiny.py":19:0)))
@@ -21,8 +22,7 @@ module attributes {fpq.stage = "lowered"} {
     %up.weight.block_scale = ml_program.global_load @up.weight.block_scale : tensor<64x1xf8E8M0FNU> loc("up.weight.block_scale")
     %up.weight = "fpq.assemble"(%up.weight.codes, %up.weight.outer_scale, %up.weight.block_scale) : (tensor<64x32xf4E2M1FN>, tensor<64x1xf32>, tensor<64x1xf8E8M0FNU>) -> !fpq.quantized<tensor<64x32xf4E2M1FN>, "row:f32/block32:f8E8M0FNU"> loc("up.weight"("up"("tests/passes/tiny.py":19:0)))
     %up = "fpq.scaled_gemm"(%up.input, %up.weight, %up.bias_0) {fpq.bytes_before = 8192 : i64, fpq.layer = "up", fpq.op = "linear", fpq.role = "ffn-in", fpq.rule = "base", kernel = "reference", layer = "up", reason = "decode: torch.matmul"} : (!fpq.quantized<tensor<?x32xf6E2M3FN>, "block32:f8E8M0FNU">, !fpq.quantized<tensor<64x32xf4E2M1FN>, "row:f32/block32:f8E8M0FNU">, !torch.vtensor<[64],f32>) -> !torch.vtensor<[?,64],f32> loc("up"("up"("tests/passes/tiny.py":19:0)))
-    %gelu = torch.aten.gelu %up, %str : !torch.vtensor<[?,64],f32>, !torch.str -> !torch.vtensor<[?,64],f32> loc("gelu"("model"("tests/passes/tiny.py":19:0)))
-    %down.input = "fpq.quantize"(%gelu) : (!torch.vtensor<[?,64],f32>) -> !fpq.quantized<tensor<?x64xf6E2M3FN>, "block32:f8E8M0FNU"> loc("down.input"("down"("tests/passes/tiny.py":19:0)))
+    %down.input = "fpq.fused_quantize"(%up, %none, %none, %none, %none) {eps = 0.000000e+00 : f64, producer = "gelu"} : (!torch.vtensor<[?,64],f32>, !torch.none, !torch.none, !torch.none, !torch.none) -> !fpq.quantized<tensor<?x64xf6E2M3FN>, "block32:f8E8M0FNU"> loc("down.input"("down"("tests/passes/tiny.py":19:0)))
     %down.weight.codes = ml_program.global_load @down.weight.codes : tensor<32x64xf4E2M1FN> loc("down.weight.codes")
     %down.weight.outer_scale = ml_program.global_load @down.weight.outer_scale : tensor<32x1xf32> loc("down.weight.outer_scale")
     %down.weight.block_scale = ml_program.global_load @down.weight.block_scale : tensor<32x2xf8E8M0FNU> loc("down.weight.block_scale")

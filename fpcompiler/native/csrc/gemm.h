@@ -1,0 +1,45 @@
+// A product of quantized operands, as the kernels of an instruction set see it.
+
+#ifndef FPC_GEMM_H
+#define FPC_GEMM_H
+
+#include "layout.h"
+
+struct Gemm {
+    const FpcWeights& weights;
+    const Layout layout;
+    const Prepared activations;
+    int64_t m;
+    uint8_t* y;
+    int32_t output;    // FpcInput: the type of the result
+    int64_t y_stride;  // bytes
+
+    const uint8_t* block(int64_t index) const {
+        return weights.data + index * layout.block_bytes();
+    }
+};
+
+// What a thread does at a time: some vectors of a block of outputs, for some rows of activations.
+struct Task {
+    int64_t block;
+    int32_t first;  // vector
+    int32_t count;  // of vectors: 2 or 4
+    int64_t begin;  // row
+    int64_t end;
+};
+
+// `scratch` has scratch_bytes(gemm) of the same kernels, aligned to 64.
+typedef void (*RunTask)(const Gemm& gemm, const Task& task, uint8_t* scratch);
+
+struct Kernels {
+    RunTask run;
+    int64_t scratch;      // bytes that a thread needs
+    int64_t panel_rows;   // from as many rows on, codes are decoded only once
+};
+
+// One for each instruction set.
+Kernels kernels_avx512(const Gemm& gemm);
+Kernels kernels_avx2(const Gemm& gemm);
+Kernels kernels_portable(const Gemm& gemm);
+
+#endif

@@ -1,0 +1,136 @@
+// One row of activations, made ready to be multiplied. Included once per instruction set, after
+// quantize_rows.h; layout.h says where things go.
+
+struct Preparer {
+    const FpcWeights& weights;
+    const FpcActivations& activations;
+    const Layout layout;
+    const Prepared to;
+    const int64_t k;
+
+    // The codes of row `m`, its scale, and those of its blocks as they are stored.
+    void from_codes(int64_t m, const uint8_t* codes, float outer, const uint8_t* scales) const {
+        to.token_scale[m] = outer;
+        uint8_t* a = to.a + m * to.stride;
+        if (weights.arithmetic == FPC_INT8) {
+            integers(codes, (int8_t*)a);
+            corrections(m, (const int8_t*)a);
+            if (weights.scaled_inputs) group_scales(m, scales);
+            return;
+        }
+        float values[8];
+        for (int64_t i = 0; i < layout.inputs(); i += 8) {
+            const int64_t count = k - i < 8 ? k - i : 8;
+            const float scale = count > 0 ? block_scale(scales, i) : 0;
+            for (int64_t j = 0; j < 8; j++)
+                values[j] = j < count ? activations.values[codes[i + j]] * scale : 0;
+            store_octet(a, i, values);
+        }
+    }
+
+    // Row `m` as it is.
+    void from_values(int64_t m, const float* row) const {
+        to.token_scale[m] = 1;
+        float values[8];
+        for (int64_t i = 0; i < layout.inputs(); i += 8) {
+            for (int64_t j = 0; j < 8; j++) values[j] = i + j < k ? row[i + j] : 0;
+            store_octet(to.a + m * to.stride, i, values);
+        }
+    }
+
+   private:
+    void integers(const uint8_t* codes, int8_t* a) const {
+        const int8_t* table = activations.integers;
+        int64_t i = 0;
+#if FPC_LANES == 16
+        if (activations.operand.code_bits <= 6) {
+            const __m512i lookup = _mm512_loadu_si512(table);
+            for (; i + 64 <= k; i += 64)
+                _mm512_storeu_si512(a + i, _mm512_permutexvar_epi8(_mm512_loadu_si512(codes + i), lookup));
+        }
+#endif
+        for (; i < k; i++) a[i] = table[codes[i]];
+        for (; i < layout.inputs(); i++) a[i] = 0;
+    }
+
+    // The sums of groups, times minus the offset.
+    void corrections(int64_t m, const int8_t* a) const {
+        int32_t* result = to.correction + m * layout.groups;
+        switch (layout.octets) {
+            case 2: return corrections_of<16>(a, result);
+            case 4: return corrections_of<32>(a, result);
+            default: break;
+        }
+        const int64_t length = layout.octets * 8;
+        for (int64_t g = 0; g < layout.groups; g++) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < length; i++) sum += a[g * length + i];
+            result[g] = -weights.offset * sum;
+        }
+    }
+
+    template <int kLength>
+    void corrections_of(const int8_t* a, int32_t* result) const {
+        for (int64_t g = 0; g < layout.groups; g++) {
+            int16_t sum = 0;  // At most 128 times 127: it fits.
+            for (int i = 0; i < kLength; i++) sum = (int16_t)(sum + a[g * kLength + i]);
+            result[g] = -weights.offset * sum;
+        }
+    }
+
+    void group_scales(int64_t m, const uint8_t* scales) const {
+        for (int64_t g = 0; g < layout.groups; g++)
+            to.group_scale[m * layout.groups + g] = block_scale(scales, g * layout.octets * 8);
+    }
+
+    float block_scale(const uint8_t* scales, int64_t i) const {
+        const FpcOperand& operand = activations.operand;
+        if (!operand.block) return 1;
+        const int64_t b = i / operand.block;
+        if (operand.block_scale == FPC_F32) return ((const float*)scales)[b];
+        if (operand.block_scale == FPC_E8M0) return as_float((int32_t)scales[b] << 23);
+        if (scales[b] < 8) return (float)scales[b] * 0x1p-9f;
+        return as_float(((int32_t)scales[b] << 20) + (120 << 23));
+    }
+
+    void store_octet(uint8_t* a, int64_t i, const float* values) const {
+        if (weights.arithmetic == FPC_FLOAT32) {
+            __builtin_memcpy((float*)a + i, values, 32);
+            return;
+        }
+        // All values are bf16 already. The order is the one in which a vector of codes is decoded.
+        static const int order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+        uint16_t* halves = (uint16_t*)a + i;
+        for (int j = 0; j < 8; j++) {
+            int32_t bits;
+            __builtin_memcpy(&bits, &values[order[j]], 4);
+            halves[j] = (uint16_t)(bits >> 16);
+        }
+    }
+};
+
+// Quantizes rows and prepares them, in one thread.
+struct Quantizer {
+    const Preparer& preparer;
+    Row row;
+    uint8_t* scales;  // of the row's blocks
+
+    static int64_t bytes(const FpcOperand& operand, int64_t k) {
+        return Row::bytes(operand, k) + 4 * Row::blocks_of(operand, k);
+    }
+
+    Quantizer(const Preparer& p, uint8_t* memory)
+        : preparer(p),
+          row(p.activations.operand, p.k, memory),
+          scales(memory + Row::bytes(p.activations.operand, p.k)) {}
+
+    int32_t prepare(int64_t m, const void* from, int32_t input, float outer) {
+        if (!preparer.activations.quantized) {
+            preparer.from_values(m, load_row(from, input, row.k, row.padded, row.values));
+            return FPC_OK;
+        }
+        const int32_t status = row.encode(from, input, &outer, scales);
+        if (status == FPC_OK) preparer.from_codes(m, row.codes, outer, scales);
+        return status;
+    }
+};

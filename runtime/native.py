@@ -1,0 +1,344 @@
+"""Quantized linear layers by the native library: packed weights, decoded in registers.
+
+E2M1, E2M3 and their like are integers times a power of two, so their products are summed exactly in
+int8 arithmetic. Other formats are summed in bf16 or fp32 arithmetic, each value being held exactly.
+The definition of the result is :mod:`fpcompiler.runtime.reference`: with scales of rows and tokens
+only, integer sums give it bit for bit; otherwise the order of the additions differs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fpcompiler.errors import NumericsError, describe_layer
+from fpcompiler.formats import FloatSpec
+from fpcompiler.native import Library, library
+from fpcompiler.native.linear import Activations, Arithmetic, Weights
+from fpcompiler.numerics import quantize
+from fpcompiler.numerics.compiled import INPUTS, operand_struct
+from fpcompiler.operand import Operand
+
+BF16_INSTRUCTIONS: Final = 4
+"""``FPC_AVX512_BF16``: what bf16 arithmetic needs."""
+
+_OUTPUTS: Final = 64  # of a block of weights
+_ALIGNMENT: Final = 64
+_NO_MEMORY: Final = 2
+_BF16_DIGITS: Final = 8
+_MOST: Final = 1 << 31
+
+
+@lru_cache(maxsize=64)
+def integers_of(spec: FloatSpec, limit: int = 127) -> tuple[int, ...] | None:
+    """Return the values of all codes times the least power of two that makes them integers.
+
+    None if one of them would be above ``limit``, or is no number.
+    """
+    values = spec.values
+    if not all(math.isfinite(value) for value in values):
+        return None
+    steps = 1 / spec.smallest
+    if max(abs(value) for value in values) * steps > limit:
+        return None
+    return tuple(int(value * steps) for value in values)
+
+
+def arithmetic_for(
+    x_operand: Operand | None,
+    w_operand: Operand,
+    k: int,
+    dtype: torch.dtype,
+    instructions: int,
+) -> Arithmetic:
+    """Return how a layer is summed: the fastest arithmetic that holds every value exactly.
+
+    Args:
+        x_operand: The activations; None if they are not quantized.
+        w_operand: The weights.
+        k: Length of a row.
+        dtype: Of the activations; it counts only if they are not quantized.
+        instructions: What the processor has, an index of ``INSTRUCTION_SETS``.
+    """
+    floats = Arithmetic.BF16 if instructions >= BF16_INSTRUCTIONS else Arithmetic.FLOAT32
+    if x_operand is None:
+        return floats if dtype == torch.bfloat16 else Arithmetic.FLOAT32
+    w, x = integers_of(w_operand.format), integers_of(x_operand.format)
+    if w is not None and x is not None and 2 * max(w) * max(x) * k < _MOST:
+        return Arithmetic.INT8
+    digits = x_operand.format.mantissa_bits + 1
+    if x_operand.block:
+        scale = x_operand.block.spec
+        digits += _BF16_DIGITS if scale is None else scale.mantissa_bits + (scale.mantissa_bits > 0)
+    return floats if digits <= _BF16_DIGITS else Arithmetic.FLOAT32
+
+
+def takes(w_operand: Operand, n: int, k: int) -> bool:
+    """Return whether the library multiplies weights of this kind: codes of four bits."""
+    return w_operand.format.storage_bits == 4 and n > 0 and k > 0
+
+
+@dataclass(frozen=True)
+class InputKind:
+    """What activations must agree in so that several layers can share them once prepared.
+
+    Attributes:
+        operand: How they are quantized; None if they are not.
+        k: Length of a row.
+        group: Values that share scales in the sum; 0 if there are no scales of blocks.
+        arithmetic: How they are summed.
+        offset: What the weights' integers are shifted by.
+    """
+
+    operand: Operand | None
+    k: int
+    group: int
+    arithmetic: Arithmetic
+    offset: int
+
+
+@dataclass(frozen=True)
+class PreparedInput:
+    """Activations in the form in which they are multiplied.
+
+    Attributes:
+        kind: What they are.
+        shape: Their shape without the last axis.
+        rows: Product of that shape.
+        memory: The bytes.
+    """
+
+    kind: InputKind
+    shape: tuple[int, ...]
+    rows: int
+    memory: Tensor
+
+
+class NativeLinear:
+    """A layer whose weights are in the library's own order.
+
+    Args:
+        w: ``[packed [N, bytes], *scales]``, as :func:`fpcompiler.runtime.reference.linear` takes
+            them.
+        bias: ``[N]``, or None.
+        x_operand: How activations are quantized; None if they are not.
+        w_operand: What ``w`` is.
+        k: Length of a row.
+        dtype: Of the activations.
+        layer: For messages.
+        instructions: What to use of the processor; by default all that it has.
+
+    Raises:
+        NumericsError: If there is no native library, or it does not take such weights.
+    """
+
+    def __init__(
+        self,
+        w: Sequence[Tensor],
+        bias: Tensor | None,
+        x_operand: Operand | None,
+        w_operand: Operand,
+        k: int,
+        dtype: torch.dtype = torch.float32,
+        layer: str = "",
+        instructions: int | None = None,
+    ) -> None:
+        native = library()
+        n = w[0].shape[0]
+        if native is None or not takes(w_operand, n, k):
+            reason = "there is no native library" if native is None else f"it takes no {w_operand}"
+            raise NumericsError(f"{describe_layer(layer)}: cannot run natively: {reason}.")
+        self._native = native
+        self._layer = layer
+        self._instructions = native.instructions if instructions is None else instructions
+        self.outputs = n
+        arithmetic = arithmetic_for(x_operand, w_operand, k, dtype, self._instructions)
+        group = _group(x_operand, w_operand, arithmetic)
+        self._integers = integers_of(w_operand.format) or (0,) * 16
+        offset = max(self._integers) if arithmetic is Arithmetic.INT8 else 0
+        self.kind = InputKind(x_operand, k, group, arithmetic, offset)
+        self._scale = _outputs_padded(w[1] if w_operand.outer else torch.ones(1), n)
+        self._bias = None if bias is None else _outputs_padded(bias, n)
+        self._struct = self._describe(x_operand, w_operand, n)
+        self._data = self._repack(w, w_operand)
+        self._struct.data = self._data.data_ptr()
+        self._weights = ctypes.byref(self._struct)
+        self._activations = ctypes.byref(_activations(x_operand, arithmetic))
+
+    def prepare(self, x: Tensor) -> PreparedInput:
+        """Quantize activations ``[..., K]``, as ``fpc.quantize`` does, and make them ready.
+
+        Raises:
+            NumericsError: If a value is NaN or infinite.
+        """
+        k = self.kind.k
+        if x.dtype not in INPUTS:
+            return self.prepare_codes(*_quantized(x, self.kind.operand, self._layer))
+        rows = x.detach().reshape(-1, k)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        count = rows.shape[0]
+        memory = self._memory(count)
+        status = self._native.functions.fpc_prepare(
+            self._weights, self._activations, rows.data_ptr(), INPUTS[rows.dtype], count,
+            rows.stride(0), memory.data_ptr(), torch.get_num_threads(), self._instructions,
+        )  # fmt: skip
+        if status:
+            raise self._error(status)
+        return PreparedInput(self.kind, tuple(x.shape[:-1]), count, memory)
+
+    def prepare_codes(self, codes: Tensor, *scales: Tensor) -> PreparedInput:
+        """Make activations ready that are quantized: ``codes [..., K]`` and their scales."""
+        operand = self.kind.operand
+        assert operand is not None
+        count = codes.numel() // self.kind.k
+        memory = self._memory(count)
+        codes, scales = codes.contiguous(), tuple(scale.contiguous() for scale in scales)
+        status = self._native.functions.fpc_prepare_codes(
+            self._weights, self._activations, codes.data_ptr(),
+            scales[0].data_ptr() if operand.outer else None,
+            scales[-1].data_ptr() if operand.block else None,
+            count, memory.data_ptr(), torch.get_num_threads(), self._instructions,
+        )  # fmt: skip
+        if status:
+            raise self._error(status)
+        return PreparedInput(self.kind, tuple(codes.shape[:-1]), count, memory)
+
+    def multiply(self, x: PreparedInput, dtype: torch.dtype) -> Tensor:
+        """Return ``x @ w.T + bias``, ``[..., N]``, in fp32, bf16 or fp16.
+
+        Raises:
+            NumericsError: If the input was prepared for another kind of layer.
+        """
+        if x.kind != self.kind:
+            raise NumericsError(
+                f"{describe_layer(self._layer)}: its input was prepared as {x.kind}, but it is "
+                f"{self.kind}."
+            )
+        y = torch.empty((*x.shape, self.outputs), dtype=dtype)
+        status = self._native.functions.fpc_multiply(
+            self._weights, x.memory.data_ptr(), x.rows, y.data_ptr(), INPUTS[dtype], self.outputs,
+            torch.get_num_threads(), self._instructions,
+        )  # fmt: skip
+        if status:
+            raise self._error(status)
+        return y
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Quantize ``x`` and multiply."""
+        return self.multiply(self.prepare(x), dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights with all scales, in the library's order."""
+        return int(self._data.nbytes + self._scale.nbytes)
+
+    def _describe(self, x_operand: Operand | None, w_operand: Operand, n: int) -> Weights:
+        kind, spec = self.kind, w_operand.format
+        block = w_operand.block
+        x_integers = integers_of(x_operand.format) if x_operand else None
+        unit = 1.0
+        if kind.arithmetic is Arithmetic.INT8:
+            assert x_integers is not None
+            assert x_operand is not None
+            unit = spec.smallest * x_operand.format.smallest
+        values = torch.tensor(spec.values, dtype=torch.float32)
+        halves = values.bfloat16().view(torch.int16).tolist()
+        return Weights(
+            n=n,
+            k=kind.k,
+            group=kind.group,
+            block_scale=_BLOCK_SCALES[block.format] if block else -1,
+            scaled_inputs=int(x_operand is not None and x_operand.block is not None),
+            arithmetic=kind.arithmetic,
+            offset=kind.offset,
+            unit=unit,
+            integers=(ctypes.c_uint8 * 16)(*(v + kind.offset for v in self._integers)),
+            halves=(ctypes.c_uint16 * 16)(*(half & 0xFFFF for half in halves)),
+            values=(ctypes.c_float * 16)(*spec.values),
+            row_scale=self._scale.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+        )
+
+    def _repack(self, w: Sequence[Tensor], w_operand: Operand) -> Tensor:
+        functions, weights = self._native.functions, ctypes.byref(self._struct)
+        data = _aligned(functions.fpc_weight_bytes(weights))
+        packed = w[0].contiguous()
+        block = w_operand.block
+        scales = w[-1].contiguous() if block else None
+        functions.fpc_repack(
+            weights, packed.data_ptr(), packed.shape[1],
+            None if scales is None else scales.data_ptr(),
+            block.block // self.kind.group if block else 1,
+            data.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return data
+
+    def _memory(self, rows: int) -> Tensor:
+        return _aligned(self._native.functions.fpc_prepared_bytes(self._weights, rows))
+
+    def _error(self, status: int) -> Exception:
+        if status == _NO_MEMORY:
+            return MemoryError(f"no memory for a row of {self.kind.k} values")
+        return NumericsError(
+            f"{describe_layer(self._layer)}: cannot quantize NaN or infinity to "
+            f"{self.kind.operand}. Check what the model computes before this layer."
+        )
+
+
+_BLOCK_SCALES: Final = {"f32": 0, "f8E8M0FNU": 1, "f8E4M3FN": 2}
+
+
+def _group(x: Operand | None, w: Operand, arithmetic: Arithmetic) -> int:
+    """Return the values that share scales in the sum: the shorter of the two kinds of blocks."""
+    sizes = [w.block.block] if w.block else []
+    if x is not None and x.block and arithmetic is Arithmetic.INT8:
+        sizes.append(x.block.block)
+    return min(sizes, default=0)
+
+
+def _outputs_padded(values: Tensor, n: int) -> Tensor:
+    padded = torch.zeros(-(-n // _OUTPUTS) * _OUTPUTS)
+    padded[:n] = values.detach().reshape(-1).to(torch.float32)
+    return padded
+
+
+def _aligned(size: int) -> Tensor:
+    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % _ALIGNMENT
+    return memory[start : start + size]
+
+
+def _quantized(x: Tensor, operand: Operand | None, layer: str) -> tuple[Tensor, ...]:
+    if operand is None:
+        raise NumericsError(f"{describe_layer(layer)}: {x.dtype} activations do not run natively.")
+    codes, scales = quantize(x, operand, layer=layer)
+    return codes, *scales
+
+
+@lru_cache(maxsize=256)
+def _activations(operand: Operand | None, arithmetic: Arithmetic) -> Activations:
+    """Return the structure, one for each operand, which lives as long as the program."""
+    if operand is None:
+        return Activations(quantized=0)
+    spec = operand.format
+    result = Activations(operand=operand_struct(operand, spec.storage_bits), quantized=1)
+    result.values[: spec.code_count] = [v if math.isfinite(v) else 0.0 for v in spec.values]
+    integers = integers_of(spec)
+    if arithmetic is Arithmetic.INT8:
+        assert integers is not None
+        result.integers[: spec.code_count] = list(integers)
+    return result
+
+
+__all__ = [
+    "InputKind", "Library", "NativeLinear", "PreparedInput", "arithmetic_for", "integers_of",
+    "takes",
+]  # fmt: skip
