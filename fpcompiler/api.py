@@ -47,7 +47,7 @@ def compile(
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
-    target: str = "reference",
+    target: str = "cpu",
     dynamic: Any = "auto",
     clip: str = "max",
     method: str = "rtn",

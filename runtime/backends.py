@@ -10,7 +10,8 @@ from typing import Any, Final, Protocol
 from torch import Tensor
 
 from fpcompiler.errors import ArtifactError
-from fpcompiler.plan import Step
+from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime import native_steps
 from fpcompiler.runtime.operators import resolve
 
 
@@ -44,7 +45,18 @@ class ReferenceBackend:
         return resolve(step.op)
 
 
-_ROWS: Final[tuple[Backend, ...]] = (ReferenceBackend(),)
+@dataclass(frozen=True)
+class CpuBackend:
+    """The native library where it takes a layer and is there, the reference elsewhere."""
+
+    name: str = "cpu"
+
+    def bind(self, step: Step, constants: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """Return the native layer, or else the operator."""
+        return native_steps.bind_layer(step, constants) or resolve(step.op)
+
+
+_ROWS: Final[tuple[Backend, ...]] = (ReferenceBackend(), CpuBackend())
 
 BACKENDS: Final[Mapping[str, Backend]] = MappingProxyType({row.name: row for row in _ROWS})
 """Every backend by name."""
@@ -66,3 +78,12 @@ def bind(step: Step, constants: Mapping[str, Tensor]) -> Callable[..., Any]:
             "another target."
         )
     return BACKENDS[name].bind(step, constants)
+
+
+def bind_plan(plan: Plan, constants: Mapping[str, Tensor]) -> list[Callable[..., Any]]:
+    """Return what runs each step of a plan; steps that know each other agree on what they pass.
+
+    Raises:
+        ArtifactError: If an operator or a backend is unknown or refused.
+    """
+    return native_steps.share_inputs(plan, [bind(step, constants) for step in plan.steps])

@@ -195,10 +195,11 @@ def _assemble(
 ) -> tuple[_Instruction, ...]:
     frees = _frees(plan)
     code = []
-    for index, step in enumerate(plan.steps):
+    functions = backends.bind_plan(plan, constants)
+    for index, (step, function) in enumerate(zip(plan.steps, functions, strict=True)):
         code.append(
             _Instruction(
-                function=backends.bind(step, constants),
+                function=function,
                 args=[operators.decode(arg, device) for arg in step.args],
                 kwargs={k: operators.decode(v, device) for k, v in step.kwargs.items()},
                 outs=step.outs,

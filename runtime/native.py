@@ -24,6 +24,7 @@ from fpcompiler.native import Library, library
 from fpcompiler.native.linear import Activations, Arithmetic, Weights
 from fpcompiler.numerics import quantize
 from fpcompiler.numerics.compiled import INPUTS, operand_struct
+from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
 
 BF16_INSTRUCTIONS: Final = 4
@@ -172,15 +173,19 @@ class NativeLinear:
         self._weights = ctypes.byref(self._struct)
         self._activations = ctypes.byref(_activations(x_operand, arithmetic))
 
-    def prepare(self, x: Tensor) -> PreparedInput:
+    def prepare(self, x: Tensor, layer: str = "") -> PreparedInput:
         """Quantize activations ``[..., K]``, as ``fpc.quantize`` does, and make them ready.
+
+        Args:
+            x: The values.
+            layer: For messages, if it is not this one.
 
         Raises:
             NumericsError: If a value is NaN or infinite.
         """
-        k = self.kind.k
+        k, layer = self.kind.k, layer or self._layer
         if x.dtype not in INPUTS:
-            return self.prepare_codes(*_quantized(x, self.kind.operand, self._layer))
+            return self.prepare_codes(*_quantized(x, self.kind.operand, layer))
         rows = x.detach().reshape(-1, k)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
@@ -191,7 +196,7 @@ class NativeLinear:
             rows.stride(0), memory.data_ptr(), torch.get_num_threads(), self._instructions,
         )  # fmt: skip
         if status:
-            raise self._error(status)
+            raise self._error(status, layer)
         return PreparedInput(self.kind, tuple(x.shape[:-1]), count, memory)
 
     def prepare_codes(self, codes: Tensor, *scales: Tensor) -> PreparedInput:
@@ -208,7 +213,7 @@ class NativeLinear:
             count, memory.data_ptr(), torch.get_num_threads(), self._instructions,
         )  # fmt: skip
         if status:
-            raise self._error(status)
+            raise self._error(status, self._layer)
         return PreparedInput(self.kind, tuple(codes.shape[:-1]), count, memory)
 
     def multiply(self, x: PreparedInput, dtype: torch.dtype) -> Tensor:
@@ -228,7 +233,7 @@ class NativeLinear:
             torch.get_num_threads(), self._instructions,
         )  # fmt: skip
         if status:
-            raise self._error(status)
+            raise self._error(status, self._layer)
         return y
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -284,13 +289,11 @@ class NativeLinear:
     def _memory(self, rows: int) -> Tensor:
         return _aligned(self._native.functions.fpc_prepared_bytes(self._weights, rows))
 
-    def _error(self, status: int) -> Exception:
+    def _error(self, status: int, layer: str) -> Exception:
         if status == _NO_MEMORY:
             return MemoryError(f"no memory for a row of {self.kind.k} values")
-        return NumericsError(
-            f"{describe_layer(self._layer)}: cannot quantize NaN or infinity to "
-            f"{self.kind.operand}. Check what the model computes before this layer."
-        )
+        assert self.kind.operand is not None
+        return not_finite(self.kind.operand, layer)
 
 
 _BLOCK_SCALES: Final = {"f32": 0, "f8E8M0FNU": 1, "f8E4M3FN": 2}

@@ -35,7 +35,7 @@ def test_targets_without_kernels_say_so() -> None:
             assert target.supports(W4, A6) == (
                 f"{target.name}: no kernels yet in this version; use the target reference"
             )
-    assert [target.name for target in TARGETS.values() if target.available] == ["reference"]
+    assert [target.name for target in TARGETS.values() if target.available] == ["reference", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,8 @@ def test_targets_without_kernels_say_so() -> None:
         ("reference", Operand.parse("e5m0@block16:e4m3"), Operand.parse("e1m6@row:f32"), "decode"),
         ("cpu", W4, A6, "int8"),
         ("cpu", W4, Operand.parse("e4m3@block32:e8m0"), "bf16"),
+        ("cpu", NV, None, "bf16"),
+        ("cpu", Operand.parse("e2m3@row:f32"), A6, "decode"),
     ],
 )
 def test_the_hardware_instruction_of_a_pair(target, weight, activation, kind) -> None:
@@ -72,7 +74,7 @@ def test_pairs_that_no_instruction_takes() -> None:
     real_blocks = Operand.parse("e2m1@block128:f32")
     assert lookup("sm_100a").kind_for(real_blocks, A6) is None
     assert lookup("sm_90a").kind_for(real_blocks, None) is None
-    assert lookup("cpu").kind_for(NV, Operand.parse("e3m4")) is None
+    assert lookup("sm_90a").kind_for(NV, Operand.parse("e3m4")) is None
 
 
 def embeds(spec: FloatSpec, container: FloatSpec) -> bool:

@@ -45,7 +45,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     scheme.add_argument("--recipe", metavar="FILE", help="the scheme as a .yaml or .json file")
     parser.add_argument("--inputs", metavar="FILE", help="the example call as .safetensors or .npz")
-    parser.add_argument("--target", default="reference", help="by default reference")
+    parser.add_argument("--target", default="cpu", help="by default cpu")
     parser.add_argument("--dump-dir", metavar="DIR", help="write the program after each pass there")
     parser.add_argument(
         "--dump-weights",

@@ -183,7 +183,7 @@ def _quantize(
     native = quantizer(rows, operand)
     if native is not None:
         if not quantize_rows(native, rows, operand, bits, packed, scales):
-            raise _not_finite(operand, layer)
+            raise not_finite(operand, layer)
         return packed, scales
     width = operand.block.block if operand.block else k
     blocks = Blocks(rows, width, Scratch(x.device))
@@ -208,7 +208,7 @@ def _scales(blocks: Blocks, operand: Operand, layer: str) -> list[Tensor]:
     """Return the scale of each level as fp32 ``[R or 1, blocks or 1, 1]``."""
     bits = blocks.largest()
     if int(bits.max()) >= EXPONENT_MASK:
-        raise _not_finite(operand, layer)
+        raise not_finite(operand, layer)
     scales: list[Tensor] = []
     if operand.outer:
         axes = (0, 1) if operand.outer.granularity is Granularity.TENSOR else (1,)
@@ -221,7 +221,8 @@ def _scales(blocks: Blocks, operand: Operand, layer: str) -> list[Tensor]:
     return scales
 
 
-def _not_finite(operand: Operand, layer: str) -> NumericsError:
+def not_finite(operand: Operand, layer: str) -> NumericsError:
+    """Return the error for values that are NaN or infinite."""
     return NumericsError(
         f"{describe_layer(layer)}: input holds NaN/Inf (or values beyond fp32) and cannot be "
         f"quantized to {operand}. Check the weights and the inputs, or skip the layer."

@@ -87,7 +87,7 @@ def test_inspect_shows_scheme_plan_and_sizes(capsys) -> None:
     assert main(["inspect", "m.fpc", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["bytes"] == Path("m.fpc").stat().st_size
-    assert data["targets"] == ["reference"]
+    assert data["targets"] == ["cpu"]
     assert (data["method"], data["attention"]) == ("rtn", None)
     assert [name for name, _, _ in data["inputs"]] == ["x", "mask"]
     rows = {row["name"]: row for row in data["plan"]["rows"]}

@@ -81,7 +81,7 @@ def test_a_pass_that_leaves_an_invalid_program_is_caught_at_once(tmp_path: Path)
     ("pipeline", "error"),
     [
         ("normalize,crash", KeyError),
-        ("normalize,insert-quantize,lower-gemm{target=cpu}", TargetError),
+        ("normalize,insert-quantize,lower-gemm{target=sm_100a}", TargetError),
     ],
 )
 def test_the_input_of_a_failing_pass_is_kept_with_its_reproducer(
@@ -104,7 +104,7 @@ def test_the_input_of_a_failing_pass_is_kept_with_its_reproducer(
 
 def test_opt_reproduces_a_failure_from_its_dump(tmp_path: Path, capsys) -> None:
     with pytest.raises(TargetError) as caught:
-        dumped(tmp_path, "normalize,insert-quantize,lower-gemm{target=cpu}")
+        dumped(tmp_path, "normalize,insert-quantize,lower-gemm{target=sm_100a}")
     command = caught.value.__notes__[1].partition("fpcompiler ")[2]
     assert main(shlex.split(command)) == 1
     # The dump has everything: layer, place and reason are the same.

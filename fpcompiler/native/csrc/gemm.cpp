@@ -59,6 +59,7 @@ extern "C" int64_t fpc_prepared_bytes(const FpcWeights* weights, int64_t m) {
 extern "C" int32_t fpc_multiply(const FpcWeights* weights, const uint8_t* prepared, int64_t m,
                                 void* y, int32_t output, int64_t stride, int32_t threads,
                                 int32_t instructions) {
+    if (m == 0) return FPC_OK;
     const Layout layout(*weights);
     const Gemm gemm{*weights, layout, Prepared(*weights, layout, (uint8_t*)prepared, m), m,
                     (uint8_t*)y, output, stride * (output == FPC_INPUT_F32 ? 4 : 2)};
