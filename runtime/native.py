@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ _ALIGNMENT: Final = 64
 _NO_MEMORY: Final = 2
 _BF16_DIGITS: Final = 8
 _MOST: Final = 1 << 31
+_POWERS: Final = "f8E8M0FNU"
+_E8M0_BIAS: Final = 127
 
 
 @lru_cache(maxsize=64)
@@ -105,21 +107,22 @@ class InputKind:
     offset: int
 
 
-@dataclass(frozen=True)
-class PreparedInput:
+class PreparedInput(NamedTuple):
     """Activations in the form in which they are multiplied.
 
     Attributes:
         kind: What they are.
         shape: Their shape without the last axis.
         rows: Product of that shape.
-        memory: The bytes.
+        memory: Holds the bytes.
+        address: Of the first byte, which is aligned.
     """
 
     kind: InputKind
     shape: tuple[int, ...]
     rows: int
     memory: Tensor
+    address: int
 
 
 class NativeLinear:
@@ -167,11 +170,14 @@ class NativeLinear:
         self.kind = InputKind(x_operand, k, group, arithmetic, offset)
         self._scale = _outputs_padded(w[1] if w_operand.outer else torch.ones(1), n)
         self._bias = None if bias is None else _outputs_padded(bias, n)
-        self._struct = self._describe(x_operand, w_operand, n)
+        self._struct = self._describe(x_operand, w_operand, n, _exponents(w, w_operand))
         self._data = self._repack(w, w_operand)
         self._struct.data = self._data.data_ptr()
         self._weights = ctypes.byref(self._struct)
         self._activations = ctypes.byref(_activations(x_operand, arithmetic))
+        # Looking functions up takes longer than a small layer.
+        self._prepare = native.functions.fpc_prepare
+        self._multiply = native.functions.fpc_multiply
 
     def prepare(self, x: Tensor, layer: str = "") -> PreparedInput:
         """Quantize activations ``[..., K]``, as ``fpc.quantize`` does, and make them ready.
@@ -186,35 +192,33 @@ class NativeLinear:
         k, layer = self.kind.k, layer or self._layer
         if x.dtype not in INPUTS:
             return self.prepare_codes(*_quantized(x, self.kind.operand, layer))
-        rows = x.detach().reshape(-1, k)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        count = rows.shape[0]
-        memory = self._memory(count)
-        status = self._native.functions.fpc_prepare(
-            self._weights, self._activations, rows.data_ptr(), INPUTS[rows.dtype], count,
-            rows.stride(0), memory.data_ptr(), torch.get_num_threads(), self._instructions,
+        x = x.contiguous()
+        count = x.numel() // k
+        memory, address = self._memory(count)
+        status = self._prepare(
+            self._weights, self._activations, x.data_ptr(), INPUTS[x.dtype], count, k, address,
+            torch.get_num_threads(), self._instructions,
         )  # fmt: skip
         if status:
             raise self._error(status, layer)
-        return PreparedInput(self.kind, tuple(x.shape[:-1]), count, memory)
+        return PreparedInput(self.kind, x.shape[:-1], count, memory, address)
 
     def prepare_codes(self, codes: Tensor, *scales: Tensor) -> PreparedInput:
         """Make activations ready that are quantized: ``codes [..., K]`` and their scales."""
         operand = self.kind.operand
         assert operand is not None
         count = codes.numel() // self.kind.k
-        memory = self._memory(count)
+        memory, address = self._memory(count)
         codes, scales = codes.contiguous(), tuple(scale.contiguous() for scale in scales)
         status = self._native.functions.fpc_prepare_codes(
             self._weights, self._activations, codes.data_ptr(),
             scales[0].data_ptr() if operand.outer else None,
             scales[-1].data_ptr() if operand.block else None,
-            count, memory.data_ptr(), torch.get_num_threads(), self._instructions,
+            count, address, torch.get_num_threads(), self._instructions,
         )  # fmt: skip
         if status:
             raise self._error(status, self._layer)
-        return PreparedInput(self.kind, tuple(codes.shape[:-1]), count, memory)
+        return PreparedInput(self.kind, codes.shape[:-1], count, memory, address)
 
     def multiply(self, x: PreparedInput, dtype: torch.dtype) -> Tensor:
         """Return ``x @ w.T + bias``, ``[..., N]``, in fp32, bf16 or fp16.
@@ -222,14 +226,14 @@ class NativeLinear:
         Raises:
             NumericsError: If the input was prepared for another kind of layer.
         """
-        if x.kind != self.kind:
+        if x.kind is not self.kind and x.kind != self.kind:
             raise NumericsError(
                 f"{describe_layer(self._layer)}: its input was prepared as {x.kind}, but it is "
                 f"{self.kind}."
             )
         y = torch.empty((*x.shape, self.outputs), dtype=dtype)
-        status = self._native.functions.fpc_multiply(
-            self._weights, x.memory.data_ptr(), x.rows, y.data_ptr(), INPUTS[dtype], self.outputs,
+        status = self._multiply(
+            self._weights, x.address, x.rows, y.data_ptr(), INPUTS[dtype], self.outputs,
             torch.get_num_threads(), self._instructions,
         )  # fmt: skip
         if status:
@@ -245,7 +249,9 @@ class NativeLinear:
         """Bytes of the weights with all scales, in the library's order."""
         return int(self._data.nbytes + self._scale.nbytes)
 
-    def _describe(self, x_operand: Operand | None, w_operand: Operand, n: int) -> Weights:
+    def _describe(
+        self, x_operand: Operand | None, w_operand: Operand, n: int, exponents: tuple[int, int]
+    ) -> Weights:
         kind, spec = self.kind, w_operand.format
         block = w_operand.block
         x_integers = integers_of(x_operand.format) if x_operand else None
@@ -261,7 +267,9 @@ class NativeLinear:
             k=kind.k,
             group=kind.group,
             block_scale=_BLOCK_SCALES[block.format] if block else -1,
-            scaled_inputs=int(x_operand is not None and x_operand.block is not None),
+            scaled_inputs=_scales_of(x_operand),
+            least=exponents[0],
+            most=exponents[1],
             arithmetic=kind.arithmetic,
             offset=kind.offset,
             unit=unit,
@@ -286,8 +294,11 @@ class NativeLinear:
         )  # fmt: skip
         return data
 
-    def _memory(self, rows: int) -> Tensor:
-        return _aligned(self._native.functions.fpc_prepared_bytes(self._weights, rows))
+    def _memory(self, rows: int) -> tuple[Tensor, int]:
+        size = self._native.functions.fpc_prepared_bytes(self._weights, rows)
+        memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        address = memory.data_ptr()
+        return memory, address + -address % _ALIGNMENT
 
     def _error(self, status: int, layer: str) -> Exception:
         if status == _NO_MEMORY:
@@ -305,6 +316,21 @@ def _group(x: Operand | None, w: Operand, arithmetic: Arithmetic) -> int:
     if x is not None and x.block and arithmetic is Arithmetic.INT8:
         sizes.append(x.block.block)
     return min(sizes, default=0)
+
+
+def _scales_of(x: Operand | None) -> int:
+    """Return the ``FpcScales`` of activations."""
+    if x is None or x.block is None:
+        return 0
+    return 2 if x.block.format == _POWERS else 1
+
+
+def _exponents(w: Sequence[Tensor], operand: Operand) -> tuple[int, int]:
+    """Return the least and the largest exponent of the scales of blocks, 0 if they are others."""
+    if operand.block is None or operand.block.format != _POWERS:
+        return 0, 0
+    least, most = w[-1].aminmax()
+    return int(least) - _E8M0_BIAS, int(most) - _E8M0_BIAS
 
 
 def _outputs_padded(values: Tensor, n: int) -> Tensor:

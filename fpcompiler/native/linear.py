@@ -30,6 +30,8 @@ class Weights(ctypes.Structure):
         ("group", ctypes.c_int32),
         ("block_scale", ctypes.c_int32),
         ("scaled_inputs", ctypes.c_int32),
+        ("least", ctypes.c_int32),
+        ("most", ctypes.c_int32),
         ("arithmetic", ctypes.c_int32),
         ("offset", ctypes.c_int32),
         ("unit", ctypes.c_float),

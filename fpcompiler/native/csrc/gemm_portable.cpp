@@ -86,14 +86,14 @@ void run_row(const Gemm& gemm, const Task& task, int64_t m) {
     for (int64_t g = 0; g < layout.groups; g++, group += layout.group_bytes) {
         Sums sums;
         for (int64_t r = 0; r < kBlock; r++)
-            sums.integer[r] = integers ? prepared.correction[m * layout.groups + g] : 0, sums.real[r] = 0;
+            sums.integer[r] = integers ? prepared.correction[g * prepared.m + m] : 0, sums.real[r] = 0;
         const uint8_t* a = prepared.a + m * prepared.stride;
         const int64_t first = g * layout.octets * 8;
         const uint8_t* codes = group + layout.scale_bytes;
         if (integers) add_integers(gemm, codes, (const int8_t*)a + first, sums);
         else add_floats(gemm, codes, (const float*)a + first, sums.real);
         const float other = weights.scaled_inputs && integers
-                                ? prepared.group_scale[m * layout.groups + g] : 1;
+                                ? prepared.group_scale[g * prepared.m + m] : 1;
         for (int64_t r = 0; r < kBlock; r++) {
             const float sum = integers ? (float)sums.integer[r] : sums.real[r];
             if (!weights.group) total[r] = sum;

@@ -50,11 +50,14 @@ struct Prepared {
     uint8_t* a;           // [m] rows
     int64_t stride;       // bytes of a row
     float* token_scale;   // [m]
-    int32_t* correction;  // [m, groups]
-    float* group_scale;   // [m, groups]
+    int64_t m;
+    int32_t* correction;  // [groups, m]: neighbours are what a tile needs at a time
+    float* group_scale;   // [groups, m]
+    int32_t* range;       // [m, 2]: least and largest bits of the row's group scales
     int64_t bytes;
 
-    Prepared(const FpcWeights& weights, const Layout& layout, uint8_t* memory, int64_t m) {
+    Prepared(const FpcWeights& weights, const Layout& layout, uint8_t* memory, int64_t rows) {
+        m = rows;
         const int64_t size = weights.arithmetic == FPC_INT8 ? 1 : weights.arithmetic == FPC_BF16 ? 2 : 4;
         // One line more, so that rows do not all begin in the same set of the cache.
         stride = round_up(layout.inputs() * size, 64) + 64;
@@ -62,7 +65,8 @@ struct Prepared {
         token_scale = (float*)(a + m * stride);
         correction = (int32_t*)(token_scale + m);
         group_scale = (float*)(correction + m * layout.groups);
-        bytes = (uint8_t*)(group_scale + m * layout.groups) - memory;
+        range = (int32_t*)(group_scale + m * layout.groups);
+        bytes = (uint8_t*)(range + 2 * m) - memory;
     }
 };
 

@@ -69,13 +69,16 @@ enum FpcArithmetic {
     FPC_FLOAT32 = 2  // anything else
 };
 
+enum FpcScales { FPC_NO_SCALES = 0, FPC_ANY_SCALES = 1, FPC_POWERS = 2 };
+
 // Weights with codes of four bits, and the scales and the bias of the outputs.
 typedef struct {
     const uint8_t* data;   // what fpc_repack wrote; its layout is in gemm.h
     int64_t n, k;          // outputs, inputs
     int32_t group;         // inputs that share scales in one of the operands; 0: all of them
     int32_t block_scale;   // FpcBlockScale of the weights' groups, or -1 if they have none
-    int32_t scaled_inputs; // whether the activations have scales of groups
+    int32_t scaled_inputs; // FpcScales of groups that the activations have
+    int32_t least, most;   // exponents of the weights' scales of E8M0; 0 if they have none
     int32_t arithmetic;    // FpcArithmetic
     int32_t offset;        // int8: what is added to the integers, so that none is negative
     float unit;            // int8: what 1 of a product of integers stands for

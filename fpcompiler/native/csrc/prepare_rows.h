@@ -55,7 +55,7 @@ struct Preparer {
 
     // The sums of groups, times minus the offset.
     void corrections(int64_t m, const int8_t* a) const {
-        int32_t* result = to.correction + m * layout.groups;
+        int32_t* result = to.correction + m;
         switch (layout.octets) {
             case 2: return corrections_of<16>(a, result);
             case 4: return corrections_of<32>(a, result);
@@ -65,7 +65,7 @@ struct Preparer {
         for (int64_t g = 0; g < layout.groups; g++) {
             int32_t sum = 0;
             for (int64_t i = 0; i < length; i++) sum += a[g * length + i];
-            result[g] = -weights.offset * sum;
+            result[g * to.m] = -weights.offset * sum;
         }
     }
 
@@ -74,13 +74,20 @@ struct Preparer {
         for (int64_t g = 0; g < layout.groups; g++) {
             int16_t sum = 0;  // At most 128 times 127: it fits.
             for (int i = 0; i < kLength; i++) sum = (int16_t)(sum + a[g * kLength + i]);
-            result[g] = -weights.offset * sum;
+            result[g * to.m] = -weights.offset * sum;
         }
     }
 
     void group_scales(int64_t m, const uint8_t* scales) const {
-        for (int64_t g = 0; g < layout.groups; g++)
-            to.group_scale[m * layout.groups + g] = block_scale(scales, g * layout.octets * 8);
+        float* result = to.group_scale + m;
+        float least = __builtin_inff(), most = 0;
+        for (int64_t g = 0; g < layout.groups; g++) {
+            const float scale = block_scale(scales, g * layout.octets * 8);
+            least = scale < least ? scale : least, most = scale > most ? scale : most;
+            result[g * to.m] = scale;
+        }
+        __builtin_memcpy(to.range + 2 * m, &least, 4);
+        __builtin_memcpy(to.range + 2 * m + 1, &most, 4);
     }
 
     float block_scale(const uint8_t* scales, int64_t i) const {
