@@ -7,6 +7,9 @@ READY := .venv/.ready
 LIBRARY := fpcompiler/native/libfpc.so
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
+# Tests at a time; each of them may take 2 GB.
+JOBS ?= 2
+
 # Threads that wait do not spin: two of them on a busy machine are up to 20 times slower otherwise.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -17,7 +20,7 @@ demo: $(READY) $(LIBRARY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY) $(LIBRARY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check
