@@ -20,19 +20,18 @@ from torch import Tensor
 
 from fpcompiler.errors import NumericsError, describe_layer
 from fpcompiler.formats import FloatSpec
-from fpcompiler.native import Library, library
+from fpcompiler.native import INSTRUCTION_SETS, library
 from fpcompiler.native.linear import Activations, Arithmetic, Weights
 from fpcompiler.numerics import quantize
-from fpcompiler.numerics.compiled import INPUTS, operand_struct
+from fpcompiler.numerics.compiled import BLOCK_SCALES, INPUTS, NO_MEMORY, operand_struct
 from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
 
-BF16_INSTRUCTIONS: Final = 4
-"""``FPC_AVX512_BF16``: what bf16 arithmetic needs."""
+BF16_INSTRUCTIONS: Final = INSTRUCTION_SETS.index("AVX-512 BF16")
+"""What bf16 arithmetic needs."""
 
 _OUTPUTS: Final = 64  # of a block of weights
 _ALIGNMENT: Final = 64
-_NO_MEMORY: Final = 2
 _BF16_DIGITS: Final = 8
 _MOST: Final = 1 << 31
 _POWERS: Final = "f8E8M0FNU"
@@ -266,7 +265,7 @@ class NativeLinear:
             n=n,
             k=kind.k,
             group=kind.group,
-            block_scale=_BLOCK_SCALES[block.format] if block else -1,
+            block_scale=BLOCK_SCALES[block.format] if block else -1,
             scaled_inputs=_scales_of(x_operand),
             least=exponents[0],
             most=exponents[1],
@@ -301,13 +300,10 @@ class NativeLinear:
         return memory, address + -address % _ALIGNMENT
 
     def _error(self, status: int, layer: str) -> Exception:
-        if status == _NO_MEMORY:
+        if status == NO_MEMORY:
             return MemoryError(f"no memory for a row of {self.kind.k} values")
         assert self.kind.operand is not None
         return not_finite(self.kind.operand, layer)
-
-
-_BLOCK_SCALES: Final = {"f32": 0, "f8E8M0FNU": 1, "f8E4M3FN": 2}
 
 
 def _group(x: Operand | None, w: Operand, arithmetic: Arithmetic) -> int:
@@ -368,6 +364,6 @@ def _activations(operand: Operand | None, arithmetic: Arithmetic) -> Activations
 
 
 __all__ = [
-    "InputKind", "Library", "NativeLinear", "PreparedInput", "arithmetic_for", "integers_of",
+    "InputKind", "NativeLinear", "PreparedInput", "arithmetic_for", "integers_of",
     "takes",
 ]  # fmt: skip

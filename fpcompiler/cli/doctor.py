@@ -107,7 +107,10 @@ def _version(package: str) -> str:
 
 
 def _native() -> Check:
-    enables, fix = "quantizing at the speed of memory", "install g++, then fpcompiler again"
+    enables, fix = (
+        "fast layers on the CPU, and fast quantization",
+        "install g++, then fpcompiler again",
+    )
     from fpcompiler import native
 
     found = native.load(native.PATH)

@@ -53,7 +53,7 @@ def library() -> Library | None:
     if wanted:
         raise OptionError(f"FPC_NATIVE=require, but {found}.")
     # Once: the result of this function is kept.
-    _LOG.warning("%s. Quantizing with PyTorch instead: the same result, slower.", found)
+    _LOG.warning("%s. Quantizing and multiplying with PyTorch instead, much slower.", found)
     return None
 
 

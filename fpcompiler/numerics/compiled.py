@@ -15,12 +15,12 @@ from fpcompiler.operand import Granularity, Operand, ScaleRounding
 
 INPUTS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OUTER: Final = {Granularity.TENSOR: 1, Granularity.ROW: 2, Granularity.TOKEN: 2}
-_BLOCK_SCALES: Final = {"f32": 0, "f8E8M0FNU": 1, "f8E4M3FN": 2}
+BLOCK_SCALES: Final = {"f32": 0, "f8E8M0FNU": 1, "f8E4M3FN": 2}
 _ROUNDINGS: Final = {
     ScaleRounding.FLOOR: 0, ScaleRounding.CEIL: 1, ScaleRounding.RNE: 2, ScaleRounding.MSE: 3,
 }  # fmt: skip
 _NOT_FINITE: Final = 1
-_NO_MEMORY: Final = 2
+NO_MEMORY: Final = 2
 
 _VALUES_PER_THREAD: Final = 1 << 16
 """Fewer are done before another thread has started."""
@@ -67,7 +67,7 @@ def quantize_rows(
         rows.shape[0], rows.shape[1], rows.stride(0), packed.data_ptr(), outer, block, threads,
         native.instructions,
     )  # fmt: skip
-    if status == _NO_MEMORY:
+    if status == NO_MEMORY:
         raise MemoryError(f"no memory for a row of {rows.shape[1]} values")
     return bool(status != _NOT_FINITE)
 
@@ -82,7 +82,7 @@ def operand_struct(operand: Operand, bits: int) -> OperandStruct:
         ),
         outer=_OUTER[operand.outer.granularity] if operand.outer else 0,
         block=block.block if block else 0,
-        block_scale=_BLOCK_SCALES[block.format] if block else 0,
+        block_scale=BLOCK_SCALES[block.format] if block else 0,
         rounding=_ROUNDINGS[block.rounding] if block and block.rounding else 0,
         code_bits=bits,
     )

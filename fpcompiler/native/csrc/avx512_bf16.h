@@ -163,6 +163,6 @@ Kernels bf16_kernels(const Gemm& gemm) {
     const FpcWeights& weights = gemm.weights;
     const int64_t bytes = gemm.layout.inputs() * kBlock * 2, rows = weights.group ? 24 : kPanelRows;
     const bool exact = !weights.group || weights.block_scale != FPC_F32;
-    if (exact && gemm.m >= rows && bytes <= kPanelBytes) return {bf16_panel_task, bytes, rows};
-    return {weights.group ? bf16_task<true> : bf16_task<false>, 0, INT64_MAX};
+    if (exact && gemm.m >= rows && bytes <= kPanelBytes) return {bf16_panel_task, bytes};
+    return {weights.group ? bf16_task<true> : bf16_task<false>, 0};
 }

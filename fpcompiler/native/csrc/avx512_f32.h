@@ -64,5 +64,5 @@ void f32_task(const Gemm& gemm, const Task& task, uint8_t*) {
 }
 
 Kernels f32_kernels(const Gemm& gemm) {
-    return {gemm.weights.group ? f32_task<true> : f32_task<false>, 0, INT64_MAX};
+    return {gemm.weights.group ? f32_task<true> : f32_task<false>, 0};
 }

@@ -361,5 +361,5 @@ Kernels int8_kernels(const Gemm& gemm) {
         case 4: run = groups_of<4>(gemm, panel); break;
         default: run = groups_of<0>(gemm, panel);
     }
-    return {run, panel ? bytes : 0, panel ? kPanelRows : INT64_MAX};
+    return {run, panel ? bytes : 0};
 }

@@ -66,7 +66,7 @@ extern "C" int32_t fpc_multiply(const FpcWeights* weights, const uint8_t* prepar
     const Kernels kernels = kernels_for(gemm, instructions);
     const double products = (double)weights->n * (double)weights->k * (double)m;
     if (products < kProductsPerThread * 2) threads = 1;
-    const Tasks tasks(gemm, threads, m >= kernels.panel_rows);
+    const Tasks tasks(gemm, threads, kernels.scratch > 0);
     const int64_t count = tasks.count();
     int32_t status = FPC_OK;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(max : status)

@@ -33,13 +33,11 @@ typedef void (*RunTask)(const Gemm& gemm, const Task& task, uint8_t* scratch);
 
 struct Kernels {
     RunTask run;
-    int64_t scratch;      // bytes that a thread needs
-    int64_t panel_rows;   // from as many rows on, codes are decoded only once
+    int64_t scratch;  // bytes that a thread needs for a panel, which takes whole blocks; 0 without
 };
 
 // One for each instruction set.
 Kernels kernels_avx512(const Gemm& gemm);
-Kernels kernels_avx2(const Gemm& gemm);
 Kernels kernels_portable(const Gemm& gemm);
 
 #endif

@@ -72,7 +72,7 @@ struct Preparer {
     template <int kLength>
     void corrections_of(const int8_t* a, int32_t* result) const {
         for (int64_t g = 0; g < layout.groups; g++) {
-            int16_t sum = 0;  // At most 128 times 127: it fits.
+            int16_t sum = 0;  // At most 32 times 127: it fits.
             for (int i = 0; i < kLength; i++) sum = (int16_t)(sum + a[g * kLength + i]);
             result[g * to.m] = -weights.offset * sum;
         }
