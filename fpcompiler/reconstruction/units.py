@@ -33,7 +33,7 @@ _SAME: Final = frozenset(
 )
 """What gives the values of its first argument, in another form."""
 _LINEAR: Final = torch.ops.aten.linear.default
-_NUMBERED: Final = re.compile(r"\d$")
+_NUMBERED: Final = re.compile(r"(^|[._])\d+$")
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,17 @@ class _Finder:
 
     def _span(self, place: str, loads: Iterable[fx.Node]) -> tuple[int, int]:
         """Return the positions of the first layer and the last node of a unit."""
-        layers = [node for load in loads for node in self._layers[load]]
-        reached = self._dependent(loads, self._ends.get(place, -1))
-        inside = [node for node in reached if _is_in(_path(node), place)]
-        return (
-            min(self._position[node] for node in layers),
-            max(self._position[node] for node in [*layers, *inside]),
-        )
+        calls = [sorted(self._position[node] for node in self._layers[load]) for load in loads]
+        end = self._ends.get(place, -1)
+        if min(map(len, calls)) == 1:
+            # What reads a few of its weights once more, later, is not the block called again.
+            last = max(call[0] for call in calls)
+            again = [position for call in calls for position in call if position > last]
+            calls = [[p for p in call if p <= last] for call in calls]
+            end = min([end, *(position - 1 for position in again)])
+        reached = self._dependent(loads, end)
+        inside = [self._position[node] for node in reached if _is_in(_path(node), place)]
+        return min(call[0] for call in calls), max([call[-1] for call in calls] + inside)
 
     def _dependent(self, loads: Iterable[fx.Node], last: int) -> list[fx.Node]:
         """Return the nodes up to a position that depend on some weights, in order."""
@@ -193,25 +197,29 @@ def _residual_modules(
     """Return the modules that add something from outside to what their weights have computed."""
     found: set[str] = set()
     for node in nodes:
-        operands = [_source(n) for n in node.all_input_nodes if n not in constant]
+        operands = [n for n in node.all_input_nodes if n not in constant]
         if node.target not in _SUMS or len(operands) != 2:
             continue
         for computed, other in (operands, reversed(operands)):
             if computed in rounded:
-                inside = set(_modules(_path(node))) & set(_modules(_path(computed)))
-                found |= inside - set(_modules(_path(other)))
+                within = [set(_modules(_path(n))) for n in (node, *_sources(computed))]
+                around = {module for n in _sources(other) for module in _modules(_path(n))}
+                found |= set.intersection(*within) - around
     return found
 
 
-def _source(node: fx.Node) -> fx.Node:
-    """Return where values come from, past what only changes their form.
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """Return where values come from, past what only changes their form or puts them together.
 
     Export makes ``x`` itself the result of ``x.float()`` where that changes nothing: a norm within
-    a block would seem to be where the block's input comes from.
+    a block would seem to be where the block's input comes from. A block of two streams may join
+    them before it computes.
     """
     while node.target in _SAME and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    return node
+    if node.target is torch.ops.aten.cat.default:
+        return [source for part in node.all_input_nodes for source in _sources(part)]
+    return [node]
 
 
 def _path(node: fx.Node) -> str:

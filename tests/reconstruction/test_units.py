@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from fpcompiler.capture import capture
 from fpcompiler.reconstruction import Unit, find_units
@@ -20,107 +19,15 @@ from tests import diffusers_models, dit_models
 from tests.calibration.runs import CPU
 from tests.models import cases, normal, token_ids
 from tests.programs import leaves_of
+from tests.reconstruction.block_models import (
+    Joint,
+    LongSkip,
+    ReadAgain,
+    SharedDown,
+    branches,
+    chain,
+)
 from tests.reconstruction.graphs import Builder, aten, learnable, values_of
-
-
-class Residual(nn.Module):
-    """``x + down(up(x))``."""
-
-    def __init__(self, down: nn.Linear | None = None) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 64), down or nn.Linear(64, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(functional.gelu(self.up(x)))
-
-
-class SharedDown(nn.Module):
-    """Two blocks that share a layer, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        down = nn.Linear(64, 32)
-        self.blocks = nn.ModuleList(Residual(down) for _ in range(2))
-        self.head = nn.Linear(32, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-class JointBlock(nn.Module):
-    """Two streams that see each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.x_in, self.y_in, self.x_out, self.y_out = (nn.Linear(32, 32) for _ in range(4))
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.cat([self.x_in(x), self.y_in(y)], 1)
-        both = functional.scaled_dot_product_attention(both, both, both)
-        ours, theirs = both.split([x.shape[1], y.shape[1]], 1)
-        return x + self.x_out(ours), y + self.y_out(theirs)
-
-
-class Joint(nn.Module):
-    """Blocks of two streams."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(JointBlock() for _ in range(2))
-        self.out = nn.Linear(32, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.tanh(x[:, :3])
-        for block in self.blocks:
-            x, y = block(x, y)
-        return self.out(x) + y.mean()
-
-
-class LongSkipBlock(nn.Module):
-    """A layer over two streams, and a residual sum after it that does not go past all of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.skip, self.block = nn.Linear(64, 32), Residual()
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = self.skip(torch.cat([x, skip], -1))
-        return x + self.block.down(torch.relu(self.block.up(x)))
-
-
-class LongSkip(nn.Module):
-    """As in Hunyuan-DiT: later blocks read what earlier ones gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Residual(), Residual(), LongSkipBlock()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.blocks[0](x)
-        return self.blocks[2](self.blocks[1](first), first)
-
-
-def chain() -> nn.Module:
-    """Return a list of modules without a residual sum."""
-    layers = [nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)) for _ in range(2)]
-    return nn.Sequential(*layers)
-
-
-def branches() -> nn.Module:
-    """Return a plain model: a layer whose result nothing but a choice reads, and two more."""
-
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.choice, self.first, self.second = (nn.Linear(32, 32) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            chosen = self.choice(x).argmax(-1, keepdim=True)
-            return self.second(torch.relu(self.first(x)).gather(-1, chosen).expand_as(x) * x)
-
-    return Branches()
 
 
 def transformers_model(kind: str, auto: str, call: dict[str, Any], **config: Any) -> Any:
@@ -166,7 +73,7 @@ def small(build: Callable[[], nn.Module], *shape: int) -> Callable[[], Any]:
 Made = Callable[[], Any]
 QUICK = (
     "llama", "shared", "cached", "pixart", "long skip", "two streams",
-    "shared layer", "chain", "branches",
+    "shared layer", "read again", "chain", "branches",
 )  # fmt: skip
 MODELS: dict[str, tuple[Made, dict[str, int]]] = {
     "llama": (cases()["llama"].make, {"layers.0": 7, "layers.1": 7, "lm_head": 1}),
@@ -228,6 +135,9 @@ MODELS: dict[str, tuple[Made, dict[str, int]]] = {
     "long skip": (small(LongSkip, 4, 32), {"blocks.0": 2, "blocks.1": 2, "blocks.2": 3}),
     "two streams": (small(Joint, 2, 5, 32), {"blocks.0": 4, "blocks.1": 4, "out": 1}),
     "shared layer": (small(SharedDown, 4, 32), {"blocks.0": 1, "blocks.1": 1, "head": 1}),
+    "read again": (
+        small(ReadAgain, 2, 5, 32), {"blocks.0": 3, "blocks.1": 2, "blocks.2": 2, "head": 1},
+    ),
     "chain": (small(chain, 4, 32), {"0.0": 1, "0.2": 1, "1.0": 1, "1.2": 1}),
     "branches": (small(branches, 4, 32), {"choice": 1, "first": 1, "second": 1}),
 }  # fmt: skip
