@@ -15,6 +15,7 @@ from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
 from fpcompiler.passes.fuse_quantize import FuseQuantize
 from fpcompiler.passes.gptq import Gptq
+from fpcompiler.passes.group_heads import GroupHeads
 from fpcompiler.passes.insert_quantize import InsertQuantize
 from fpcompiler.passes.lower_gemm import LowerGemm
 from fpcompiler.passes.mixed_formats import MixedFormats
@@ -152,6 +153,7 @@ def default_pipeline(
         QuantizeWeights(clip=clip),
         LowerGemm(target=target),
         Canonicalize(),
+        GroupHeads(),
         FuseQuantize(),
         SymbolDce(),
     )

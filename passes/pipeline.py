@@ -19,6 +19,7 @@ from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
 from fpcompiler.passes.fuse_quantize import FuseQuantize
 from fpcompiler.passes.gptq import Gptq
+from fpcompiler.passes.group_heads import GroupHeads
 from fpcompiler.passes.insert_quantize import InsertQuantize
 from fpcompiler.passes.lower_gemm import LowerGemm
 from fpcompiler.passes.mixed_formats import MixedFormats
@@ -49,6 +50,7 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     QuantizeAttention,
     QuantizeWeights,
     LowerGemm,
+    GroupHeads,
     FuseQuantize,
     Cse,
     Canonicalize,

@@ -13,6 +13,9 @@ from fpcompiler.errors import ArtifactError
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import native_steps
 from fpcompiler.runtime.operators import resolve
+from fpcompiler.runtime.program.attention import NativeAttention
+
+_ATTENTION: Final = "aten.scaled_dot_product_attention.default"
 
 
 class Backend(Protocol):
@@ -86,4 +89,11 @@ def bind_plan(plan: Plan, constants: Mapping[str, Tensor]) -> list[Callable[...,
     Raises:
         ArtifactError: If an operator or a backend is unknown or refused.
     """
-    return native_steps.share_inputs(plan, [bind(step, constants) for step in plan.steps])
+    functions = native_steps.share_inputs(plan, [bind(step, constants) for step in plan.steps])
+    if any(step.kernel == CpuBackend.name for step in plan.steps):
+        return [_native_attention(f, step) for f, step in zip(functions, plan.steps, strict=True)]
+    return functions
+
+
+def _native_attention(function: Callable[..., Any], step: Step) -> Callable[..., Any]:
+    return NativeAttention(function) if step.op == _ATTENTION else function

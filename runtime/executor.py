@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fpcompiler.artifact.container import ALIGNMENT
-from fpcompiler.errors import ArtifactError, FpcompilerError, RunError, describe_layer
+from fpcompiler.errors import ArtifactError, FpcompilerError
+from fpcompiler.native import library
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import backends, inputs, operators
 from fpcompiler.runtime.devices import parse_device
+from fpcompiler.runtime.instructions import STEP_ERRORS, Instruction, last_uses, step_error
+from fpcompiler.runtime.program import ProgramCache
+from fpcompiler.runtime.state import in_place_updates, write_rows
 from fpcompiler.tree import unflatten
 
 Observer: TypeAlias = Callable[[Step, Tensor], None]
@@ -22,28 +25,6 @@ Observer: TypeAlias = Callable[[Step, Tensor], None]
 
 Caller: TypeAlias = Callable[[Step, operators.Function, list[Any], dict[str, Any]], Any]
 """Called in place of the function of each step, with its arguments; returns its result."""
-
-_STEP_ERRORS: Final = (
-    ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-"""What torch operators and Python arithmetic raise."""
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    """A step, ready to run.
-
-    ``spread``: the results are the items of what ``function`` returns. ``frees``: the values that
-    no later step reads.
-    """
-
-    function: operators.Function
-    args: list[Any]
-    kwargs: dict[str, Any]
-    outs: tuple[str, ...]
-    spread: bool
-    frees: tuple[str, ...]
-    step: Step
 
 
 class Executor:
@@ -74,6 +55,10 @@ class Executor:
         self._code = _assemble(plan, self._constants, self.device)
         self._names = inputs.leaf_names(plan.signature)
         self._shared = _shared_values(plan, self._code)
+        # What its steps have written to the state itself need not be copied there.
+        in_place = {item.outs[0] for item in self._code if item.function is write_rows}
+        self._stores = tuple(store for store in plan.stores if store[0] not in in_place)
+        self._programs = self._new_programs()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program on the arguments of the model's ``forward``.
@@ -113,9 +98,12 @@ class Executor:
             values.update(self._state)
             for placeholder, leaf in zip(self.plan.placeholders, leaves, strict=True):
                 values[placeholder.name] = leaf
-            self._run_steps(values, observe, caller)
+            if self._programs is None or observe or caller or torch.compiler.is_compiling():
+                self._run_steps(values, observe, caller)
+            else:
+                self._programs.run(values)
             outputs = [self._own(out, values) for out in self.plan.outputs]
-            updates = [(name, self._own(value, values)) for value, name in self.plan.stores]
+            updates = [(name, self._own(value, values)) for value, name in self._stores]
             for name, update in updates:
                 self._state[name].copy_(update)
         return outputs
@@ -124,6 +112,7 @@ class Executor:
         """Return an executor of the same program that has a state of its own, the initial one."""
         other = copy.copy(self)
         other._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
+        other._programs = other._new_programs()
         return other
 
     def reset(self) -> None:
@@ -131,8 +120,25 @@ class Executor:
         for name, initial in self._initial.items():
             self._state[name].copy_(initial)
 
+    def _new_programs(self) -> ProgramCache | None:
+        native = library() if self.device.type == "cpu" else None
+        if native is None or not any(step.kernel == "cpu" for step in self.plan.steps):
+            return None
+        outputs = (out for out in self.plan.outputs if isinstance(out, str))
+        return ProgramCache(
+            self._code,
+            {**self._constants, **self._state},
+            (placeholder.name for placeholder in self.plan.placeholders),
+            (*outputs, *(value for value, _ in self._stores)),
+            native,
+            self._run_steps,
+        )
+
     def _run_steps(
-        self, values: dict[str, Any], observe: Observer | None, caller: Caller | None
+        self,
+        values: dict[str, Any],
+        observe: Observer | None = None,
+        caller: Caller | None = None,
     ) -> None:
         index = 0
         try:
@@ -153,8 +159,8 @@ class Executor:
                     del values[name]
         except FpcompilerError:
             raise
-        except _STEP_ERRORS as error:
-            raise _step_error(self._code[index].step, index, error) from error
+        except STEP_ERRORS as error:
+            raise step_error(self._code[index].step, index, error) from error
 
     def _own(self, out: object, values: Mapping[str, Any]) -> Any:
         """Return an output; if it may share memory with a constant or the state, a copy of it."""
@@ -162,14 +168,6 @@ class Executor:
             return out
         value = values[out]
         return value.clone() if out in self._shared and isinstance(value, Tensor) else value
-
-
-def _step_error(step: Step, index: int, error: BaseException) -> RunError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return RunError(
-        f"{describe_layer(step.layer)}: step {index} ({step.op}) failed: {first}. If the inputs "
-        "are right, run `fpcompiler verify` on the artifact and compile the model again."
-    )
 
 
 def _tensor(tensors: Mapping[str, Tensor], key: str) -> Tensor:
@@ -192,14 +190,15 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _assemble(
     plan: Plan, constants: Mapping[str, Tensor], device: torch.device
-) -> tuple[_Instruction, ...]:
-    frees = _frees(plan)
+) -> tuple[Instruction, ...]:
+    frees = last_uses(plan)
     code = []
     functions = backends.bind_plan(plan, constants)
+    in_place = in_place_updates(plan)
     for index, (step, function) in enumerate(zip(plan.steps, functions, strict=True)):
         code.append(
-            _Instruction(
-                function=function,
+            Instruction(
+                function=write_rows if index in in_place else function,
                 args=[operators.decode(arg, device) for arg in step.args],
                 kwargs={k: operators.decode(v, device) for k, v in step.kwargs.items()},
                 outs=step.outs,
@@ -211,25 +210,11 @@ def _assemble(
     return tuple(code)
 
 
-def _frees(plan: Plan) -> dict[int, list[str]]:
-    """Return the values that are not needed after a step; those of the result always are."""
-    lasts: dict[str, int] = {}
-    for index, step in enumerate(plan.steps):
-        lasts.update(dict.fromkeys([*step.outs, *step.uses()], index))
-    kept = {out for out in plan.outputs if isinstance(out, str)} | {v for v, _ in plan.stores}
-    frees: dict[int, list[str]] = {}
-    for name, index in lasts.items():
-        if name not in kept:
-            frees.setdefault(index, []).append(name)
-    return frees
-
-
-def _shared_values(plan: Plan, code: Sequence[_Instruction]) -> frozenset[str]:
+def _shared_values(plan: Plan, code: Sequence[Instruction]) -> frozenset[str]:
     """Return the values that may share memory with a constant or the state."""
     shared = {*plan.constants, *plan.state}
     for instruction in code:
-        if operators.aliases(instruction.function) and not shared.isdisjoint(
-            instruction.step.uses()
-        ):
+        aliases = instruction.function is write_rows or operators.aliases(instruction.function)
+        if aliases and not shared.isdisjoint(instruction.step.uses()):
             shared.update(instruction.outs)
     return frozenset(shared)

@@ -244,6 +244,11 @@ class NativeLinear:
         return self.multiply(self.prepare(x), dtype)
 
     @property
+    def structures(self) -> tuple[Weights, Activations]:
+        """What the library is told of the layer; they live as long as it does."""
+        return self._struct, _activations(self.kind.operand, self.kind.arithmetic)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights with all scales, in the library's order."""
         return int(self._data.nbytes + self._scale.nbytes)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from fpcompiler.errors import OptionError
-from fpcompiler.native.linear import declare
+from fpcompiler.native import linear, program
 from fpcompiler.native.structs import OperandStruct
 from fpcompiler.options import Options
 
@@ -20,7 +20,7 @@ PATH: Final = Path(__file__).parent / "libfpc.so"
 INSTRUCTION_SETS: Final = ("baseline", "AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 BF16")
 """What kernels are compiled for, in the order of ``FpcInstructions``."""
 
-_ABI: Final = 2
+_ABI: Final = 3
 _LOG: Final = logging.getLogger("fpcompiler.numerics")
 
 
@@ -81,7 +81,8 @@ def load(path: Path) -> Library | str:
         ctypes.c_int32,
         ctypes.c_int32,
     )
-    declare(functions)
+    linear.declare(functions)
+    program.declare(functions)
     functions.fpc_read_bytes.restype = ctypes.c_uint64
     functions.fpc_read_bytes.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     functions.fpc_peak.restype = ctypes.c_int64

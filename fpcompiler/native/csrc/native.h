@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define FPC_ABI 2
+#define FPC_ABI 3
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// fpcompiler opt 09-fuse-quantize.mlir -p symbol-dce
+// fpcompiler opt 10-fuse-quantize.mlir -p symbol-dce
 module attributes {fpq.stage = "lowered"} {
   ml_program.global private @norm.weight(#ml_program.extern) : tensor<32xf32> loc(unknown)
   ml_program.global private @norm.bias(#ml_program.extern) : tensor<32xf32> loc(unknown)

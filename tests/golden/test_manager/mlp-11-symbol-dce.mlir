@@ -1,4 +1,4 @@
-// fpcompiler opt 09-fuse-quantize.mlir -p symbol-dce
+// fpcompiler opt 10-fuse-quantize.mlir -p symbol-dce
 module attributes {fpq.stage = "lowered"} {
   ml_program.global private @up.bias(#ml_program.extern) : tensor<64xf32> loc(unknown)
   ml_program.global private @lm_head.weight(#ml_program.extern) : tensor<8x32xf32> loc(unknown)

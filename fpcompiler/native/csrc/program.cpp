@@ -1,0 +1,60 @@
+// Running a program.
+
+#include "program.h"
+
+#include <time.h>
+
+#include "operations.h"
+#include "threads.h"
+
+namespace {
+
+int64_t now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000ll + time.tv_nsec;
+}
+
+uint8_t* address(const FpcView& view, uint8_t* const* bases) {
+    return bases[view.base] + view.offset;
+}
+
+int32_t run(const FpcOperation& operation, uint8_t* const* bases, int32_t threads,
+            int32_t instructions) {
+    switch (operation.kind) {
+        case FPC_INDEX_COPY: return index_copy(operation, bases, threads);
+        case FPC_GATHER_ROWS: return gather_rows(operation, bases);
+        case FPC_ATTENTION: return attention(operation, bases, threads, instructions);
+        case FPC_PREPARE:
+            return fpc_prepare(operation.weights, operation.activations,
+                               address(operation.x[0], bases), (int32_t)operation.x[0].type,
+                               operation.integers[0], operation.integers[1],
+                               address(operation.y, bases), threads, instructions);
+        case FPC_MULTIPLY:
+            return fpc_multiply(operation.weights, address(operation.x[0], bases),
+                                operation.integers[0], address(operation.y, bases),
+                                (int32_t)operation.y.type, operation.integers[1], threads,
+                                instructions);
+        default: elementwise(operation, bases, threads); return FPC_OK;
+    }
+}
+
+}  // namespace
+
+extern "C" int32_t fpc_run(const FpcOperation* operations, int64_t count, uint8_t* const* bases,
+                           int32_t threads, int32_t instructions, int64_t* stopped,
+                           int64_t* nanoseconds) {
+    int64_t before = nanoseconds ? now() : 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t status = run(operations[i], bases, threads, instructions);
+        if (status) {
+            *stopped = i;
+            return status;
+        }
+        if (!nanoseconds) continue;
+        const int64_t after = now();
+        nanoseconds[i] = after - before;
+        before = after;
+    }
+    return FPC_OK;
+}
