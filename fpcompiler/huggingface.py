@@ -8,6 +8,7 @@ and every token after it.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -31,7 +32,8 @@ class CachedDecoder(nn.Module):
     """A decoder-only language model that remembers the keys and values of earlier calls.
 
     ``forward(input_ids, position)`` takes tokens [max_batch, length] and their positions [length]
-    (int64, the same for every row of the batch) and returns logits [max_batch, length, vocabulary].
+    (int64, the same for every row of the batch) and returns logits [max_batch, length, vocabulary],
+    or those of the last tokens only.
     Call it with the prompt and ``arange(length)``, then with one token at a time and its position.
     Positions may be written again; what a token sees are the positions up to its own, within the
     window of layers with sliding attention. Padding is not supported.
@@ -44,15 +46,20 @@ class CachedDecoder(nn.Module):
     Attributes:
         model: The language model; it is shared, not copied.
         max_seq: Number of positions that the cache holds.
+        last_logits: How many tokens at the end of a call get logits; 0: all.
     """
 
-    def __init__(self, model: nn.Module, max_batch: int = 1, max_seq: int = 256) -> None:
+    def __init__(
+        self, model: nn.Module, max_batch: int = 1, max_seq: int = 256, last_logits: int = 0
+    ) -> None:
         """Allocate the cache in the dtype of the model's keys and values.
 
         Args:
             model: A causal language model of transformers, in eval mode.
             max_batch: Rows of every call.
             max_seq: Positions that the cache holds.
+            last_logits: How many tokens at the end of a call get logits; 0: all. To generate text
+                1 is enough, and a long prompt then costs no products with the whole vocabulary.
 
         Raises:
             CaptureError: If the model's cache or attention works in a way that is not supported.
@@ -61,8 +68,10 @@ class CachedDecoder(nn.Module):
         super().__init__()
         _check_supported(model)
         _check_sizes(model, max_batch, max_seq)
+        _check_last_logits(model, last_logits)
         self.model = model
         self.max_seq = max_seq
+        self.last_logits = last_logits
         shapes = _probe(model)
         for layer, (key, value) in enumerate(shapes):
             for kind, example in (("key", key), ("value", value)):
@@ -75,7 +84,8 @@ class CachedDecoder(nn.Module):
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
         """Return the logits of tokens [max_batch, length] at positions [length]."""
         masks = _masks(self.model, position, self.max_seq)
-        return _logits(self.model, input_ids, position, masks, _BufferCache(self, position))
+        cache = _BufferCache(self, position)
+        return _logits(self.model, input_ids, position, masks, cache, self.last_logits)
 
     def reset(self) -> None:
         """Forget all earlier calls; a new text that begins at position 0 does not need it."""
@@ -94,6 +104,9 @@ class CachedDecoder(nn.Module):
         with _refusing(self.model), torch.no_grad():
             expected = self.model(input_ids=tokens, use_cache=False).logits
             got = torch.cat([self(tokens[:, call], positions[call]) for call in calls], 1)
+            # Of each call, the logits that it gives.
+            ends = [expected[:, call][:, -self.last_logits :] for call in calls]
+            expected = torch.cat(ends, 1)
         self.reset()
         error = (got - expected).abs().max()
         if not error <= _TOLERANCE.get(expected.dtype, 1e-3) * expected.abs().max():
@@ -181,6 +194,13 @@ def _check_sizes(model: nn.Module, max_batch: int, max_seq: int) -> None:
         )
 
 
+def _check_last_logits(model: nn.Module, last_logits: int) -> None:
+    if last_logits < 0:
+        raise OptionError(f"CachedDecoder: last_logits must be at least 0, got {last_logits}.")
+    if last_logits and "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise _refusal(model, "its forward has no logits_to_keep, which last_logits needs")
+
+
 def _refusal(model: nn.Module, reason: str) -> CaptureError:
     return CaptureError(
         f"CachedDecoder does not support {type(model).__name__}: {reason}.\n"
@@ -224,14 +244,16 @@ def _probe(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def _logits(
-    model: nn.Module, input_ids: Tensor, position: Tensor, masks: Any, cache: Any
+    model: nn.Module, input_ids: Tensor, position: Tensor, masks: Any, cache: Any, last: int = 0
 ) -> Tensor:
+    options = {"logits_to_keep": last} if last else {}
     logits: Tensor = model(
         input_ids=input_ids,
         attention_mask=masks,
         position_ids=position[None],
         past_key_values=cache,
         use_cache=True,
+        **options,
     ).logits
     return logits
 

@@ -161,3 +161,23 @@ def test_neither_module_imports_transformers() -> None:
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_logits_of_the_last_tokens_only() -> None:
+    model = hf_model("hf-llama")
+    whole, last = (CachedDecoder(model, max_seq=32, last_logits=n) for n in (0, 1))
+    for ids, position in ((token_ids(1, 9), torch.arange(9)), (token_ids(1, 1), torch.tensor([9]))):
+        with torch.no_grad():
+            ends = last(ids, position), whole(ids, position)[:, -1:]
+            torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [-1, 1])
+def test_last_logits_that_cannot_be(wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf_model("hf-gpt2")
+
+    def forward(input_ids: Any) -> None: ...
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises((CaptureError, OptionError), match="last_logits"):
+        CachedDecoder(model, max_seq=32, last_logits=wanted)
