@@ -1,14 +1,17 @@
 """Settings from the environment; nothing else in fpcompiler reads it.
 
-============  =====================================================================================
-FPC_DUMP      A folder: every compilation writes its dumps to a new folder inside.
-FPC_LOGS      What is logged to stderr: a level (``debug``), parts (``passes,capture``: those at
-              debug), or parts with levels (``passes=info``), separated by commas.
-FPC_CACHE     The folder of compiled kernels; by default ``fpcompiler`` in the user's cache folder.
-FPC_NATIVE    ``0`` does without the native library, ``require`` refuses to; by default it is used
-              where it was built.
-FPC_PROGRESS  ``1`` always shows progress bars, ``0`` never; by default on a terminal only.
-============  =====================================================================================
+===================  ==============================================================================
+FPC_DUMP             A folder: every compilation writes its dumps to a new folder inside.
+FPC_LOGS             What is logged to stderr: a level (``debug``), parts (``passes,capture``: those
+                     at debug), or parts with levels (``passes=info``), separated by commas.
+FPC_CACHE            The folder of compiled kernels; by default ``fpcompiler`` in the user's cache
+                     folder.
+FPC_NATIVE           ``0`` does without the native library, ``require`` refuses to; by default it is
+                     used where it was built.
+FPC_NATIVE_LIBRARY   A file to load in place of the native library that was built with the package,
+                     such as one with sanitizers.
+FPC_PROGRESS         ``1`` always shows progress bars, ``0`` never; by default on a terminal only.
+===================  ==============================================================================
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ LOG_PARTS: Final = (
 )  # fmt: skip
 """Parts of fpcompiler that log; each is the logger ``fpcompiler.<part>``."""
 
-_VARIABLES: Final = ("FPC_DUMP", "FPC_LOGS", "FPC_CACHE", "FPC_NATIVE", "FPC_PROGRESS")
+_VARIABLES: Final = (
+    "FPC_DUMP", "FPC_LOGS", "FPC_CACHE", "FPC_NATIVE", "FPC_NATIVE_LIBRARY", "FPC_PROGRESS",
+)  # fmt: skip
 _PROGRESS: Final = {"": None, "auto": None, "1": True, "0": False}
 _NATIVE: Final = {"": None, "auto": None, "1": None, "0": False, "require": True}
 
@@ -49,6 +54,7 @@ class Options:
         logs: The level of each part that logs; the part ``""`` is all of fpcompiler.
         cache: The folder of compiled kernels.
         native: Whether the native library is used; None: where it is there; True: it must be.
+        native_library: The file to load in place of the one that was built with the package.
         progress: Whether progress bars are shown; None: on a terminal only.
     """
 
@@ -57,6 +63,7 @@ class Options:
     cache: Path = field(default_factory=lambda: _default_cache({}))
     progress: bool | None = None
     native: bool | None = None
+    native_library: Path | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:
@@ -79,7 +86,8 @@ class Options:
         dump = _folder("FPC_DUMP", env.get("FPC_DUMP", ""))
         cache = _folder("FPC_CACHE", env.get("FPC_CACHE", "")) or _default_cache(env)
         logs = _parse_logs(env.get("FPC_LOGS", ""))
-        return cls(dump, logs, cache, _PROGRESS[progress], _NATIVE[native])
+        named = _file("FPC_NATIVE_LIBRARY", env.get("FPC_NATIVE_LIBRARY", ""))
+        return cls(dump, logs, cache, _PROGRESS[progress], _NATIVE[native], named)
 
     @property
     def debug(self) -> bool:
@@ -109,6 +117,13 @@ def _folder(name: str, text: str) -> Path | None:
     if path.exists() and not path.is_dir():
         raise OptionError(f"{name}={text!r} is a file; it must be a folder, or a new name.")
     return path
+
+
+def _file(name: str, text: str) -> Path | None:
+    path = Path(text).expanduser()
+    if text and not path.is_file():
+        raise OptionError(f"{name}={text!r} is no file; leave it out, or name one that is there.")
+    return path if text else None
 
 
 def _default_cache(env: Mapping[str, str]) -> Path:

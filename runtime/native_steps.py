@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fpcompiler.native import library
+from fpcompiler.native import library, why_missing
 from fpcompiler.numerics.compiled import INPUTS
 from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
-from fpcompiler.runtime import fused
+from fpcompiler.runtime import fused, onednn
 from fpcompiler.runtime.native import NativeLinear, PreparedInput, takes
+from fpcompiler.runtime.onednn import OneDnnLayer, OneDnnLinear
 from fpcompiler.runtime.operators import QUANTIZERS, resolve
 
 Function: TypeAlias = Callable[..., Any]
@@ -87,24 +88,64 @@ class NativeQuantizer:
         return [self.linear.prepare(values, args[-1]), *(None,) * self.scales]
 
 
-def bind_layer(step: Step, constants: Mapping[str, Tensor]) -> NativeLayer | None:
-    """Return what runs a layer natively, or None if the library does not take it."""
-    if library() is None or step.op != "fpc.linear" or step.kwargs:
+class _Layer(NamedTuple):
+    """The arguments of ``fpc.linear`` that are known when a program is loaded."""
+
+    w: list[Tensor]
+    bias: Tensor | None
+    x_operand: Operand | None
+    w_operand: Operand
+    k: int
+    dtype: torch.dtype
+    name: str
+
+
+def bind_layer(step: Step, constants: Mapping[str, Tensor]) -> NativeLayer | OneDnnLayer | None:
+    """Return what runs a layer: the library, or oneDNN where there is none; None: neither does."""
+    layer = _read(step, constants) if step.op == "fpc.linear" else ""
+    if isinstance(layer, str):
         return None
+    if library() is None:
+        return _bind_onednn(layer, resolve(step.op))
+    if not takes(layer.w_operand, layer.w[0].shape[0], layer.k):
+        return None
+    return NativeLayer(NativeLinear(*layer), resolve(step.op))
+
+
+def refusal(step: Step, constants: Mapping[str, Tensor]) -> str | None:
+    """Return why the native library does not run a layer (``fpc.linear``); None if it does."""
+    layer = _read(step, constants)
+    if isinstance(layer, str):
+        return layer
+    if takes(layer.w_operand, layer.w[0].shape[0], layer.k):
+        return why_missing()
+    return f"the native library takes no weights {layer.w_operand}"
+
+
+def _read(step: Step, constants: Mapping[str, Tensor]) -> _Layer | str:
+    """Return a layer's arguments, or why nothing can be prepared from them."""
     args = step.args
-    w = [constants.get(item["v"]) for item in args[_W]]
+    w = [constants[item["v"]] for item in args[_W] if item["v"] in constants]
     bias = None if args[_BIAS] is None else constants.get(args[_BIAS]["v"])
-    operand, k = Operand.parse(args[_W_OPERAND]), args[_K]
     dtype = getattr(torch, args[_DTYPE]["dtype"])
-    known = all(part is not None and part.device.type == "cpu" for part in w)
-    if not known or (args[_BIAS] is not None and bias is None) or dtype not in INPUTS:
-        return None
-    parts = [part for part in w if part is not None]
-    if not takes(operand, parts[0].shape[0], k):
-        return None
+    if step.kwargs or len(w) < len(args[_W]) or (args[_BIAS] is not None and bias is None):
+        return "its weights or its bias are computed at each call"
+    if any(part.device.type != "cpu" for part in w):
+        return f"it runs on {w[0].device}"
+    if dtype not in INPUTS:
+        return f"its results are {dtype}"
     x_operand = Operand.parse(args[_X_OPERAND]) if args[_X_OPERAND] else None
-    linear = NativeLinear(parts, bias, x_operand, operand, k, dtype, args[_LAYER])
-    return NativeLayer(linear, resolve(step.op))
+    w_operand = Operand.parse(args[_W_OPERAND])
+    return _Layer(w, bias, x_operand, w_operand, args[_K], dtype, args[_LAYER])
+
+
+def _bind_onednn(layer: _Layer, operator: Function) -> OneDnnLayer | None:
+    if layer.x_operand is None or not onednn.fits(layer.x_operand, layer.w_operand):
+        return None
+    if not onednn.usable() or 0 in (layer.k, layer.w[0].shape[0]):
+        return None
+    operands = layer.x_operand, layer.w_operand
+    return OneDnnLayer(OneDnnLinear(layer.w, layer.bias, *operands, layer.k), operator)
 
 
 def share_inputs(plan: Plan, functions: Sequence[Function]) -> list[Function]:

@@ -53,7 +53,7 @@ def linear(
     y = torch.empty(values.shape[0], w[0].shape[0], dtype=dtype, device=values.device)
     # Autocast would turn the fp32 product into one of bf16.
     with torch.autocast(values.device.type, enabled=False):
-        for rows, chunk, w_scale in _weight_chunks(w, w_operand, k):
+        for rows, chunk, w_scale in weight_chunks(w, w_operand, k):
             part = values @ chunk.T
             for scale in (x_scale, w_scale):
                 if scale is not None:
@@ -77,7 +77,7 @@ def _activation(
     return values, x[1].reshape(-1, 1) if operand.outer else None
 
 
-def _weight_chunks(
+def weight_chunks(
     w: Sequence[Tensor], operand: Operand, k: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield some rows, their elements as fp32, and their outer scale, ``[1, rows or 1]``.

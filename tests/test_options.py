@@ -60,6 +60,7 @@ def test_progress_follows_the_terminal_unless_set() -> None:
         ({"FPC_LOGS": "passes=loud"}, "'loud' is no level"),
         ({"FPC_DUMP": __file__}, "is a file; it must be a folder"),
         ({"FPC_CACHE": __file__}, "is a file; it must be a folder"),
+        ({"FPC_NATIVE_LIBRARY": "/no/such/library.so"}, "is no file; leave it out"),
         ({"FPC_DUMP_DIR": "x"}, "did you mean FPC_DUMP"),
         ({"FPC_LOG": "x"}, "did you mean FPC_LOGS"),
     ],

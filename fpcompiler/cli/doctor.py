@@ -17,6 +17,7 @@ from typing import Final
 
 from fpcompiler.cli.command import FAILED, OK, Command
 from fpcompiler.cli.output import print_json, print_table
+from fpcompiler.options import Options
 
 __all__ = ["COMMAND", "Check"]
 
@@ -49,7 +50,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    checks = [_python(), _torch(), *_packages(), _native(), _compiler(), _nvcc(), _gpu()]
+    checks = [_python(), _torch(), *_packages(), _native(), _onednn(), _compiler(), _nvcc(), _gpu()]
     if args.json:
         print_json([asdict(check) for check in checks])
     else:
@@ -107,16 +108,34 @@ def _version(package: str) -> str:
 
 
 def _native() -> Check:
-    enables, fix = (
-        "fast layers on the CPU, and fast quantization",
-        "install g++, then fpcompiler again",
-    )
     from fpcompiler import native
 
-    found = native.load(native.PATH)
-    if isinstance(found, str):
-        return Check("native library", False, found.partition(":")[0], enables, fix)
-    return Check("native library", True, native.INSTRUCTION_SETS[found.instructions], enables, fix)
+    name, enables = "native library", "fast layers on the CPU, and fast quantization"
+    off = Options.from_env().native is False
+    fix = "unset FPC_NATIVE" if off else "install g++, then fpcompiler again"
+    problem = native.why_missing()
+    found = None if problem else native.library()
+    if found is None:
+        return Check(name, False, str(problem).partition(":")[0], enables, fix)
+    return Check(name, True, native.INSTRUCTION_SETS[found.instructions], enables, fix)
+
+
+def _onednn() -> Check:
+    name = "oneDNN int8"
+    enables, fix = (
+        "layers without scales of blocks, where there is no native library",
+        "use a PyTorch with oneDNN, on x86-64",
+    )
+    if importlib.util.find_spec("torch") is None:
+        return Check(name, False, "torch is missing", enables, fix)
+    from fpcompiler import native
+    from fpcompiler.runtime.onednn import product_problem
+
+    problem = product_problem()
+    if problem:
+        return Check(name, False, problem, enables, fix)
+    used = "in use here" if native.why_missing() else "not needed here"
+    return Check(name, True, f"exact; {used}", enables, fix)
 
 
 def _compiler() -> Check:

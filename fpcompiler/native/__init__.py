@@ -3,6 +3,13 @@
 Everything works without it, more slowly: who calls asks :func:`library` and has another way.
 """
 
-from fpcompiler.native.loading import INSTRUCTION_SETS, PATH, Library, library, load
+from fpcompiler.native.loading import (
+    INSTRUCTION_SETS,
+    PATH,
+    Library,
+    library,
+    load,
+    why_missing,
+)
 
-__all__ = ["INSTRUCTION_SETS", "PATH", "Library", "library", "load"]
+__all__ = ["INSTRUCTION_SETS", "PATH", "Library", "library", "load", "why_missing"]

@@ -42,19 +42,30 @@ def library() -> Library | None:
     """Return the library, or None where it is not there or ``FPC_NATIVE=0``.
 
     Raises:
-        OptionError: If it is not there and ``FPC_NATIVE=require``; the message says why.
+        OptionError: If it is not there and ``FPC_NATIVE=require``, or the file that
+            ``FPC_NATIVE_LIBRARY`` names does not load; the message says why.
     """
-    wanted = Options.from_env().native
-    if wanted is False:
+    options = Options.from_env()
+    if options.native is False:
         return None
-    found = load(PATH)
+    found = load(options.native_library or PATH)
     if isinstance(found, Library):
         return found
-    if wanted:
-        raise OptionError(f"FPC_NATIVE=require, but {found}.")
+    if options.native or options.native_library:
+        name = "FPC_NATIVE=require" if options.native else "FPC_NATIVE_LIBRARY names a file"
+        raise OptionError(f"{name}, but {found}.")
     # Once: the result of this function is kept.
     _LOG.warning("%s. Quantizing and multiplying with PyTorch instead, much slower.", found)
     return None
+
+
+def why_missing() -> str | None:
+    """Return why :func:`library` gives none; None if it gives one."""
+    options = Options.from_env()
+    if options.native is False:
+        return "FPC_NATIVE=0 switches the native library off"
+    found = load(options.native_library or PATH)
+    return found if isinstance(found, str) else None
 
 
 def load(path: Path) -> Library | str:

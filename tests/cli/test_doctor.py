@@ -8,6 +8,7 @@ import pytest
 
 from fpcompiler.cli import doctor
 from fpcompiler.cli.main import main
+from fpcompiler.native import loading
 
 
 @pytest.fixture
@@ -35,6 +36,22 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(checks, monke
     assert code == 0, "loading works without the compiler"
     assert not rows["torch-mlir"]["ok"]
     assert rows["torch-mlir"]["fix"] == "pip install 'fpcompiler[compiler]'"
+
+
+def test_it_says_what_runs_layers_without_the_native_library(checks, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("FPC_NATIVE", "0")
+    code, rows = checks()
+    assert code == 0
+    assert rows["native library"]["found"] == "FPC_NATIVE=0 switches the native library off"
+    assert rows["native library"]["fix"] == "unset FPC_NATIVE"
+    if rows["oneDNN int8"]["ok"]:
+        assert rows["oneDNN int8"]["found"] == "exact; in use here"
+    monkeypatch.setenv("FPC_NATIVE", "require")
+    monkeypatch.setattr(loading, "PATH", tmp_path / "libfpc.so")
+    code, rows = checks()
+    assert code == 0, "doctor tells what is missing; it does not fail for it"
+    assert rows["native library"]["found"] == "the native library was not built"
+    assert "install g++" in rows["native library"]["fix"]
 
 
 @pytest.mark.parametrize("version", ["", "2.10.1", "nightly"])

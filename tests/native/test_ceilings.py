@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from fpcompiler import native
 
 pytestmark = pytest.mark.skipif(
-    isinstance(native.load(native.PATH), str), reason="the native library was not built"
+    native.why_missing() is not None, reason="the native library was not built"
 )
 
 
 def functions():
-    return native.load(native.PATH).functions
+    return native.library().functions
 
 
 @settings(deadline=None, max_examples=60)

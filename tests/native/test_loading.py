@@ -44,3 +44,28 @@ def test_it_is_optional_unless_required(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FPC_NATIVE", "0")
     assert native.library() is None
+
+
+@pytest.mark.skipif(not native.PATH.exists(), reason="the native library was not built")
+def test_another_file_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = tmp_path / "other.so"
+    other.write_bytes(native.PATH.read_bytes())
+    monkeypatch.setenv("FPC_NATIVE_LIBRARY", str(other))
+    found = native.library()
+    assert found is not None
+    assert found.functions._name == str(other)
+    assert native.why_missing() is None
+    native.library.cache_clear()
+    other = tmp_path / "broken.so"
+    other.write_bytes(b"not a library")
+    monkeypatch.setenv("FPC_NATIVE_LIBRARY", str(other))
+    with pytest.raises(OptionError, match="FPC_NATIVE_LIBRARY names a file, but the native"):
+        native.library()
+
+
+def test_why_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FPC_NATIVE", "0")
+    assert native.why_missing() == "FPC_NATIVE=0 switches the native library off"
+    monkeypatch.delenv("FPC_NATIVE")
+    monkeypatch.setattr(loading, "PATH", tmp_path / "libfpc.so")
+    assert str(native.why_missing()).startswith("the native library was not built")
