@@ -25,6 +25,7 @@ from fpcompiler.runtime.golden import record_golden
 from fpcompiler.runtime.inputs import bind
 from fpcompiler.runtime.model import COMPILING, CompiledModel
 from fpcompiler.runtime.model import load as load
+from fpcompiler.runtime.strict import require_library
 from fpcompiler.runtime.tables import PlanTable
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def compile(
     pipeline: str | Pipeline | None = None,
     dump_dir: str | os.PathLike[str] | None = None,
     dump_weights: bool = False,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile a model.
@@ -105,6 +107,8 @@ def compile(
             it did to the numbers.
         dump_weights: Whether the values of the weights are written there too, so that
             ``fpcompiler opt`` can run any pass on any dump.
+        strict: Whether it is an error if a layer would run here without the kernels of the target,
+            more slowly; see :func:`load`. Layers that stay in high precision are none.
         clip: How row scales of weights are chosen: ``"max"`` maps the largest magnitude to the
             largest code, ``"mse"`` searches the clip with the least squared error.
         progress: Wraps an iterable of long work for a progress bar: ``progress(items, n, label)``.
@@ -113,13 +117,13 @@ def compile(
     Raises:
         FormatError: If the scheme or an operand means nothing.
         OptionError: If an option has an unusable value.
-        TargetError: If the target is unknown, or cannot run a layer.
+        TargetError: If the target is unknown, or cannot run a layer; with ``strict``, also if a
+            layer would run without its kernels.
         CaptureError: If torch.export cannot turn the model into a graph.
         NumericsError: If a weight holds NaN or infinity; the message names the layer.
     """
     from fpcompiler.passes import METHODS, default_pipeline, parse_pipeline, what_learns
     from fpcompiler.scheme import Scheme as SchemeClass
-    from fpcompiler.target import lookup
 
     require_type("target", target, (str,), "the name of a target, such as 'reference'")
     require_type("method", method, (str,), "the name of a method, such as 'gptq'")
@@ -129,7 +133,7 @@ def compile(
     require_type("pipeline", pipeline, (str, tuple, list, _NONE), "a text or a tuple of passes")
     require_type("dump_dir", dump_dir, (*PATH, _NONE), "a folder, such as 'dumps'")
     parsed = SchemeClass.of(scheme)
-    lookup(target)
+    _require_target(target, strict)
     # What is wrong with the passes is said before a model is captured.
     given = (method, attention, effective_bits, round_budget)
     if pipeline is not None and given != ("rtn", None, None, None):
@@ -166,17 +170,27 @@ def compile(
     job = _Job(model, parsed, target, dynamic, passes, dumps, bar, data, chosen)
     example = _example(example_inputs, example_kwargs, data)
     if example is None and isinstance(model, nn.Module):
-        return CompiledModel.deferred(job.build, scheme=str(parsed), dumps=dumps.folder)
+        return CompiledModel.deferred(
+            job.build, scheme=str(parsed), dumps=dumps.folder, strict=strict
+        )
     # An ExportedProgram brings its own example call, unless it was saved without.
     args, kwargs = example or getattr(model, "example_inputs", None) or ((), {})
     try:
-        return CompiledModel(job.build(args, kwargs), dumps=dumps.folder)
+        return CompiledModel(job.build(args, kwargs), dumps=dumps.folder, strict=strict)
     except CaptureError as error:
         if example_inputs is None and example_kwargs is None and data is not None:
             error.add_note(
                 "the example inputs are calibration batch 1; example_inputs= gives others"
             )
         raise
+
+
+def _require_target(target: str, strict: bool) -> None:
+    from fpcompiler.target import lookup
+
+    lookup(target)
+    if strict:
+        require_library(target)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.inputs import bind
 from fpcompiler.runtime.profile import profile
 from fpcompiler.runtime.profile_report import Profile
+from fpcompiler.runtime.strict import require_kernels
 from fpcompiler.runtime.tables import CompareTable, PlanTable, VerifyReport
 from fpcompiler.runtime.verify import verify
 
@@ -39,6 +40,10 @@ class CompiledModel:
         device: Where to run it.
         dumps: The folder with the dumps of the compilation, or None.
         source: The file that the artifact was read from, or None.
+        strict: Whether layers that would run without the kernels of their target are an error.
+
+    Raises:
+        TargetError: If there are such layers.
     """
 
     def __init__(
@@ -48,15 +53,17 @@ class CompiledModel:
         device: str | torch.device = "cpu",
         dumps: Path | None = None,
         source: Path | None = None,
+        strict: bool = False,
     ) -> None:
         self._artifact: Artifact | None = artifact
-        executor = Executor(artifact.plan, artifact.tensors, device)
-        self._executor: Executor | None = executor
+        self._executor: Executor | None = None
         self._build: Build | None = None
         self._scheme = artifact.scheme
-        self._device = executor.device
+        self._device = parse_device(device)
         self._source = source
+        self._strict = strict
         self.dumps = dumps
+        self._ready()
 
     @classmethod
     def deferred(
@@ -66,6 +73,7 @@ class CompiledModel:
         scheme: str = "",
         device: str | torch.device = "cpu",
         dumps: Path | None = None,
+        strict: bool = False,
     ) -> CompiledModel:
         """Return a model that is captured and compiled by its first call.
 
@@ -74,11 +82,12 @@ class CompiledModel:
             scheme: Exact text of the scheme.
             device: Where to run.
             dumps: The folder that will hold the dumps, or None.
+            strict: As for the class; the first call raises.
         """
         model = cls.__new__(cls)
         model._artifact, model._executor, model._build = None, None, build
         model._scheme, model._device, model._source = scheme, parse_device(device), None
-        model.dumps = dumps
+        model._strict, model.dumps = strict, dumps
         return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -234,7 +243,10 @@ class CompiledModel:
 
     def _ready(self) -> Executor:
         if self._executor is None:
-            self._executor = Executor(self.artifact.plan, self.artifact.tensors, self._device)
+            plan, tensors = self.artifact.plan, self.artifact.tensors
+            if self._strict:
+                require_kernels(plan, tensors, self._device)
+            self._executor = Executor(plan, tensors, self._device)
         return self._executor
 
     def _compile(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:
@@ -251,13 +263,24 @@ class CompiledModel:
             return self._ready()
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CompiledModel:
+def load(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, strict: bool = False
+) -> CompiledModel:
     """Load a compiled model from a file that :meth:`CompiledModel.save` wrote.
 
     Neither the class of the model nor any part of the compiler is imported, and no code from the
     file runs. Weights are mapped from the file, so loading takes little memory.
 
+    Args:
+        path: The file.
+        device: Where to run.
+        strict: Whether it is an error if layers that were compiled for kernels (target ``cpu``)
+            would run without them: on a machine without the native library, say. Otherwise they
+            run more slowly.
+
     Raises:
         ArtifactError: If the file is no artifact, or is damaged or from another version.
+        TargetError: If strict, and layers would run without the kernels of their target.
     """
-    return CompiledModel(read(path), device=device, source=Path(path).absolute())
+    source = Path(path).absolute()
+    return CompiledModel(read(path), device=device, source=source, strict=strict)

@@ -119,7 +119,7 @@ def refusal(step: Step, constants: Mapping[str, Tensor]) -> str | None:
         return layer
     if takes(layer.w_operand, layer.w[0].shape[0], layer.k):
         return why_missing()
-    return f"the native library takes no weights {layer.w_operand}"
+    return f"it takes no weights in {layer.w_operand.format}; give them four bits"
 
 
 def _read(step: Step, constants: Mapping[str, Tensor]) -> _Layer | str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fpcompiler.cli.command import OK, Command
+from fpcompiler.cli.command import OK, STRICT_HELP, Command
 from fpcompiler.cli.output import print_json, print_rich, progress
 from fpcompiler.cli.tensors import read_inputs
 from fpcompiler.errors import OptionError
@@ -47,6 +47,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--seconds", type=float, default=2.0, help="how long; by default 2")
     length.add_argument("--iterations", type=int, metavar="N", help="how many calls instead")
     parser.add_argument("--device", default="cpu", help="by default cpu")
+    parser.add_argument("--strict", action="store_true", help=STRICT_HELP)
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU")
     parser.add_argument(
         "--top", type=_positive, default=15, metavar="N", help="rows of the tables; by default 15"
@@ -92,12 +93,16 @@ def _run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> Profile:
     from fpcompiler import artifact as artifacts
+    from fpcompiler.runtime.devices import parse_device
     from fpcompiler.runtime.executor import Executor
     from fpcompiler.runtime.memory import resident_bytes
     from fpcompiler.runtime.profile import profile
+    from fpcompiler.runtime.strict import require_kernels
 
     before = resident_bytes()
     artifact = artifacts.read(args.file)
+    if args.strict:
+        require_kernels(artifact.plan, artifact.tensors, parse_device(args.device))
     executor = Executor(artifact.plan, artifact.tensors, args.device)
     after = resident_bytes()
     leaves = [leaf.to(executor.device) for leaf in _leaves(artifact, args)]

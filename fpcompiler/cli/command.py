@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Command", "OK", "FAILED"]
+__all__ = ["Command", "OK", "FAILED", "STRICT_HELP"]
 
 OK: Final = 0
 """Exit code of a command that did what was asked."""
 FAILED: Final = 1
 """Exit code after an error, and of a verification that failed. A wrong call exits with 2."""
+
+STRICT_HELP: Final = "fail if layers would run without the kernels of their target"
+"""Help of ``--strict``."""
 
 
 @dataclass(frozen=True)
