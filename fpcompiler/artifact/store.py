@@ -35,6 +35,7 @@ _GOLDEN: Final = re.compile(r"(\d{1,6})\.(in|out)\.(\d{1,6})")
 _JSON_LIMIT: Final = 256 << 20
 _TEXT_LIMIT: Final = 256 << 20
 _HASH_PIECE: Final = 16 << 20
+_DESCRIPTORS: Final = Path("/proc/self/fd")
 
 
 @dataclass(frozen=True)
@@ -84,22 +85,15 @@ def save(path: str | os.PathLike[str], artifact: Artifact) -> None:
     require_type("the path", path, PATH, "that of a file, such as save('model.fpc')")
     target = Path(path)
     _raise_problems(f"{target} was not written", check(artifact.plan, artifact.tensors))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with _new_file(target) as file:
             _write(file, artifact)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
         raise ArtifactError(
             f"{target} could not be written: {error.strerror or error}. Choose a folder that "
             "exists, is writable and has room."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # Usually it is not there any more.
-            temporary.unlink()
 
 
 def read(path: str | os.PathLike[str]) -> Artifact:
@@ -154,6 +148,51 @@ def _golden_tensors(golden: Sequence[Golden]) -> dict[str, Tensor]:
         for side, values in (("in", case.inputs), ("out", case.outputs)):
             named.update({f"{call}.{side}.{i}": value for i, value in enumerate(values)})
     return named
+
+
+@contextlib.contextmanager
+def _new_file(target: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of the target when it is complete, and vanishes otherwise.
+
+    It has no name before, so that a process that is killed leaves nothing. On systems without such
+    files, and for a moment where there is an old file to replace, it has another name.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        unnamed = _unnamed_file(target.parent)
+        with unnamed or temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if unnamed and _link(file, target):
+                return
+            if unnamed:
+                _link(file, temporary)
+        temporary.replace(target)
+    finally:
+        with contextlib.suppress(OSError):  # Usually it is not there any more.
+            temporary.unlink()
+
+
+def _unnamed_file(folder: Path) -> BinaryIO | None:
+    """Return a file without a name in a folder, or None where the system has none."""
+    if not (hasattr(os, "O_TMPFILE") and _DESCRIPTORS.is_dir()):
+        return None
+    try:
+        return open(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
+    except OSError:  # If the folder itself cannot be used, opening a file with a name says why.
+        return None
+
+
+def _link(file: BinaryIO, name: Path) -> bool:
+    """Give a file a name; return whether it was free."""
+    descriptor = file.fileno()
+    try:
+        # With a folder given, which an absolute path does not need, Python follows the link.
+        os.link(_DESCRIPTORS / str(descriptor), name.absolute(), src_dir_fd=descriptor)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import signal
-import sys
-import traceback
-import warnings
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Final
 
-import torch
 from torch import Tensor
+
+from tests.forks import exit_code
 
 _PAGE: Final = mmap.PAGESIZE
 _KNOWN: Final = 0xA5
@@ -64,31 +61,7 @@ def _protect(address: int, size: int, protection: int) -> None:
         raise OSError(ctypes.get_errno(), "mprotect failed")
 
 
-def survives(work: Callable[[], None]) -> None:
-    """Do the work in a copy of this process, and check that it neither crashes nor raises.
-
-    The copy has one thread, and what waits for the others would wait forever: work must ask the
-    library for no more.
-    """
-    sys.stderr.flush()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, from 3.12 on
-        child = os.fork()
-    if not child:
-        _work_and_exit(work)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+def survives(work: Callable[[], object]) -> None:
+    """Do the work in a copy of this process, and check that it neither crashes nor raises."""
+    code = exit_code(work)
     assert code == 0, f"killed by {signal.Signals(-code).name}" if code < 0 else "it failed"
-
-
-def _work_and_exit(work: Callable[[], None]) -> NoReturn:
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        work()
-        code = 0
-    except BaseException:  # Nothing of pytest must run in the copy.
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)

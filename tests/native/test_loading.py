@@ -10,7 +10,9 @@ from fpcompiler.native import loading
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("FPC_NATIVE", raising=False)
+    monkeypatch.delenv("FPC_NATIVE_LIBRARY", raising=False)
     native.library.cache_clear()
     yield
     native.library.cache_clear()
