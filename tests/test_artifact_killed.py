@@ -22,7 +22,7 @@ from tests.plans import Mlp, mlp_artifact, with_golden
 
 ARTIFACT = with_golden(mlp_artifact(Mlp(32, 32)), torch.linspace(-1, 1, 64).view(2, 32))
 SOURCE = str(Path(fpcompiler.__file__).parent)
-POINTS = 25
+POINTS = 15
 
 
 class Killed:

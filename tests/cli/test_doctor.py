@@ -39,6 +39,7 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(checks, monke
 
 
 def test_it_says_what_runs_layers_without_the_native_library(checks, monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("FPC_NATIVE_LIBRARY", raising=False)
     monkeypatch.setenv("FPC_NATIVE", "0")
     code, rows = checks()
     assert code == 0

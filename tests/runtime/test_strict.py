@@ -41,6 +41,8 @@ def compiled(scheme: str = "w4a6", **options) -> fpcompiler.CompiledModel:
 
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("FPC_NATIVE", "FPC_NATIVE_LIBRARY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(loading, "PATH", tmp_path / "libfpc.so")
     native.library.cache_clear()
     yield
