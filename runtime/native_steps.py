@@ -124,11 +124,13 @@ def refusal(step: Step, constants: Mapping[str, Tensor]) -> str | None:
 
 def _read(step: Step, constants: Mapping[str, Tensor]) -> _Layer | str:
     """Return a layer's arguments, or why nothing can be prepared from them."""
+    if step.kwargs:
+        return "its arguments are named"
     args = step.args
     w = [constants[item["v"]] for item in args[_W] if item["v"] in constants]
     bias = None if args[_BIAS] is None else constants.get(args[_BIAS]["v"])
     dtype = getattr(torch, args[_DTYPE]["dtype"])
-    if step.kwargs or len(w) < len(args[_W]) or (args[_BIAS] is not None and bias is None):
+    if len(w) < len(args[_W]) or (args[_BIAS] is not None and bias is None):
         return "its weights or its bias are computed at each call"
     if any(part.device.type != "cpu" for part in w):
         return f"it runs on {w[0].device}"
