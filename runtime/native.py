@@ -26,6 +26,7 @@ from fpcompiler.numerics import quantize
 from fpcompiler.numerics.compiled import BLOCK_SCALES, INPUTS, NO_MEMORY, operand_struct
 from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
+from fpcompiler.runtime.native_producers import Produced
 
 BF16_INSTRUCTIONS: Final = INSTRUCTION_SETS.index("AVX-512 BF16")
 """What bf16 arithmetic needs."""
@@ -176,6 +177,7 @@ class NativeLinear:
         self._activations = ctypes.byref(_activations(x_operand, arithmetic))
         # Looking functions up takes longer than a small layer.
         self._prepare = native.functions.fpc_prepare
+        self._prepare_produced = native.functions.fpc_prepare_produced
         self._multiply = native.functions.fpc_multiply
 
     def prepare(self, x: Tensor, layer: str = "") -> PreparedInput:
@@ -200,6 +202,27 @@ class NativeLinear:
         )  # fmt: skip
         if status:
             raise self._error(status, layer)
+        return PreparedInput(self.kind, x.shape[:-1], count, memory, address)
+
+    def prepare_produced(self, values: Produced, layer: str = "") -> PreparedInput:
+        """Compute activations, quantize them and make them ready, one row after the other.
+
+        Args:
+            values: What :func:`fpcompiler.runtime.native_producers.describe` returned.
+            layer: For messages, if it is not this one.
+
+        Raises:
+            NumericsError: If a value is NaN or infinite.
+        """
+        x, stride, producer, scale, shift = values
+        count = x.numel() // self.kind.k
+        memory, address = self._memory(count)
+        status = self._prepare_produced(
+            self._weights, self._activations, producer, scale, shift, x.data_ptr(), INPUTS[x.dtype],
+            count, stride, address, torch.get_num_threads(), self._instructions,
+        )  # fmt: skip
+        if status:
+            raise self._error(status, layer or self._layer)
         return PreparedInput(self.kind, x.shape[:-1], count, memory, address)
 
     def prepare_codes(self, codes: Tensor, *scales: Tensor) -> PreparedInput:

@@ -19,6 +19,7 @@ from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import fused, onednn
 from fpcompiler.runtime.native import NativeLinear, PreparedInput, takes
+from fpcompiler.runtime.native_producers import describe
 from fpcompiler.runtime.onednn import OneDnnLayer, OneDnnLinear
 from fpcompiler.runtime.operators import QUANTIZERS, resolve
 
@@ -26,9 +27,6 @@ Function: TypeAlias = Callable[..., Any]
 
 _X, _W, _BIAS, _X_OPERAND, _W_OPERAND, _K, _DTYPE, _LAYER = range(8)
 """Positions of the arguments of ``fpc.linear``."""
-
-_PRODUCER: Final = 7
-"""Arguments of ``fpc.fused_quantize`` that say how its values are computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +82,16 @@ class NativeQuantizer:
         """Return the prepared input in place of the codes, and nothing in place of the scales."""
         if torch.compiler.is_compiling():
             return self.reference(*args)  # type: ignore[no-any-return]
-        values = args[0] if len(args) <= _PRODUCER else fused.produce(*args[:_PRODUCER])
-        return [self.linear.prepare(values, args[-1]), *(None,) * self.scales]
+        return [self._prepared(*args), *(None,) * self.scales]
+
+    def _prepared(self, *args: Any) -> PreparedInput:
+        *values, _, layer = args
+        if len(values) == 1:
+            return self.linear.prepare(values[0], layer)
+        produced = describe(*values)
+        if produced is None:
+            return self.linear.prepare(fused.produce(*values, layer), layer)
+        return self.linear.prepare_produced(produced, layer)
 
 
 class _Layer(NamedTuple):

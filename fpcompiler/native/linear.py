@@ -54,6 +54,31 @@ class Activations(ctypes.Structure):
     )
 
 
+class Producer(ctypes.Structure):
+    """``FpcProducer``."""
+
+    _fields_ = (
+        ("head", ctypes.c_int32),
+        ("tail", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("weight_type", ctypes.c_int32),
+        ("bias_type", ctypes.c_int32),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class Rows(ctypes.Structure):
+    """``FpcRows``."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("repeat", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+    )
+
+
 _SIZE: Final = ctypes.c_int64
 _CODE: Final = ctypes.c_int32
 _MEMORY: Final = ctypes.c_void_p
@@ -62,6 +87,7 @@ _MEMORY: Final = ctypes.c_void_p
 def declare(functions: ctypes.CDLL) -> None:
     """Give the functions of linear layers their types."""
     weights, activations = ctypes.POINTER(Weights), ctypes.POINTER(Activations)
+    rows = ctypes.POINTER(Rows)
     table = {
         "fpc_weight_bytes": (_SIZE, (weights,)),
         "fpc_repack": (None, (weights, _MEMORY, _SIZE, _MEMORY, _SIZE, _MEMORY, _CODE)),
@@ -70,11 +96,19 @@ def declare(functions: ctypes.CDLL) -> None:
             _CODE,
             (weights, activations, _MEMORY, _CODE, _SIZE, _SIZE, _MEMORY, _CODE, _CODE),
         ),
+        "fpc_prepare_produced": (
+            _CODE,
+            (
+                *(weights, activations, ctypes.POINTER(Producer), rows, rows),
+                *(_MEMORY, _CODE, _SIZE, _SIZE, _MEMORY, _CODE, _CODE),
+            ),
+        ),
         "fpc_prepare_codes": (
             _CODE,
             (weights, activations, _MEMORY, _MEMORY, _MEMORY, _SIZE, _MEMORY, _CODE, _CODE),
         ),
         "fpc_multiply": (_CODE, (weights, _MEMORY, _SIZE, _MEMORY, _CODE, _SIZE, _CODE, _CODE)),
+        "fpc_evaluate": (None, (_CODE, _MEMORY, _MEMORY, _SIZE, _CODE)),
     }
     for name, (result, arguments) in table.items():
         function = getattr(functions, name)

@@ -118,6 +118,46 @@ int32_t fpc_prepare(const FpcWeights* weights, const FpcActivations* activations
                     int32_t input, int64_t m, int64_t stride, uint8_t* prepared, int32_t threads,
                     int32_t instructions);
 
+enum FpcHead {
+    FPC_RMS_NORM = 0,
+    FPC_RMS_NORM_WIDE = 1,
+    FPC_LAYER_NORM = 2,
+    FPC_SILU = 3,
+    FPC_GELU = 4,
+    FPC_GELU_TANH = 5,
+    FPC_RELU = 6
+};
+enum FpcTail { FPC_NO_TAIL = 0, FPC_MUL = 1, FPC_ADD = 2, FPC_MODULATE = 3 };
+
+// What computes the values that are quantized; the formulas are in fpcompiler/runtime/fused.py.
+typedef struct {
+    int32_t head;          // FpcHead
+    int32_t tail;          // FpcTail
+    float eps;
+    int32_t weight_type;   // FpcInput
+    int32_t bias_type;     // FpcInput
+    const void* weight;    // [k], or null
+    const void* bias;      // [k], or null
+} FpcProducer;
+
+// Rows of `k` neighbouring values beside those of x: what belongs to row m of x is at
+// data + m / repeat * stride.
+typedef struct {
+    const void* data;
+    int64_t repeat;   // rows of x that share a row
+    int64_t stride;   // bytes from one row to the next
+    int32_t type;     // FpcInput
+} FpcRows;
+
+// The same for values that are computed from those of x; no tensor of them is stored.
+//   producer      null for those of x themselves
+//   scale, shift  what the tail reads, or null
+int32_t fpc_prepare_produced(const FpcWeights* weights, const FpcActivations* activations,
+                             const FpcProducer* producer, const FpcRows* scale,
+                             const FpcRows* shift, const void* x, int32_t input, int64_t m,
+                             int64_t stride, uint8_t* prepared, int32_t threads,
+                             int32_t instructions);
+
 // The same from rows that are quantized already.
 //   codes        [m, k], one a byte
 //   outer_scale  fp32 [1] per tensor, [m] per row, otherwise unused
@@ -130,6 +170,13 @@ int32_t fpc_prepare_codes(const FpcWeights* weights, const FpcActivations* activ
 // Returns an FpcStatus.
 int32_t fpc_multiply(const FpcWeights* weights, const uint8_t* prepared, int64_t m, void* y,
                      int32_t output, int64_t stride, int32_t threads, int32_t instructions);
+
+// --- functions --------------------------------------------------------------------------------
+
+enum FpcFunction { FPC_EXP = 0, FPC_ERF = 1, FPC_TANH = 2 };
+
+// Write an FpcFunction of `count` values, as producers compute it.
+void fpc_evaluate(int32_t function, const float* x, float* y, int64_t count, int32_t instructions);
 
 // --- what this machine can do -------------------------------------------------------------------
 

@@ -5,50 +5,10 @@
 #include "layout.h"
 #include "threads.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "values.h"
 
-// Vectors wider than the baseline's are only passed between functions that are inlined, and the
-// headers of GCC 12 use undefined vectors on purpose.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
-#if defined(__x86_64__)
-namespace avx512 {
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,prefer-vector-width=512")
-#define FPC_LANES 16
-#include "vectors.h"
-
-#include "quantize_rows.h"
-
-#include "prepare_rows.h"
-#undef FPC_LANES
-#pragma GCC pop_options
-}  // namespace avx512
-namespace avx2 {
-#pragma GCC push_options
-#pragma GCC target("avx2")
-#define FPC_LANES 8
-#include "vectors.h"
-
-#include "quantize_rows.h"
-
-#include "prepare_rows.h"
-#undef FPC_LANES
-#pragma GCC pop_options
-}  // namespace avx2
-#endif
-namespace baseline {
-#define FPC_LANES 4
-#include "vectors.h"
-
-#include "quantize_rows.h"
-
-#include "prepare_rows.h"
-#undef FPC_LANES
-}  // namespace baseline
+#define FPC_ROWS "prepare_rows.h"
+#include "instruction_sets.h"
 
 namespace {
 
@@ -58,9 +18,8 @@ constexpr int64_t kValuesPerThread = 1 << 15;
 struct Rows {
     const FpcWeights& weights;
     const FpcActivations& activations;
-    const uint8_t* x;
-    int32_t input;
-    int64_t m, stride;  // the stride in bytes
+    const Values from;
+    int64_t m;
     uint8_t* prepared;
     int32_t threads;
 };
@@ -90,13 +49,13 @@ struct Kernel {
         float shared = 1;
         if (job.activations.quantized && job.activations.operand.outer == FPC_PER_TENSOR) {
             const int32_t most = for_rows(preparer, job, [&](Quantizer& own, int64_t m) {
-                return own.row.largest(job.x + m * job.stride, job.input);
+                return own.row.largest(own.read(job.from, m));
             });
             if (most >= 0x7F800000) return FPC_NOT_FINITE;
             shared = Row::scale_of(most, job.activations.operand);
         }
         return for_rows(preparer, job, [&](Quantizer& own, int64_t m) {
-            return own.prepare(m, job.x + m * job.stride, job.input, shared);
+            return own.prepare(m, own.read(job.from, m), shared);
         });
     }
 
@@ -153,12 +112,24 @@ typedef Kernel<avx512::Preparer, avx512::Quantizer, avx512::Row> Avx512;
 extern "C" int32_t fpc_prepare(const FpcWeights* weights, const FpcActivations* activations,
                                const void* x, int32_t input, int64_t m, int64_t stride,
                                uint8_t* prepared, int32_t threads, int32_t instructions) {
-    const Rows job{*weights, *activations, (const uint8_t*)x, input, m,
-                   stride * (input == FPC_INPUT_F32 ? 4 : 2), prepared,
+    return fpc_prepare_produced(weights, activations, nullptr, nullptr, nullptr, x, input, m, stride,
+                                prepared, threads, instructions);
+}
+
+extern "C" int32_t fpc_prepare_produced(const FpcWeights* weights,
+                                        const FpcActivations* activations,
+                                        const FpcProducer* producer, const FpcRows* scale,
+                                        const FpcRows* shift, const void* x, int32_t input,
+                                        int64_t m, int64_t stride, uint8_t* prepared,
+                                        int32_t threads, int32_t instructions) {
+    const FpcRows none{};
+    const Values from{(const uint8_t*)x, input, stride * (input == FPC_INPUT_F32 ? 4 : 2), producer,
+                      scale ? *scale : none, shift ? *shift : none};
+    const Rows job{*weights, *activations, from, m, prepared,
                    useful_threads(threads, m * weights->k)};
 #if defined(__x86_64__)
-    if (instructions >= FPC_AVX512_VNNI) return Avx512::quantize(job);
-    if (instructions >= FPC_AVX2) return Avx2::quantize(job);
+    if (instructions >= FPC_AVX512) return Avx512::quantize(job);
+    if (instructions == FPC_AVX2) return Avx2::quantize(job);
 #endif
     (void)instructions;
     return Baseline::quantize(job);
@@ -171,8 +142,8 @@ extern "C" int32_t fpc_prepare_codes(const FpcWeights* weights, const FpcActivat
     const Codes job{*weights, *activations, codes, outer_scale, (const uint8_t*)block_scale, m,
                     prepared, useful_threads(threads, m * weights->k)};
 #if defined(__x86_64__)
-    if (instructions >= FPC_AVX512_VNNI) return Avx512::take(job), FPC_OK;
-    if (instructions >= FPC_AVX2) return Avx2::take(job), FPC_OK;
+    if (instructions >= FPC_AVX512) return Avx512::take(job), FPC_OK;
+    if (instructions == FPC_AVX2) return Avx2::take(job), FPC_OK;
 #endif
     (void)instructions;
     Baseline::take(job);

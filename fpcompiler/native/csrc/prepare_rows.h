@@ -1,5 +1,34 @@
 // One row of activations, made ready to be multiplied. Included once per instruction set, after
-// quantize_rows.h; layout.h says where things go.
+// vectors.h; layout.h says where things go.
+
+#include "quantize_rows.h"
+
+#include "produce_rows.h"
+
+#if FPC_LANES >= 8
+// A table of 64 bytes in registers.
+struct Lookup {
+    __m256i quarters[4];
+
+    explicit Lookup(const int8_t* table) {
+        for (int i = 0; i < 4; i++)
+            quarters[i] =
+                _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(table + 16 * i)));
+    }
+
+    __m256i operator[](__m256i index) const {
+        // A blend looks at the top bit of each byte; shifting moves bits 4 and 5 there.
+        const __m256i odd = _mm256_slli_epi16(index, 3), upper = _mm256_slli_epi16(index, 2);
+        return _mm256_blendv_epi8(half(index, odd, 0), half(index, odd, 2), upper);
+    }
+
+   private:
+    __m256i half(__m256i index, __m256i odd, int first) const {
+        return _mm256_blendv_epi8(_mm256_shuffle_epi8(quarters[first], index),
+                                  _mm256_shuffle_epi8(quarters[first + 1], index), odd);
+    }
+};
+#endif
 
 struct Preparer {
     const FpcWeights& weights;
@@ -42,11 +71,12 @@ struct Preparer {
     void integers(const uint8_t* codes, int8_t* a) const {
         const int8_t* table = activations.integers;
         int64_t i = 0;
-#if FPC_LANES == 16
+#if FPC_LANES >= 8
         if (activations.operand.code_bits <= 6) {
-            const __m512i lookup = _mm512_loadu_si512(table);
-            for (; i + 64 <= k; i += 64)
-                _mm512_storeu_si512(a + i, _mm512_permutexvar_epi8(_mm512_loadu_si512(codes + i), lookup));
+            const Lookup lookup(table);
+            for (; i + 32 <= k; i += 32)
+                _mm256_storeu_si256((__m256i*)(a + i),
+                                    lookup[_mm256_loadu_si256((const __m256i*)(codes + i))]);
         }
 #endif
         for (; i < k; i++) a[i] = table[codes[i]];
@@ -131,12 +161,20 @@ struct Quantizer {
           row(p.activations.operand, p.k, memory),
           scales(memory + Row::bytes(p.activations.operand, p.k)) {}
 
-    int32_t prepare(int64_t m, const void* from, int32_t input, float outer) {
+    // Return row `m` of what is quantized, filled up with zeros.
+    const float* read(const Values& from, int64_t m) const {
+        const uint8_t* x = from.x + m * from.stride;
+        if (!from.producer) return row.read(x, from.input);
+        Producer(from, m, row.k, row.padded).produce(x, row.values);
+        return row.values;
+    }
+
+    int32_t prepare(int64_t m, const float* values, float outer) {
         if (!preparer.activations.quantized) {
-            preparer.from_values(m, load_row(from, input, row.k, row.padded, row.values));
+            preparer.from_values(m, values);
             return FPC_OK;
         }
-        const int32_t status = row.encode(from, input, &outer, scales);
+        const int32_t status = row.encode(values, &outer, scales);
         if (status == FPC_OK) preparer.from_codes(m, row.codes, outer, scales);
         return status;
     }

@@ -6,42 +6,8 @@
 
 #include "threads.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-// Vectors wider than the baseline's are only passed between functions that are inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#if defined(__x86_64__)
-namespace avx512 {
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#define FPC_LANES 16
-#include "vectors.h"
-
-#include "quantize_rows.h"
-#undef FPC_LANES
-#pragma GCC pop_options
-}  // namespace avx512
-namespace avx2 {
-#pragma GCC push_options
-#pragma GCC target("avx2")
-#define FPC_LANES 8
-#include "vectors.h"
-
-#include "quantize_rows.h"
-#undef FPC_LANES
-#pragma GCC pop_options
-}  // namespace avx2
-#endif
-namespace baseline {
-#define FPC_LANES 4
-#include "vectors.h"
-
-#include "quantize_rows.h"
-#undef FPC_LANES
-}  // namespace baseline
+#define FPC_ROWS "quantize_rows.h"
+#include "instruction_sets.h"
 
 namespace {
 
@@ -93,15 +59,16 @@ template <class Row>
 int32_t quantize(const Job& job) {
     if (job.operand->outer == FPC_PER_TENSOR) {
         int32_t most = for_rows<Row>(job, [&](Row& row, int64_t r) {
-            return row.largest(job.x + r * job.stride, job.input);
+            return row.largest(row.read(job.x + r * job.stride, job.input));
         });
         if (most >= 0x7F800000) return FPC_NOT_FINITE;
         *job.outer = Row::scale_of(most, *job.operand);
     }
     const bool per_row = job.operand->outer == FPC_PER_ROW;
     return for_rows<Row>(job, [&](Row& row, int64_t r) {
-        return row.quantize(job.x + r * job.stride, job.input, job.codes + r * job.code_bytes(),
-                            job.outer + (per_row ? r : 0), job.block_scale + r * job.scale_bytes());
+        const float* values = row.read(job.x + r * job.stride, job.input);
+        return row.quantize(values, job.codes + r * job.code_bytes(), job.outer + (per_row ? r : 0),
+                            job.block_scale + r * job.scale_bytes());
     });
 }
 

@@ -202,27 +202,28 @@ struct Row {
         codes = (uint8_t*)(high + padded_blocks);
     }
 
-    // The bits of the largest magnitude of a row.
-    int32_t largest(const void* from, int32_t input) const {
-        return largest_bits(load_row(from, input, k, padded, values), padded);
+    // Return a row as fp32, filled up with zeros to `padded`; in `values` if it is not so already.
+    const float* read(const void* from, int32_t input) const {
+        return load_row(from, input, k, padded, values);
     }
+
+    // The bits of the largest magnitude of a row.
+    int32_t largest(const float* row) const { return largest_bits(row, padded); }
 
     static float scale_of(int32_t bits, const FpcOperand& operand) {
         return real_scale(as_float(bits), operand);
     }
 
-    // Write the packed codes of a row and its scales; `outer` is that of the tensor, or where that of
+    // Write the packed codes of a row, as `read` returns it, and its scales; `outer` is that of the tensor, or where that of
     // the row goes.
-    int32_t quantize(const void* from, int32_t input, uint8_t* to, float* outer,
-                     void* block_scale) {
-        const int32_t status = encode(from, input, outer, block_scale);
+    int32_t quantize(const float* row, uint8_t* to, float* outer, void* block_scale) {
+        const int32_t status = encode(row, outer, block_scale);
         if (status == FPC_OK) pack(to);
         return status;
     }
 
     // Leave the codes of a row in `codes`, one a byte.
-    int32_t encode(const void* from, int32_t input, float* outer, void* block_scale) {
-        const float* row = load_row(from, input, k, padded, values);
+    int32_t encode(const float* row, float* outer, void* block_scale) {
         int64_t width = operand.block ? operand.block : padded;
         int32_t most = 0;
         for (int64_t b = 0; b < blocks; b++) {
