@@ -49,13 +49,13 @@ struct Kernel {
         float shared = 1;
         if (job.activations.quantized && job.activations.operand.outer == FPC_PER_TENSOR) {
             const int32_t most = for_rows(preparer, job, [&](Quantizer& own, int64_t m) {
-                return own.row.largest(own.read(job.from, m));
+                return own.largest(m);
             });
             if (most >= 0x7F800000) return FPC_NOT_FINITE;
             shared = Row::scale_of(most, job.activations.operand);
         }
         return for_rows(preparer, job, [&](Quantizer& own, int64_t m) {
-            return own.prepare(m, own.read(job.from, m), shared);
+            return own.prepare(m, shared);
         });
     }
 
@@ -88,7 +88,7 @@ struct Kernel {
             if (!memory) {
                 status = FPC_NO_MEMORY;
             } else {
-                Quantizer own(preparer, memory);
+                Quantizer own(preparer, job.from, memory);
 #pragma omp for schedule(static) nowait
                 for (int64_t m = 0; m < job.m; m++) {
                     const int32_t result = work(own, m);

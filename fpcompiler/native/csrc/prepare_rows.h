@@ -149,27 +149,25 @@ struct Preparer {
 // Quantizes rows and prepares them, in one thread.
 struct Quantizer {
     const Preparer& preparer;
+    Producer producer;
     Row row;
     uint8_t* scales;  // of the row's blocks
 
     static int64_t bytes(const FpcOperand& operand, int64_t k) {
-        return Row::bytes(operand, k) + 4 * Row::blocks_of(operand, k);
+        return Producer::bytes(k) + Row::bytes(operand, k) + 4 * Row::blocks_of(operand, k);
     }
 
-    Quantizer(const Preparer& p, uint8_t* memory)
+    Quantizer(const Preparer& p, const Values& from, uint8_t* memory)
         : preparer(p),
-          row(p.activations.operand, p.k, memory),
-          scales(memory + Row::bytes(p.activations.operand, p.k)) {}
+          producer(from, p.k, padded_length(p.activations.operand, p.k), memory),
+          row(p.activations.operand, p.k, memory + Producer::bytes(p.k)),
+          scales((uint8_t*)row.values + Row::bytes(p.activations.operand, p.k)) {}
 
-    // Return row `m` of what is quantized, filled up with zeros.
-    const float* read(const Values& from, int64_t m) const {
-        const uint8_t* x = from.x + m * from.stride;
-        if (!from.producer) return row.read(x, from.input);
-        Producer(from, m, row.k, row.padded).produce(x, row.values);
-        return row.values;
-    }
+    // The bits of the largest magnitude of row `m`.
+    int32_t largest(int64_t m) { return row.largest(producer.row(m, row.values)); }
 
-    int32_t prepare(int64_t m, const float* values, float outer) {
+    int32_t prepare(int64_t m, float outer) {
+        const float* values = producer.row(m, row.values);
         if (!preparer.activations.quantized) {
             preparer.from_values(m, values);
             return FPC_OK;

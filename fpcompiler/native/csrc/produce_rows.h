@@ -1,11 +1,13 @@
 // One row of what a fused quantizer rounds. Included once per instruction set, after quantize_rows.h.
 //
 // The definition is the table in fpcompiler/runtime/fused.py, which says where results are rounded.
-// Sums are fp64 in one order for all instruction sets, so these give the same bits.
+// Each operation goes over the row, which stays in the first cache, and 16-bit operands are widened
+// before: loops are short and know one type. Sums are fp64 in one order for all instruction sets, so
+// these give the same bits.
 
 #include "functions.h"
 
-// --- types ------------------------------------------------------------------------------------
+// --- rounding ---------------------------------------------------------------------------------
 
 static inline F rounded_to_bf16(F value) {
     const U bits = (U)value, nearest = bits + 0x7FFF + (bits >> 16 & 1);
@@ -21,178 +23,173 @@ static inline F rounded_to_f16(F value) {
     return with_sign_of((F)size < 65536.0f ? finite : special, value);
 }
 
-static inline F rounded_to(F value, int32_t type) {
-    if (type == FPC_INPUT_F32) return value;
-    return type == FPC_INPUT_BF16 ? rounded_to_bf16(value) : rounded_to_f16(value);
+// --- rows -------------------------------------------------------------------------------------
+
+// Call `set` with what each vector of a row is, and store what it returns.
+template <class Set>
+static inline void each(const float* from, float* to, int64_t count, const Set& set) {
+    for (int64_t i = 0; i < count; i += kLanes) store(to + i, set(load<F>(from + i)));
+}
+
+static void round_row(float* row, int64_t count, int32_t type) {
+    if (type == FPC_INPUT_BF16) each(row, row, count, rounded_to_bf16);
+    if (type == FPC_INPUT_F16) each(row, row, count, rounded_to_f16);
 }
 
 // The type of a sum or product: two that differ have no common one but fp32.
 static inline int32_t wider(int32_t a, int32_t b) { return a == b ? a : (int32_t)FPC_INPUT_F32; }
-
-// A row beside that of x.
-struct Channels {
-    const uint8_t* data;  // null: there is none
-    int32_t type;
-    int64_t k;
-
-    Channels(const void* from, int32_t type, int64_t k)
-        : data((const uint8_t*)from), type(type), k(k) {}
-
-    // Of the row that belongs to row `m` of x.
-    Channels(const FpcRows& rows, int64_t m, int64_t k)
-        : Channels(rows.data, rows.type, k) {
-        if (data) data += m / rows.repeat * rows.stride;
-    }
-
-    // Those from `i` on, with zeros behind the last one.
-    F at(int64_t i) const {
-        if (i + kLanes > k) return last(i);
-        if (type == FPC_INPUT_F32) return load<F>((const float*)data + i);
-        return widen((const uint16_t*)data + i, type);
-    }
-
-   private:
-    F last(int64_t i) const {
-        const int64_t size = type == FPC_INPUT_F32 ? 4 : 2;
-        uint16_t buffer[2 * kLanes] = {};
-        __builtin_memcpy(buffer, data + i * size, (k - i) * size);
-        return type == FPC_INPUT_F32 ? load<F>(buffer) : widen(buffer, type);
-    }
-};
-
-// --- sums -------------------------------------------------------------------------------------
 
 // Sixteen sums, and then halves of halves of them.
 struct Sum {
     static constexpr int kParts = 16 / kLanes;
     D parts[kParts] = {};
 
-    // Add what `term` gives for each of `count` values, a multiple of 16.
+    // Return the sum of what `term` gives for the vectors of `count` values, a multiple of 16.
     template <class Term>
-    static float of(int64_t count, const Term& term) {
+    static inline float of(const float* row, int64_t count, const Term& term) {
         Sum sum;
         for (int64_t i = 0; i < count; i += 16)
-            for (int j = 0; j < kParts; j++) sum.parts[j] += term(i + j * kLanes);
+            for (int j = 0; j < kParts; j++)
+                sum.parts[j] += term(load<F>(row + i + j * kLanes));
         for (int n = kParts / 2; n; n /= 2)
             for (int j = 0; j < n; j++) sum.parts[j] += sum.parts[j + n];
         return (float)total(sum.parts[0]);
     }
 };
 
-static inline D squared(F value) {
-    const D wide = __builtin_convertvector(value, D);
-    return wide * wide;
+static inline D wide_square(F value) {
+    const D exact = wide(value);
+    return {exact.low * exact.low, exact.high * exact.high};
 }
 
-// --- rows -------------------------------------------------------------------------------------
+// Rows beside those of x, as fp32 and filled up with zeros.
+struct Beside {
+    const FpcRows from;
+    const int64_t k, count;
+    float* buffer;  // [count]
+    const void* last = nullptr;
+    const float* values = nullptr;
 
+    Beside(const FpcRows& rows, int64_t k, int64_t count, float* memory)
+        : from(rows), k(k), count(count), buffer(memory) {}
+
+    explicit operator bool() const { return from.data; }
+
+    // What belongs to row `m` of x. Neighbouring rows of x often share it.
+    const float* row(int64_t m, bool plus_one = false) {
+        const uint8_t* at = (const uint8_t*)from.data + m / from.repeat * from.stride;
+        if (at == last) return values;
+        last = at;
+        values = load_row(at, from.type, k, count, buffer);
+        if (!plus_one) return values;
+        each(values, buffer, count, [](F value) { return value + 1.0f; });
+        round_row(buffer, count, from.type);
+        return values = buffer;
+    }
+};
+
+// Computes rows, in one thread.
 struct Producer {
-    const FpcProducer& is;
-    const int32_t type;  // of x
+    const Values& values;
+    const FpcProducer is;
     const int64_t k, padded;
-    const Channels weight, bias, scale, shift;
+    const int64_t count;  // of what is computed: whole vectors of 16
+    Beside weight, bias, scale, shift;
 
-    // What row `m` is made with.
-    Producer(const Values& from, int64_t m, int64_t k, int64_t padded)
-        : is(*from.producer),
-          type(from.input),
+    static int64_t bytes(int64_t k) { return 4 * 4 * whole(k); }
+
+    Producer(const Values& from, int64_t k, int64_t padded, uint8_t* memory)
+        : values(from),
+          is(from.producer ? *from.producer : FpcProducer{}),
           k(k),
           padded(padded),
-          weight(is.weight, is.weight_type, k),
-          bias(is.bias, is.bias_type, k),
-          scale(from.scale, m, k),
-          shift(from.shift, m, k) {}
+          count(whole(k)),
+          weight({is.weight, 1, 0, is.weight_type}, k, count, (float*)memory),
+          bias({is.bias, 1, 0, is.bias_type}, k, count, weight.buffer + count),
+          scale(from.scale, k, count, bias.buffer + count),
+          shift(from.shift, k, count, scale.buffer + count) {}
 
-    // Write the values of a row, filled up with zeros to `padded`, a multiple of 16.
-    void produce(const void* from, float* to) const {
-        const float* x = load_row(from, type, k, padded, to);
-        switch (is.head) {
-            case FPC_RMS_NORM: return rms_norm(x, to);
-            case FPC_RMS_NORM_WIDE: return rms_norm_wide(x, to);
-            case FPC_LAYER_NORM: return layer_norm(x, to);
-            case FPC_SILU: return write(to, type, [&](int64_t i) {
-                const F value = load<F>(x + i);
-                return value / (exp_of(-value) + 1.0f);
-            });
-            case FPC_GELU: return write(to, type, [&](int64_t i) {
-                const F value = load<F>(x + i);
-                return value * 0.5f * (erf_of(value * 0.707106781186547524f) + 1.0f);
-            });
-            case FPC_GELU_TANH: return write(to, type, [&](int64_t i) {
-                const F value = load<F>(x + i), cube = value * value * value;
-                const F inner = (value + cube * 0.044715f) * 0.797884560802865356f;
-                return value * 0.5f * (tanh_of(inner) + 1.0f);
-            });
-            default: return write(to, type, [&](int64_t i) {
-                const F value = load<F>(x + i);
-                return value < 0.0f ? F{} : value;
-            });
-        }
+    // Return row `m`, filled up with zeros to `padded`; it is in `to` if it had to be written.
+    const float* row(int64_t m, float* to) {
+        const void* from = values.x + m * values.stride;
+        if (!values.producer) return load_row(from, values.input, k, padded, to);
+        const int32_t type = head(load_row(from, values.input, k, count, to), to);
+        if (is.tail != FPC_NO_TAIL) tail(m, type, to);
+        for (int64_t i = k; i < padded; i++) to[i] = 0;
+        return to;
     }
 
    private:
+    static int64_t whole(int64_t k) { return (k + 15) / 16 * 16; }
+
+    // Return the type of the result.
+    int32_t head(const float* x, float* to) {
+        switch (is.head) {
+            case FPC_RMS_NORM: return rms_norm(x, to);
+            case FPC_RMS_NORM_WIDE: rms_norm_wide(x, to); break;
+            case FPC_LAYER_NORM: layer_norm(x, to); break;
+            case FPC_SILU: each(x, to, count, silu); break;
+            case FPC_GELU: each(x, to, count, gelu); break;
+            case FPC_GELU_TANH: each(x, to, count, gelu_tanh); break;
+            default: each(x, to, count, relu); break;
+        }
+        round_row(to, count, values.input);
+        return values.input;
+    }
+
+    static F silu(F x) { return x / (exp_of(-x) + 1.0f); }
+    static F gelu(F x) { return x * 0.5f * (erf_of(x * 0.707106781186547524f) + 1.0f); }
+    static F gelu_tanh(F x) {
+        const F inner = (x + x * x * x * 0.044715f) * 0.797884560802865356f;
+        return x * 0.5f * (tanh_of(inner) + 1.0f);
+    }
+    static F relu(F x) { return x < 0.0f ? F{} : x; }
+
     float inverse_root(float square_sum) const {
         return 1.0f / __builtin_sqrtf(square_sum / (float)k + is.eps);
     }
 
-    float inverse_size(const float* x) const {
-        return inverse_root(Sum::of(padded, [&](int64_t i) { return squared(load<F>(x + i)); }));
+    int32_t rms_norm(const float* x, float* to) {
+        if (values.input == FPC_INPUT_F32) return rms_norm_wide(x, to), values.input;
+        const float r = inverse_root(Sum::of(x, count, wide_square));
+        each(x, to, count, [=](F value) { return value * r; });
+        round_row(to, count, values.input);
+        return weight ? multiply(to, values.input, weight.row(0), is.weight_type) : values.input;
     }
 
-    void rms_norm(const float* x, float* to) const {
-        const float r = inverse_size(x);
-        if (!weight.data)
-            return write(to, type, [&](int64_t i) { return load<F>(x + i) * r; });
-        write(to, wider(type, weight.type), [&](int64_t i) {
-            return rounded_to(load<F>(x + i) * r, type) * weight.at(i);
-        });
+    void rms_norm_wide(const float* x, float* to) {
+        const float r = inverse_root(Sum::of(x, count, wide_square));
+        if (!weight) return each(x, to, count, [=](F value) { return value * r; });
+        const float* factors = weight.row(0);
+        for (int64_t i = 0; i < count; i += kLanes)
+            store(to + i, load<F>(x + i) * r * load<F>(factors + i));
     }
 
-    void rms_norm_wide(const float* x, float* to) const {
-        const float r = inverse_size(x);
-        write(to, type, [&](int64_t i) {
-            const F value = load<F>(x + i) * r;
-            return weight.data ? value * weight.at(i) : value;
-        });
+    void layer_norm(const float* x, float* to) {
+        const float m = Sum::of(x, count, wide) / (float)k;
+        each(x, to, count, [=](F value) { return value - m; });
+        for (int64_t i = k; i < count; i++) to[i] = 0;
+        const float s = inverse_root(Sum::of(to, count, wide_square));
+        each(to, to, count, [=](F value) { return value * s; });
+        if (weight) multiply(to, FPC_INPUT_F32, weight.row(0), FPC_INPUT_F32);
+        if (bias) add(to, FPC_INPUT_F32, bias.row(0), FPC_INPUT_F32);
     }
 
-    void layer_norm(const float* x, float* to) const {
-        const float m = Sum::of(padded, [&](int64_t i) {
-            return __builtin_convertvector(load<F>(x + i), D);
-        }) / (float)k;
-        const float s = inverse_root(Sum::of(padded, [&](int64_t i) {
-            const F distance = load<F>(x + i) - m;
-            return squared(i + kLanes > k ? first(distance, k - i) : distance);
-        }));
-        write(to, type, [&](int64_t i) {
-            F value = (load<F>(x + i) - m) * s;
-            if (weight.data) value = value * weight.at(i);
-            return bias.data ? value + bias.at(i) : value;
-        });
+    void tail(int64_t m, int32_t type, float* to) {
+        if (scale) type = multiply(to, type, scale.row(m, is.tail == FPC_MODULATE), scale.from.type);
+        if (shift) add(to, type, shift.row(m), shift.from.type);
     }
 
-    // Zeros in place of the lanes from `count` on.
-    static F first(F value, int64_t count) {
-        for (int lane = 0; lane < kLanes; lane++) value[lane] = lane < count ? value[lane] : 0;
-        return value;
+    int32_t multiply(float* row, int32_t type, const float* factors, int32_t other) const {
+        for (int64_t i = 0; i < count; i += kLanes)
+            store(row + i, load<F>(row + i) * load<F>(factors + i));
+        round_row(row, count, wider(type, other));
+        return wider(type, other);
     }
 
-    // `head` gives values that are rounded to `rounding` then.
-    template <class Head>
-    void write(float* to, int32_t rounding, const Head& head) const {
-        for (int64_t i = 0; i < k; i += kLanes)
-            store(to + i, tail(rounded_to(head(i), rounding), rounding, i));
-        for (int64_t i = k; i < padded; i++) to[i] = 0;
-    }
-
-    F tail(F h, int32_t rounding, int64_t i) const {
-        if (is.tail == FPC_NO_TAIL) return h;
-        if (scale.data) {
-            F factor = scale.at(i);
-            if (is.tail == FPC_MODULATE) factor = rounded_to(factor + 1.0f, scale.type);
-            rounding = wider(rounding, scale.type);
-            h = rounded_to(h * factor, rounding);
-        }
-        return shift.data ? rounded_to(h + shift.at(i), wider(rounding, shift.type)) : h;
+    void add(float* row, int32_t type, const float* terms, int32_t other) const {
+        for (int64_t i = 0; i < count; i += kLanes)
+            store(row + i, load<F>(row + i) + load<F>(terms + i));
+        round_row(row, count, wider(type, other));
     }
 };

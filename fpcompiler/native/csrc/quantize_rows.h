@@ -29,9 +29,9 @@ struct Rounded {
     F big;
     F sum;
 
-    // Values must not be negative.
+    // Values must not be negative; their bits are then in the order of the values.
     Rounded(F value, const Grid& grid) {
-        F held = value < grid.max ? value : splat(grid.max);
+        F held = (F)smaller((I)value, (I)splat(grid.max));
         exponent = larger((I)held & kExponentMask, splat(grid.least));
         big = (F)(exponent + grid.magic);
         sum = held + big;
@@ -175,11 +175,14 @@ struct Row {
     float* amax;      // [padded_blocks]
     float* low;       // [padded_blocks]: the scales to choose from
     float* high;      // [padded_blocks]
+    float* factors;   // [padded_blocks]
+    double* gains;    // [padded_blocks]
+    uint8_t* chosen_codes;  // [padded_blocks]
     uint8_t* codes;   // [padded + 64]
 
     static int64_t bytes(const FpcOperand& operand, int64_t k) {
         int64_t length = padded_length(operand, k);
-        return 4 * (length + 3 * blocks_of(operand, k)) + length + 128;
+        return 4 * length + (4 * 4 + 8 + 1) * blocks_of(operand, k) + length + 128;
     }
 
     static int64_t blocks_of(const FpcOperand& operand, int64_t k) {
@@ -199,7 +202,10 @@ struct Row {
         amax = values + padded;
         low = amax + padded_blocks;
         high = low + padded_blocks;
-        codes = (uint8_t*)(high + padded_blocks);
+        factors = high + padded_blocks;
+        gains = (double*)(factors + padded_blocks);
+        chosen_codes = (uint8_t*)(gains + padded_blocks);
+        codes = chosen_codes + padded_blocks;
     }
 
     // Return a row as fp32, filled up with zeros to `padded`; in `values` if it is not so already.
@@ -286,37 +292,57 @@ struct Row {
     // Encode each block with the better one of its pair: the low one if its squared error is smaller.
     //
     // Over the low scale the numbers of the high one are those of the grid with a bias one less;
-    // _gain_of_half of fpcompiler/numerics/scales.py. Codes are the same over either.
+    // _gain_of_half of fpcompiler/numerics/scales.py. What is chosen is known long after the last
+    // value of a block, so blocks are chosen together and encoded in a loop of their own.
     template <int kWidth, bool kInverse>
     void encode_better_powers(const float* row, float shared, uint8_t* scales) {
-        constexpr int kCount = kWidth / kLanes;
-        const Grid fine_grid = grid, coarse_grid = doubled;
-        for (int64_t b = 0; b < blocks; b++) {
-            const float scale = low[b] * shared;
-            const F divisor = splat(kInverse ? 1 / scale : scale);
-            I fine_codes[kCount], coarse_codes[kCount];
-            D gain{};
-            for (int i = 0; i < kCount; i++) {
-                const F from = load<F>(row + b * kWidth + kLanes * i);
-                const F signed_value = kInverse ? from * divisor : from / divisor;
-                const F value = (F)magnitude(signed_value);
-                const I sign = (I)((U)from >> 31) << grid.magnitude_bits;
-                const Rounded fine(value, fine_grid), coarse(value, coarse_grid);
-                const F a = fine.value(), c = coarse.value();
-                const F term = (c - a) * ((c + a) - 2 * value);
-                gain += __builtin_convertvector(term, D);
-                fine_codes[i] = fine.code(fine_grid) | sign;
-                coarse_codes[i] = coarse.code(coarse_grid) | sign;
-            }
-            // A coin toss, which must not become a branch.
-            const bool keep_low = (int)(total(gain) > 0) | (int)(low[b] == high[b]);
-            const I mask = splat(-(int32_t)keep_low);
-            for (int i = 0; i < kCount; i++)
-                store_bytes(codes + b * kWidth + kLanes * i,
-                            (fine_codes[i] & mask) | (coarse_codes[i] & ~mask));
-            const float chosen = either(keep_low, low[b], high[b]);
-            scales[b] = (uint8_t)(bits_of(amax[b] == 0 ? 1 : chosen) >> 23);
+        const Grid fine = grid, coarse = doubled;
+        float *quotients = values, *divisors = factors;
+        for (int64_t b = 0; b < padded_blocks; b += kLanes) {
+            const F scale = load<F>(low + b) * shared;
+            store(divisors + b, kInverse ? 1.0f / scale : scale);
         }
+        for (int64_t b = 0; b < blocks; b++) {
+            const F divisor = splat(divisors[b]);
+            D gain{};
+            for (int i = 0; i < kWidth; i += kLanes) {
+                const F from = load<F>(row + b * kWidth + i);
+                const F quotient = kInverse ? from * divisor : from / divisor;
+                store(quotients + b * kWidth + i, quotient);
+                const F value = (F)magnitude(quotient);
+                const F a = Rounded(value, fine).value(), c = Rounded(value, coarse).value();
+                gain += wide((c - a) * ((c + a) - 2 * value));
+            }
+            gains[b] = total(gain);
+        }
+        choose_powers(scales);
+        for (int64_t b = 0; b < blocks; b++) {
+            const F factor = splat(factors[b]);
+            for (int i = 0; i < kWidth; i += kLanes) {
+                const F quotient = load<F>(quotients + b * kWidth + i);
+                store_bytes(codes + b * kWidth + i, signed_code(quotient * factor, fine));
+            }
+        }
+    }
+
+    // Choose the low scale where that is a gain, and leave in `factors` what quotients by the low
+    // scale are to be multiplied with.
+    void choose_powers(uint8_t* scales) {
+        for (int64_t b = 0; b < padded_blocks; b += kLanes) {
+            const F a = load<F>(low + b), c = load<F>(high + b);
+            const I keep_low = positive(gains + b) | (a == c);
+            store(factors + b, keep_low ? splat(1.0f) : splat(0.5f));
+            const F chosen = load<F>(amax + b) == 0.0f ? splat(1.0f) : keep_low ? a : c;
+            store_bytes(chosen_codes + b, (I)chosen >> 23);
+        }
+        __builtin_memcpy(scales, chosen_codes, blocks);
+    }
+
+    // Which of some doubles are positive, as a mask.
+    static I positive(const double* from) {
+        I mask;
+        for (int lane = 0; lane < kLanes; lane++) mask[lane] = -(int32_t)(from[lane] > 0);
+        return mask;
     }
 
     template <int kWidth>
@@ -337,7 +363,7 @@ struct Row {
         for (int i = 0; i < kWidth; i += kLanes) {
             F value = (F)magnitude(load<F>(block + i) / splat(scale));
             F error = Rounded(value, g).value() - value;
-            sum += __builtin_convertvector(error * error, D);
+            sum += wide(error * error);
         }
         return total(sum) * ((double)scale * (double)scale);
     }

@@ -5,7 +5,6 @@
 typedef float F __attribute__((vector_size(4 * FPC_LANES)));
 typedef int32_t I __attribute__((vector_size(4 * FPC_LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * FPC_LANES)));
-typedef double D __attribute__((vector_size(8 * FPC_LANES)));
 
 static constexpr int kLanes = FPC_LANES;
 
@@ -22,9 +21,15 @@ static inline void store(T* to, V vector) {
 }
 
 static inline I splat(int32_t value) { return I{} + value; }
-static inline F splat(float value) { return F{} + value; }
+static inline F splat(float value) {
+    // Adding zeros to a float is an instruction: it changes -0.
+    int32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    return (F)splat(bits);
+}
 static inline I magnitude(F value) { return (I)value & 0x7FFFFFFF; }
 static inline I larger(I a, I b) { return a > b ? a : b; }
+static inline I smaller(I a, I b) { return a < b ? a : b; }
 
 // Store the low byte of each lane.
 static inline void store_bytes(uint8_t* to, I values) {
@@ -40,52 +45,63 @@ static inline void store_bytes(uint8_t* to, I values) {
 #endif
 }
 
-// The two halves of a vector, added or compared: what the reductions below are made of.
+// As many doubles as a vector has lanes. A vector of two registers would be kept in memory.
+typedef double H __attribute__((vector_size(4 * FPC_LANES)));
+struct D {
+    H low, high;
+
+    D& operator+=(const D& other) {
+        low += other.low, high += other.high;
+        return *this;
+    }
+};
+
+static inline D wide(F v) {
 #if FPC_LANES == 16
-typedef double D8 __attribute__((vector_size(64)));
-typedef int32_t I8 __attribute__((vector_size(32)));
-static inline D8 fold(D v) {
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {(H)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
+            (H)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))};
+#elif FPC_LANES == 8
+    return {(H)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+            (H)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
+#else
+    return {H{v[0], v[1]}, H{v[2], v[3]}};
+#endif
 }
-static inline I8 fold_largest(I v) {
+
+// Halves are added until four lanes are left, and then neighbours.
+static inline double total(D v) {
+#if FPC_LANES == 16
+    typedef double D4 __attribute__((vector_size(32)));
+    H sum = v.low + v.high;
+    D4 four = __builtin_shufflevector(sum, sum, 0, 1, 2, 3) +
+              __builtin_shufflevector(sum, sum, 4, 5, 6, 7);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+#elif FPC_LANES == 8
+    H four = v.low + v.high;
+    return (four[0] + four[1]) + (four[2] + four[3]);
+#else
+    return (v.low[0] + v.low[1]) + (v.high[0] + v.high[1]);
+#endif
+}
+
+typedef int32_t I4 __attribute__((vector_size(16)));
+static inline I4 larger4(I4 a, I4 b) { return a > b ? a : b; }
+
+static inline int32_t largest(I v) {
+#if FPC_LANES == 16
+    typedef int32_t I8 __attribute__((vector_size(32)));
     I8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
     I8 b = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    return a > b ? a : b;
-}
+    I8 eight = a > b ? a : b;
 #elif FPC_LANES == 8
-typedef D D8;
-typedef I I8;
-static inline D8 fold(D v) { return v; }
-static inline I8 fold_largest(I v) { return v; }
+    I eight = v;
 #endif
-
 #if FPC_LANES >= 8
-typedef double D4 __attribute__((vector_size(32)));
-typedef int32_t I4 __attribute__((vector_size(16)));
-static inline D4 fold4(D v) {
-    D8 w = fold(v);
-    return __builtin_shufflevector(w, w, 0, 1, 2, 3) + __builtin_shufflevector(w, w, 4, 5, 6, 7);
-}
-static inline I4 fold4_largest(I v) {
-    I8 w = fold_largest(v);
-    I4 a = __builtin_shufflevector(w, w, 0, 1, 2, 3), b = __builtin_shufflevector(w, w, 4, 5, 6, 7);
-    return a > b ? a : b;
-}
+    I4 four = larger4(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
+                      __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
 #else
-typedef D D4;
-typedef I I4;
-static inline D4 fold4(D v) { return v; }
-static inline I4 fold4_largest(I v) { return v; }
+    I four = v;
 #endif
-
-static inline int32_t largest(I values) {
-    I4 v = fold4_largest(values);
-    int32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
-    return a > b ? a : b;
-}
-
-static inline double total(D values) {
-    D4 v = fold4(values);
-    return (v[0] + v[1]) + (v[2] + v[3]);
+    four = larger4(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+    return larger4(four, __builtin_shufflevector(four, four, 1, 0, 3, 2))[0];
 }
