@@ -58,17 +58,23 @@ def describe(
     slots = (weight is not None, bias is not None, scale is not None, shift is not None)
     if not _is_known(producer, slots) or not _is_plain(x) or x.dim() == 0:
         return None
-    vectors, shape = [], x.shape
-    for vector in (weight, bias):
-        if vector is not None and not _is_vector(vector, x, producer):
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        return None
+    shape = x.shape
+    vectors = [0, 0, 0, 0]
+    for index, vector in enumerate((weight, bias)):
+        if vector is None:
+            continue
+        if not _is_vector(vector, shape[-1], x.dtype, producer):
             return None
-        vectors += [0, 0] if vector is None else [vector.data_ptr(), INPUTS[vector.dtype]]
-    rows: list[Rows | None] = []
-    for operand in (scale, shift):
-        found = None if operand is None else _rows(operand, shape)
-        if found is None and operand is not None:
+        vectors[2 * index : 2 * index + 2] = vector.data_ptr(), INPUTS[vector.dtype]
+    rows: list[Rows | None] = [None, None]
+    for index, operand in enumerate((scale, shift)):
+        if operand is None:
+            continue
+        rows[index] = _rows(operand, shape)
+        if rows[index] is None:
             return None
-        rows.append(found)
     place = _place(shape, x.stride(), shape)
     if place is None or place[0] != 1:
         x, place = x.contiguous(), (1, shape[-1])
@@ -76,14 +82,16 @@ def describe(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype in INPUTS and tensor.device.type == "cpu"
+    return tensor.is_cpu and tensor.dtype in INPUTS
 
 
-def _is_vector(tensor: Tensor, x: Tensor, producer: str) -> bool:
+def _is_vector(tensor: Tensor, channels: int, dtype: torch.dtype, producer: str) -> bool:
     """Return whether the library takes a norm's weight or bias; ``layer_norm`` refuses some."""
-    if not _is_plain(tensor) or tensor.shape != x.shape[-1:] or not tensor.is_contiguous():
+    if not _is_plain(tensor) or tensor.dim() != 1 or not tensor.is_contiguous():
         return False
-    return tensor.dtype in (x.dtype, torch.float32) or not producer.startswith("layer_norm")
+    own = tensor.dtype
+    known = own == dtype or own == torch.float32 or not producer.startswith("layer_norm")
+    return known and tensor.numel() == channels
 
 
 def _rows(tensor: Tensor, shape: torch.Size) -> Rows | None:
