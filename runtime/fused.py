@@ -34,8 +34,9 @@ none            ``h``
 to ``x``: ``[C]``, ``[B, 1, C]`` (adaLN, arXiv 2212.09748) or the shape of ``x``. They may be views
 with any strides. The result is the one of the single operations, bit for bit on one device, because
 the code below makes the same calls of torch; only for ``torch.rms_norm`` it spells out what torch
-does on the CPU, where CUDA has a kernel of its own. A kernel that adds in another order, or has
-another ``exp``, may differ in last bits of ``h``, and where these decide in a code.
+does on the CPU, where CUDA has a kernel of its own. A kernel that adds in another order or more
+exactly, or has another ``exp``, may differ in last bits of ``h``, and where these decide in a code;
+the one of the native library is ``fpcompiler/native/csrc/produce_rows.h``.
 """
 
 from __future__ import annotations

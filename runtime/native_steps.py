@@ -85,12 +85,12 @@ class NativeQuantizer:
         return [self._prepared(*args), *(None,) * self.scales]
 
     def _prepared(self, *args: Any) -> PreparedInput:
-        *values, _, layer = args
+        values, layer = args[:-2], args[-1]
         if len(values) == 1:
             return self.linear.prepare(values[0], layer)
         produced = describe(*values)
         if produced is None:
-            return self.linear.prepare(fused.produce(*values, layer), layer)
+            return self.linear.prepare(fused.produce(*(*values, layer)), layer)
         return self.linear.prepare_produced(produced, layer)
 
 

@@ -23,7 +23,9 @@ from fpcompiler.runtime.native_steps import NativeQuantizer
 NATIVE = library()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the native library was not built")
 
-LEVELS = [level for level in range(len(INSTRUCTION_SETS)) if NATIVE and level <= NATIVE.instructions]
+LEVELS = [
+    level for level in range(len(INSTRUCTION_SETS)) if NATIVE and level <= NATIVE.instructions
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT = Operand.parse("e2m1@row:f32")
 OPERANDS = (
@@ -212,7 +214,11 @@ def test_views_are_read_where_they_are(name: str, dtype: torch.dtype) -> None:
     x = normal(batch, tokens, 2 * channels, seed=7).to(dtype)
     linear = layer(channels)
     for source in (x[..., :channels], x[..., channels:].contiguous(), x[:, :1, :channels]):
-        fits = operand if operand.dim() == 1 or operand.shape[1] == 1 else operand[:, : source.shape[1]]
+        fits = (
+            operand
+            if operand.dim() == 1 or operand.shape[1] == 1
+            else operand[:, : source.shape[1]]
+        )
         given = Case(source, None, None, fits, fits, "layer_norm_modulate", EPS)
         stored = fits.expand(source.shape).contiguous()
         plain = Case(source.contiguous(), None, None, stored, stored, "layer_norm_modulate", EPS)

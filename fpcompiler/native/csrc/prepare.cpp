@@ -112,8 +112,8 @@ typedef Kernel<avx512::Preparer, avx512::Quantizer, avx512::Row> Avx512;
 extern "C" int32_t fpc_prepare(const FpcWeights* weights, const FpcActivations* activations,
                                const void* x, int32_t input, int64_t m, int64_t stride,
                                uint8_t* prepared, int32_t threads, int32_t instructions) {
-    return fpc_prepare_produced(weights, activations, nullptr, nullptr, nullptr, x, input, m, stride,
-                                prepared, threads, instructions);
+    return fpc_prepare_produced(weights, activations, nullptr, nullptr, nullptr, x, input, m,
+                                stride, prepared, threads, instructions);
 }
 
 extern "C" int32_t fpc_prepare_produced(const FpcWeights* weights,

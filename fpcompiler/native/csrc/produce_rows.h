@@ -1,9 +1,10 @@
-// One row of what a fused quantizer rounds. Included once per instruction set, after quantize_rows.h.
+// One row of what a fused quantizer rounds. Included once per instruction set, after
+// quantize_rows.h.
 //
 // The definition is the table in fpcompiler/runtime/fused.py, which says where results are rounded.
 // Each operation goes over the row, which stays in the first cache, and 16-bit operands are widened
-// before: loops are short and know one type. Sums are fp64 in one order for all instruction sets, so
-// these give the same bits.
+// before: loops are short and know one type. Sums are fp64 in one order for all instruction sets,
+// so these give the same bits.
 
 #include "functions.h"
 
@@ -16,7 +17,8 @@ static inline F rounded_to_bf16(F value) {
 
 static inline F rounded_to_f16(F value) {
     const I size = magnitude(value), exponent = larger(size & kExponentMask, splat(113 << 23));
-    const F big = (F)(exponent + ((13 << 23) | 0x400000));  // see Rounded in quantize_rows.h
+    // See Rounded in quantize_rows.h; the exponent of infinity runs over, and is not used.
+    const F big = (F)((U)exponent + ((13 << 23) | 0x400000));
     const F infinite = splat(__builtin_inff()), nearest = ((F)size + big) - big;
     const F finite = nearest > 65504.0f ? infinite : nearest;
     const F special = value == value ? infinite : value;
@@ -176,7 +178,8 @@ struct Producer {
     }
 
     void tail(int64_t m, int32_t type, float* to) {
-        if (scale) type = multiply(to, type, scale.row(m, is.tail == FPC_MODULATE), scale.from.type);
+        const bool plus_one = is.tail == FPC_MODULATE;
+        if (scale) type = multiply(to, type, scale.row(m, plus_one), scale.from.type);
         if (shift) add(to, type, shift.row(m), shift.from.type);
     }
 
