@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+import fpcompiler
 from fpcompiler.errors import NumericsError
 from fpcompiler.native import INSTRUCTION_SETS, library
 from fpcompiler.numerics import quantize, quantize_packed
@@ -303,6 +305,32 @@ def test_errors_are_those_of_the_reference() -> None:
         quantizer(x, None, None, None, None, "swish", 0.0, OPERANDS[0], "up")
     with pytest.raises(RuntimeError, match="mixed dtype"):
         quantizer(x, weight.half(), None, None, None, "layer_norm", EPS, OPERANDS[0], "up")
+
+
+class Gated(nn.Module):
+    """An RMSNorm and a gated unit, as in LLaMA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.RMSNorm(64)
+        self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        result: Tensor = x + self.down(functional.silu(self.gate(h)) * self.up(h))
+        return result
+
+
+def test_a_compiled_model_computes_its_quantized_values_natively(monkeypatch) -> None:
+    x = normal(5, 64, seed=1)
+    native = fpcompiler.compile(Gated().eval(), "w4a6", example_inputs=(x,))
+    plain = fpcompiler.compile(Gated().eval(), "w4a6", example_inputs=(x,), target="reference")
+    functions = [instruction.function for instruction in native._ready()._code]
+    assert sum(isinstance(function, NativeQuantizer) for function in functions) == 2
+    expected = plain(x)
+    monkeypatch.setattr("fpcompiler.runtime.fused.produce", None)
+    assert torch.allclose(native(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=200)
