@@ -38,6 +38,43 @@ class Produced(NamedTuple):
     shift: Rows | None
 
 
+class Form(NamedTuple):
+    """What a tensor is, without its values."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class RowsForm(NamedTuple):
+    """Where the rows of a tensor beside ``x`` are, from its address on.
+
+    Attributes:
+        repeat: Rows of ``x`` that share a row.
+        stride: Bytes from one row to the next.
+        type: ``FpcInput``.
+    """
+
+    repeat: int
+    stride: int
+    type: int
+
+
+class ProducedForm(NamedTuple):
+    """What :func:`form_of_rows` found out from the forms of tensors.
+
+    Attributes:
+        stride: From one row of ``x`` to the next, in values; None if ``x`` must be copied first.
+        types: ``FpcInput`` of a norm's weight and bias.
+        scale, shift: What the tail reads, or None.
+    """
+
+    stride: int | None
+    types: tuple[int, int]
+    scale: RowsForm | None
+    shift: RowsForm | None
+
+
 def describe(
     x: Tensor,
     weight: Tensor | None,
@@ -55,56 +92,79 @@ def describe(
     Returns:
         None if the library does not take these tensors.
     """
-    slots = (weight is not None, bias is not None, scale is not None, shift is not None)
-    if not _is_known(producer, slots) or not _is_plain(x) or x.dim() == 0:
+    tensors = (x, weight, bias, scale, shift)
+    if not all(tensor is None or tensor.is_cpu for tensor in tensors):
         return None
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+    form = form_of_rows(producer, *map(_form, tensors))
+    if form is None:
         return None
-    shape = x.shape
-    vectors = [0, 0, 0, 0]
-    for index, vector in enumerate((weight, bias)):
-        if vector is None:
-            continue
-        if not _is_vector(vector, shape[-1], x.dtype, producer):
-            return None
-        vectors[2 * index : 2 * index + 2] = vector.data_ptr(), INPUTS[vector.dtype]
-    rows: list[Rows | None] = [None, None]
-    for index, operand in enumerate((scale, shift)):
-        if operand is None:
-            continue
-        rows[index] = _rows(operand, shape)
-        if rows[index] is None:
-            return None
-    place = _place(shape, x.stride(), shape)
-    if place is None or place[0] != 1:
-        x, place = x.contiguous(), (1, shape[-1])
-    return Produced(x, place[1], _producer(producer, eps, *vectors), *rows)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype in INPUTS
-
-
-def _is_vector(tensor: Tensor, channels: int, dtype: torch.dtype, producer: str) -> bool:
-    """Return whether the library takes a norm's weight or bias; ``layer_norm`` refuses some."""
-    if not _is_plain(tensor) or tensor.dim() != 1 or not tensor.is_contiguous():
-        return False
-    own = tensor.dtype
-    known = own == dtype or own == torch.float32 or not producer.startswith("layer_norm")
-    return known and tensor.numel() == channels
-
-
-def _rows(tensor: Tensor, shape: torch.Size) -> Rows | None:
-    if not _is_plain(tensor):
-        return None
-    place = _place(tensor.shape, tensor.stride(), shape)
-    if place is None:
-        return None
-    repeat, stride = place
-    return Rows(tensor.data_ptr(), repeat, stride * tensor.itemsize, INPUTS[tensor.dtype])
+    stride = form.stride
+    if stride is None:
+        x, stride = x.contiguous(), x.shape[-1]
+    own = make_producer(producer, eps, form.types, _address(weight), _address(bias))
+    rows = _rows(scale, form.scale), _rows(shift, form.shift)
+    return Produced(x, stride, own, *rows)
 
 
 @lru_cache(maxsize=4096)
+def form_of_rows(
+    producer: str,
+    x: Form | None,
+    weight: Form | None,
+    bias: Form | None,
+    scale: Form | None,
+    shift: Form | None,
+) -> ProducedForm | None:
+    """Return how the library is told of tensors, or None if it does not take them."""
+    slots = (weight is not None, bias is not None, scale is not None, shift is not None)
+    if x is None or not _is_known(producer, slots) or x.dtype not in INPUTS or not x.shape:
+        return None
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        return None
+    vectors = [form for form in (weight, bias) if form is not None]
+    if not all(_is_vector(form, x, producer) for form in vectors):
+        return None
+    rows = [None if form is None else _rows_form(form, x.shape) for form in (scale, shift)]
+    if any(
+        form is not None and row is None for form, row in zip((scale, shift), rows, strict=True)
+    ):
+        return None
+    place = _place(*x[:2], x.shape)
+    types = (0 if form is None else INPUTS[form.dtype] for form in (weight, bias))
+    stride = place[1] if place is not None and place[0] == 1 else None
+    first, second = types
+    return ProducedForm(stride, (first, second), *rows)
+
+
+def _form(tensor: Tensor | None) -> Form | None:
+    return None if tensor is None else Form(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(tensor: Tensor | None, form: RowsForm | None) -> Rows | None:
+    return None if tensor is None or form is None else Rows(tensor.data_ptr(), *form)
+
+
+def _is_vector(vector: Form, x: Form, producer: str) -> bool:
+    """Return whether the library takes a norm's weight or bias; ``layer_norm`` refuses some."""
+    if vector.dtype not in INPUTS or vector.shape != x.shape[-1:]:
+        return False
+    own = vector.dtype
+    known = own == x.dtype or own == torch.float32 or not producer.startswith("layer_norm")
+    return known and (vector.strides == (1,) or vector.shape == (1,))
+
+
+def _rows_form(form: Form, shape: tuple[int, ...]) -> RowsForm | None:
+    place = _place(form.shape, form.strides, shape) if form.dtype in INPUTS else None
+    if place is None:
+        return None
+    repeat, stride = place
+    return RowsForm(repeat, stride * form.dtype.itemsize, INPUTS[form.dtype])
+
+
 def _place(
     shape: tuple[int, ...], strides: tuple[int, ...], to: tuple[int, ...]
 ) -> tuple[int, int] | None:
@@ -148,16 +208,17 @@ def _is_known(name: str, slots: tuple[bool, ...]) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _producer(
-    name: str, eps: float, weight: int, weight_type: int, bias: int, bias_type: int
+def make_producer(
+    name: str, eps: float, types: tuple[int, int], weight: int, bias: int
 ) -> Producer:
+    """Return the structure for a producer; addresses are 0 for what it does not read."""
     found = PRODUCERS[name]
     return Producer(
         head=_HEADS.index(found.head),
         tail=_TAILS.index(found.tail),
         eps=eps,
-        weight_type=weight_type,
-        bias_type=bias_type,
+        weight_type=types[0],
+        bias_type=types[1],
         weight=weight or None,
         bias=bias or None,
     )

@@ -6,7 +6,7 @@ import ctypes
 import enum
 from typing import Final
 
-from fpcompiler.native.linear import Activations, Weights
+from fpcompiler.native.linear import Activations, Producer, Rows, Weights
 
 RANK: Final = 5
 """Axes of a view."""
@@ -32,6 +32,7 @@ class Kind(enum.IntEnum):
     ATTENTION = 8
     PREPARE = 9
     MULTIPLY = 10
+    PRODUCE = 11
 
 
 class View(ctypes.Structure):
@@ -56,6 +57,9 @@ class Operation(ctypes.Structure):
         ("integers", ctypes.c_int64 * 2),
         ("weights", ctypes.POINTER(Weights)),
         ("activations", ctypes.POINTER(Activations)),
+        ("producer", ctypes.POINTER(Producer)),
+        ("rows", Rows * 2),
+        ("has_rows", ctypes.c_int32 * 2),
         ("y", View),
         ("x", View * INPUTS),
     )

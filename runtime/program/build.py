@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fpcompiler.native import Library
+from fpcompiler.native.linear import Rows
 from fpcompiler.native.program import Operation, View
 from fpcompiler.runtime.instructions import Instruction
+from fpcompiler.runtime.native_producers import make_producer
 from fpcompiler.runtime.program.arena import Lifetime, lay_out
-from fpcompiler.runtime.program.lowering import Bound, Lowered, bound, lower
+from fpcompiler.runtime.program.lowering import Bound, Lowered, Produced, bound, lower
 from fpcompiler.runtime.program.record import (
     Buffer,
     Place,
@@ -82,17 +84,14 @@ class _Builder:
         for index, instruction in enumerate(self.code):
             item = self._bound(instruction)
             lowered = lower(item)
-            if lowered is not None:
+            if lowered is not None and all(map(self._has_fixed_vectors, lowered)):
                 self._add(index, lowered)
                 continue
             if any(isinstance(out, Plain) and out.value is not None for out in item.outs):
                 return False  # a number that torch computes from a tensor
             self.by_torch.update(instruction.outs)
             self.pieces.append(_Piece(step=index))
-        return (
-            any(piece.operations for piece in self.pieces)
-            and not self._torch_lacks_values()
-        )
+        return any(piece.operations for piece in self.pieces) and not self._torch_lacks_values()
 
     def program(self, native: Library) -> Program:
         """Return the program."""
@@ -115,6 +114,12 @@ class _Builder:
         return bound(
             instruction.step, instruction.function, instruction.args, instruction.kwargs, self.known
         )
+
+    def _has_fixed_vectors(self, item: Lowered) -> bool:
+        """Whether the weight and bias of a norm, if there are any, are constants."""
+        places = item.produced.vectors if item.produced is not None else ()
+        sources = [self.buffers[place.buffer].source for place in places if place is not None]
+        return all(source is Source.FIXED for source in sources)
 
     def _add(self, index: int, lowered: list[Lowered]) -> None:
         if not lowered:
@@ -222,6 +227,24 @@ class _Builder:
             weights, activations = item.linear.structures
             operation.weights = ctypes.pointer(weights)
             operation.activations = ctypes.pointer(activations)
+        if item.produced is not None:
+            self._fill_producer(operation, item.produced)
+
+    def _fill_producer(self, operation: Operation, produced: Produced) -> None:
+        form = produced.form
+        weight, bias = map(self._address, produced.vectors)
+        producer = make_producer(produced.name, produced.eps, form.types, weight, bias)
+        operation.producer = ctypes.pointer(producer)
+        given = [rows for rows in (form.scale, form.shift) if rows is not None]
+        for slot, rows in enumerate((form.scale, form.shift)):
+            operation.has_rows[slot] = rows is not None
+            if rows is not None:
+                operation.rows[slot] = Rows(None, *rows)
+        if form.scale is None and given:  # The views have no gap; the library's slots do.
+            operation.x[2] = operation.x[1]
+
+    def _address(self, place: Place | None) -> int:
+        return 0 if place is None else self.buffers[place.buffer].address + place.offset
 
     def _view(self, place: Place | Ready, arena: Mapping[int, int]) -> View:
         inside = place.buffer in arena

@@ -13,6 +13,7 @@ import torch
 from fpcompiler.native.program import RANK, Kind
 from fpcompiler.plan import Step
 from fpcompiler.runtime.native import NativeLinear
+from fpcompiler.runtime.native_producers import Form, ProducedForm, form_of_rows
 from fpcompiler.runtime.native_steps import NativeLayer, NativeQuantizer
 from fpcompiler.runtime.operators import Function, Ref
 from fpcompiler.runtime.program.attention import NativeAttention, attention_call
@@ -40,6 +41,7 @@ class Lowered:
         x: What it reads.
         scalar, flag, integers: See ``FpcOperation``.
         linear: The layer that activations are prepared for, or that multiplies them.
+        produced: How they are computed before, if they are.
     """
 
     kind: Kind
@@ -49,6 +51,23 @@ class Lowered:
     flag: int = 0
     integers: tuple[int, int] = (0, 0)
     linear: NativeLinear | None = None
+    produced: Produced | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """How activations are computed from ``x[0]``; ``x[1:]`` is the scale and the shift, if given.
+
+    Attributes:
+        name, eps: The producer.
+        form: Where rows are.
+        vectors: Weight and bias of a norm.
+    """
+
+    name: str
+    eps: float
+    form: ProducedForm
+    vectors: tuple[Place | None, Place | None]
 
 
 @dataclass(frozen=True)
@@ -144,11 +163,29 @@ def _quantizer(bound: Bound) -> list[Lowered] | None:
     function, out, x = bound.function, bound.outs[0], bound.args[0]
     if not isinstance(function, NativeQuantizer) or not isinstance(out, Ready):
         return None
+    if bound.step.op == "fpc.fused_quantize":
+        return _produced(bound, function, out)
     if bound.step.op != "fpc.quantize" or not is_contiguous(x) or x.dtype not in TYPES:
         return None
     sizes = (out.rows, function.linear.kind.k)
     rows = _rows(x, *sizes)
     return [Lowered(Kind.PREPARE, out, (rows,), integers=sizes, linear=function.linear)]
+
+
+def _produced(bound: Bound, function: NativeQuantizer, out: Ready) -> list[Lowered] | None:
+    x, weight, bias, scale, shift, name, eps = bound.args[:7]
+    form = form_of_rows(name, *map(_form, (x, weight, bias, scale, shift)))
+    if form is None or form.stride is None:
+        return None
+    sizes = (out.rows, form.stride)
+    views = (_rows(x, 1, x.sizes[-1]), *(_rows(v, 1, 1) for v in (scale, shift) if v is not None))
+    how = Produced(name, eps, form, (weight, bias))
+    linear = function.linear
+    return [Lowered(Kind.PRODUCE, out, views, integers=sizes, linear=linear, produced=how)]
+
+
+def _form(place: Place | None) -> Form | None:
+    return None if place is None else Form(place.sizes, place.strides, place.dtype)
 
 
 def _rows(place: Place, count: int, length: int) -> Place:

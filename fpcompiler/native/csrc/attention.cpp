@@ -10,42 +10,8 @@
 #include "operations.h"
 #include "threads.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#pragma GCC diagnostic ignored "-Wpsabi"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
-#if defined(__x86_64__)
-namespace avx512 {
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#define FPC_LANES 16
-#include "vectors.h"
-
-#include "attention_rows.h"
-#undef FPC_LANES
-#pragma GCC pop_options
-}  // namespace avx512
-namespace avx2 {
-#pragma GCC push_options
-#pragma GCC target("avx2")
-#define FPC_LANES 8
-#include "vectors.h"
-
-#include "attention_rows.h"
-#undef FPC_LANES
-#pragma GCC pop_options
-}  // namespace avx2
-#endif
-namespace baseline {
-#define FPC_LANES 4
-#include "vectors.h"
-
-#include "attention_rows.h"
-#undef FPC_LANES
-}  // namespace baseline
+#define FPC_ROWS "attention_rows.h"
+#include "instruction_sets.h"
 
 namespace {
 
@@ -53,14 +19,14 @@ enum Axis { kBatch = 1, kHeads = 2, kRows = 3, kWidth = 4 };
 
 constexpr int64_t kProductsPerThread = 150000;
 
-const float* start(const Values& values, int64_t batch, int64_t head) {
+const float* start(const Strided& values, int64_t batch, int64_t head) {
     return (const float*)(values.data + batch * values.stride(kBatch) + head * values.stride(kHeads));
 }
 
 template <class Head>
 Head head_of(const FpcOperation& operation, uint8_t* const* bases, int64_t index) {
-    const Values q(operation.x[0], bases), k(operation.x[1], bases), v(operation.x[2], bases);
-    const Values y(operation.y, bases);
+    const Strided q(operation.x[0], bases), k(operation.x[1], bases), v(operation.x[2], bases);
+    const Strided y(operation.y, bases);
     const int64_t heads = q.view.sizes[kHeads], batch = index / heads, own = index % heads;
     const int64_t shared = own / (heads / k.view.sizes[kHeads]);
     Head head{start(q, batch, own), start(k, batch, shared), start(v, batch, shared),
@@ -71,7 +37,7 @@ Head head_of(const FpcOperation& operation, uint8_t* const* bases, int64_t index
               v.view.sizes[kWidth], operation.scalar, (operation.flag & 1) != 0,
               nullptr, 0, 0, false};
     if (operation.flag & 2) {
-        const Values mask(operation.x[3], bases);
+        const Strided mask(operation.x[3], bases);
         head.mask = (const uint8_t*)start(mask, batch, own);
         head.mask_row = mask.stride(kRows), head.mask_key = mask.stride(kWidth);
         head.mask_is_bool = mask.view.type == FPC_TYPE_BOOL;

@@ -1,5 +1,7 @@
 // Attention of one head. Included once per instruction set, after vectors.h.
 
+#include "functions.h"
+
 // a * b + c, in one rounding where the processor has that.
 static inline F multiply_add(F a, F b, F c) {
 #if FPC_LANES == 16
@@ -15,27 +17,6 @@ static inline float sum_of(F v) {
     for (int width = kLanes / 2; width; width /= 2)
         for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
     return lanes[0];
-}
-
-// exp(x) for x <= 0, within 2 units in the last place; 0 where it would not be a normal number,
-// NaN for NaN.
-// Range reduction and polynomial are those of Cephes' expf (S. L. Moshier).
-static inline F exp_of_negative(F x) {
-    const F scaled = x * 1.44269504088896341f;
-    const F magic = splat(12582912.0f);  // 1.5 * 2**23: adding it rounds to an integer
-    const F n = (scaled + magic) - magic;
-    F r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    F p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const I exponent = (I)(scaled + magic) - (I)magic;
-    const F result = (F)((I)p + (exponent << 23));
-    return x != x ? x : (F)((I)result & (x > -87.0f));
 }
 
 // What a head reads and writes; strides are in values and the last axes are contiguous.
@@ -96,7 +77,7 @@ static inline float score(const Head& head, int64_t query, Span span, float* sco
 static inline float exponentials(Span span, float most, float* scores) {
     F sum{};
     for (int64_t n = span.begin; n < span.end; n += kLanes) {
-        F value = exp_of_negative(load<F>(scores + n) - most);
+        F value = exp_of(load<F>(scores + n) - most);
         const int64_t left = span.end - n;
         if (left < kLanes) {
             float lanes[kLanes];

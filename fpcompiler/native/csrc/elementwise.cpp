@@ -73,20 +73,20 @@ void copy_row(const Row& to, const Row& from, int64_t count) {
 
 void compute(int64_t kind, float scalar, const float* a, const float* b, float* y, int64_t count) {
     switch (kind) {
-        case FPC_ADD: for (int64_t i = 0; i < count; i++) y[i] = a[i] + b[i]; break;
-        case FPC_SUB: for (int64_t i = 0; i < count; i++) y[i] = a[i] - b[i]; break;
-        case FPC_MUL: for (int64_t i = 0; i < count; i++) y[i] = a[i] * b[i]; break;
-        case FPC_SCALE: for (int64_t i = 0; i < count; i++) y[i] = a[i] * scalar; break;
-        case FPC_NEG: for (int64_t i = 0; i < count; i++) y[i] = -a[i]; break;
+        case FPC_DO_ADD: for (int64_t i = 0; i < count; i++) y[i] = a[i] + b[i]; break;
+        case FPC_DO_SUB: for (int64_t i = 0; i < count; i++) y[i] = a[i] - b[i]; break;
+        case FPC_DO_MUL: for (int64_t i = 0; i < count; i++) y[i] = a[i] * b[i]; break;
+        case FPC_DO_SCALE: for (int64_t i = 0; i < count; i++) y[i] = a[i] * scalar; break;
+        case FPC_DO_NEG: for (int64_t i = 0; i < count; i++) y[i] = -a[i]; break;
         default: for (int64_t i = 0; i < count; i++) y[i] = a[i];
     }
 }
 
-bool has_two(int64_t kind) { return kind == FPC_ADD || kind == FPC_SUB || kind == FPC_MUL; }
+bool has_two(int64_t kind) { return kind == FPC_DO_ADD || kind == FPC_DO_SUB || kind == FPC_DO_MUL; }
 
 void run_row(const FpcOperation& operation, const Row& y, const Row& a, const Row& b,
              int64_t count) {
-    if (operation.kind == FPC_COPY && y.type == a.type) {
+    if (operation.kind == FPC_DO_COPY && y.type == a.type) {
         copy_row(y, a, count);
         return;
     }
@@ -102,15 +102,15 @@ void run_row(const FpcOperation& operation, const Row& y, const Row& a, const Ro
     }
 }
 
-Row row_of(const Values& values, int64_t index) {
+Row row_of(const Strided& values, int64_t index) {
     return {values.row(index), values.view.strides[FPC_RANK - 1], values.view.type};
 }
 
 }  // namespace
 
 void elementwise(const FpcOperation& operation, uint8_t* const* bases, int32_t threads) {
-    const Values y(operation.y, bases), a(operation.x[0], bases);
-    const Values b(has_two(operation.kind) ? operation.x[1] : operation.x[0], bases);
+    const Strided y(operation.y, bases), a(operation.x[0], bases);
+    const Strided b(has_two(operation.kind) ? operation.x[1] : operation.x[0], bases);
     const int64_t rows = y.rows(), length = y.length();
     threads = useful_threads(threads, rows * length);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -120,13 +120,13 @@ void elementwise(const FpcOperation& operation, uint8_t* const* bases, int32_t t
 
 int32_t index_copy(const FpcOperation& operation, uint8_t* const* bases, int32_t threads) {
     const int64_t axis = operation.integers[0];
-    const Values indices(operation.x[1], bases);
+    const Strided indices(operation.x[1], bases);
     const int64_t count = indices.length(), places = operation.y.sizes[axis];
     for (int64_t i = 0; i < count; i++) {
         const int64_t to = *(const int64_t*)(indices.data + i * indices.stride(FPC_RANK - 1));
         if (to < 0 || to >= places) return FPC_OUT_OF_RANGE;
         FpcOperation copy = operation;
-        copy.kind = FPC_COPY;
+        copy.kind = FPC_DO_COPY;
         copy.y.sizes[axis] = copy.x[0].sizes[axis] = 1;
         copy.y.offset += to * operation.y.strides[axis] * type_bytes(operation.y.type);
         copy.x[0].offset += i * operation.x[0].strides[axis] * type_bytes(operation.x[0].type);
@@ -136,8 +136,8 @@ int32_t index_copy(const FpcOperation& operation, uint8_t* const* bases, int32_t
 }
 
 int32_t gather_rows(const FpcOperation& operation, uint8_t* const* bases) {
-    const Values y(operation.y, bases), table(operation.x[0], bases);
-    const Values indices(operation.x[1], bases);
+    const Strided y(operation.y, bases), table(operation.x[0], bases);
+    const Strided indices(operation.x[1], bases);
     const int64_t rows = y.rows(), places = table.view.sizes[FPC_RANK - 2];
     for (int64_t i = 0; i < rows; i++) {
         const int64_t index = ((const int64_t*)indices.data)[i];

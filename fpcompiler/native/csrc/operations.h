@@ -19,12 +19,12 @@ static inline int64_t type_bytes(int64_t type) {
 }
 
 // A view whose memory is known.
-struct Values {
+struct Strided {
     uint8_t* data;
     const FpcView& view;
     int64_t bytes;  // of a value
 
-    Values(const FpcView& v, uint8_t* const* bases)
+    Strided(const FpcView& v, uint8_t* const* bases)
         : data(bases[v.base] + v.offset), view(v), bytes(type_bytes(v.type)) {}
 
     int64_t stride(int axis) const { return view.strides[axis] * bytes; }

@@ -19,18 +19,32 @@ uint8_t* address(const FpcView& view, uint8_t* const* bases) {
     return bases[view.base] + view.offset;
 }
 
+int32_t produce(const FpcOperation& operation, uint8_t* const* bases, int32_t threads,
+                int32_t instructions) {
+    FpcRows rows[2] = {operation.rows[0], operation.rows[1]};
+    for (int i = 0; i < 2; i++)
+        if (operation.has_rows[i]) rows[i].data = address(operation.x[i + 1], bases);
+    return fpc_prepare_produced(operation.weights, operation.activations, operation.producer,
+                                operation.has_rows[0] ? rows : nullptr,
+                                operation.has_rows[1] ? rows + 1 : nullptr,
+                                address(operation.x[0], bases), (int32_t)operation.x[0].type,
+                                operation.integers[0], operation.integers[1],
+                                address(operation.y, bases), threads, instructions);
+}
+
 int32_t run(const FpcOperation& operation, uint8_t* const* bases, int32_t threads,
             int32_t instructions) {
     switch (operation.kind) {
-        case FPC_INDEX_COPY: return index_copy(operation, bases, threads);
-        case FPC_GATHER_ROWS: return gather_rows(operation, bases);
-        case FPC_ATTENTION: return attention(operation, bases, threads, instructions);
-        case FPC_PREPARE:
+        case FPC_DO_INDEX_COPY: return index_copy(operation, bases, threads);
+        case FPC_DO_GATHER_ROWS: return gather_rows(operation, bases);
+        case FPC_DO_ATTENTION: return attention(operation, bases, threads, instructions);
+        case FPC_DO_PREPARE:
             return fpc_prepare(operation.weights, operation.activations,
                                address(operation.x[0], bases), (int32_t)operation.x[0].type,
                                operation.integers[0], operation.integers[1],
                                address(operation.y, bases), threads, instructions);
-        case FPC_MULTIPLY:
+        case FPC_DO_PRODUCE: return produce(operation, bases, threads, instructions);
+        case FPC_DO_MULTIPLY:
             return fpc_multiply(operation.weights, address(operation.x[0], bases),
                                 operation.integers[0], address(operation.y, bases),
                                 (int32_t)operation.y.type, operation.integers[1], threads,

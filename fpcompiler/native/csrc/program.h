@@ -37,17 +37,18 @@ typedef struct {
 } FpcView;
 
 enum FpcKind {
-    FPC_COPY = 0,     // y = x0, cast if the types differ (fp32 and bf16 only)
-    FPC_ADD = 1,      // y = x0 + x1; all three have the same sizes and type, fp32 or bf16
-    FPC_SUB = 2,      // y = x0 - x1
-    FPC_MUL = 3,      // y = x0 * x1
-    FPC_SCALE = 4,    // y = x0 * scalar
-    FPC_NEG = 5,      // y = -x0
-    FPC_INDEX_COPY = 6,  // y[.., x1[i], ..] = x0[.., i, ..] along the axis integers[0]
-    FPC_GATHER_ROWS = 7, // y[.., i, :] = x0[x1[i], :]; x1 is contiguous, x0 and y end in one axis
-    FPC_ATTENTION = 8,   // y = softmax(scalar * x0 @ x1.T + x3) @ x2, see attention.cpp
-    FPC_PREPARE = 9,     // fpc_prepare of x0, integers[0] rows integers[1] values apart, to y
-    FPC_MULTIPLY = 10    // fpc_multiply of x0, integers[0] rows, to y, integers[1] values apart
+    FPC_DO_COPY = 0,     // y = x0, cast if the types differ (fp32 and bf16 only)
+    FPC_DO_ADD = 1,      // y = x0 + x1; all three have the same sizes and type, fp32 or bf16
+    FPC_DO_SUB = 2,      // y = x0 - x1
+    FPC_DO_MUL = 3,      // y = x0 * x1
+    FPC_DO_SCALE = 4,    // y = x0 * scalar
+    FPC_DO_NEG = 5,      // y = -x0
+    FPC_DO_INDEX_COPY = 6,  // y[.., x1[i], ..] = x0[.., i, ..] along the axis integers[0]
+    FPC_DO_GATHER_ROWS = 7, // y[.., i, :] = x0[x1[i], :]; x1 is contiguous, x0 and y end in one axis
+    FPC_DO_ATTENTION = 8,   // y = softmax(scalar * x0 @ x1.T + x3) @ x2, see attention.cpp
+    FPC_DO_PREPARE = 9,     // fpc_prepare of x0, integers[0] rows integers[1] values apart, to y
+    FPC_DO_MULTIPLY = 10,   // fpc_multiply of x0, integers[0] rows, to y, integers[1] values apart
+    FPC_DO_PRODUCE = 11     // fpc_prepare_produced of x0, likewise; see below
 };
 
 typedef struct {
@@ -57,6 +58,10 @@ typedef struct {
     int64_t integers[2];
     const FpcWeights* weights;
     const FpcActivations* activations;
+    const FpcProducer* producer;
+    // What the producer reads beside x0: its data are where x1 (scale) and x2 (shift) are.
+    FpcRows rows[2];
+    int32_t has_rows[2];
     FpcView y;
     FpcView x[FPC_INPUTS];
 } FpcOperation;
