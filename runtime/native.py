@@ -282,11 +282,11 @@ class NativeLinear:
         kind, spec = self.kind, w_operand.format
         block = w_operand.block
         x_integers = integers_of(x_operand.format) if x_operand else None
-        unit = 1.0
+        unit, most_input = 1.0, 0
         if kind.arithmetic is Arithmetic.INT8:
             assert x_integers is not None
             assert x_operand is not None
-            unit = spec.smallest * x_operand.format.smallest
+            unit, most_input = spec.smallest * x_operand.format.smallest, max(x_integers)
         values = torch.tensor(spec.values, dtype=torch.float32)
         halves = values.bfloat16().view(torch.int16).tolist()
         return Weights(
@@ -299,6 +299,7 @@ class NativeLinear:
             most=exponents[1],
             arithmetic=kind.arithmetic,
             offset=kind.offset,
+            most_input=most_input,
             unit=unit,
             integers=(ctypes.c_uint8 * 16)(*(v + kind.offset for v in self._integers)),
             halves=(ctypes.c_uint16 * 16)(*(half & 0xFFFF for half in halves)),

@@ -34,6 +34,7 @@ class Weights(ctypes.Structure):
         ("most", ctypes.c_int32),
         ("arithmetic", ctypes.c_int32),
         ("offset", ctypes.c_int32),
+        ("most_input", ctypes.c_int32),
         ("unit", ctypes.c_float),
         ("integers", ctypes.c_uint8 * 16),
         ("halves", ctypes.c_uint16 * 16),

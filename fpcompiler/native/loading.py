@@ -17,7 +17,9 @@ from fpcompiler.options import Options
 PATH: Final = Path(__file__).parent / "libfpc.so"
 """Where the build puts the library."""
 
-INSTRUCTION_SETS: Final = ("baseline", "AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 BF16")
+INSTRUCTION_SETS: Final = (
+    "baseline", "AVX2", "AVX2 VNNI", "AVX-512", "AVX-512 VNNI", "AVX-512 BF16",
+)  # fmt: skip
 """What kernels are compiled for, in the order of ``FpcInstructions``."""
 
 _ABI: Final = 3
@@ -35,6 +37,10 @@ class Library:
 
     functions: ctypes.CDLL
     instructions: int
+
+    def has(self, instructions: int) -> bool:
+        """Return whether this processor has one of :data:`INSTRUCTION_SETS`, given as an index."""
+        return bool(self.functions.fpc_has_instructions(instructions))
 
 
 @lru_cache(maxsize=1)

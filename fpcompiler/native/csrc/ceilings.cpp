@@ -61,7 +61,7 @@ __attribute__((target("avx512f"))) uint64_t read_avx512(const uint8_t* data, int
 Reader reader() {
 #if defined(__x86_64__)
     if (fpc_instructions() >= FPC_AVX512) return read_avx512;
-    if (fpc_instructions() == FPC_AVX2) return read_avx2;
+    if (fpc_instructions() >= FPC_AVX2) return read_avx2;
 #endif
     return read_baseline;
 }

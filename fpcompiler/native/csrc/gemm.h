@@ -4,6 +4,7 @@
 #define FPC_GEMM_H
 
 #include "layout.h"
+#include "processor.h"
 
 struct Gemm {
     const FpcWeights& weights;
@@ -37,6 +38,7 @@ struct Kernels {
 };
 
 // One for each instruction set.
+Kernels kernels_avx2(const Gemm& gemm, Vnni256 vnni);
 Kernels kernels_avx512(const Gemm& gemm);
 Kernels kernels_portable(const Gemm& gemm);
 

@@ -29,10 +29,11 @@ enum FpcRounding { FPC_FLOOR = 0, FPC_CEIL = 1, FPC_RNE = 2, FPC_MSE = 3 };
 enum FpcInput { FPC_INPUT_F32 = 0, FPC_INPUT_F16 = 1, FPC_INPUT_BF16 = 2 };
 enum FpcInstructions {
     FPC_BASELINE = 0,
-    FPC_AVX2 = 1,
-    FPC_AVX512 = 2,       // F, BW, DQ, VL
-    FPC_AVX512_VNNI = 3,  // and VBMI, VNNI
-    FPC_AVX512_BF16 = 4   // and BF16
+    FPC_AVX2 = 1,         // and FMA, F16C
+    FPC_AVX2_VNNI = 2,    // and VNNI of 256 bits: AVX-VNNI, or AVX-512 VL and VNNI
+    FPC_AVX512 = 3,       // F, BW, DQ, VL; FPC_AVX2_VNNI may be missing
+    FPC_AVX512_VNNI = 4,  // and VBMI, VNNI
+    FPC_AVX512_BF16 = 5   // and BF16
 };
 enum FpcStatus { FPC_OK = 0, FPC_NOT_FINITE = 1, FPC_NO_MEMORY = 2 };
 
@@ -48,8 +49,11 @@ typedef struct {
 
 int32_t fpc_abi(void);
 
-// The best FpcInstructions that this processor has; it has those before as well.
+// The best FpcInstructions that this processor has.
 int32_t fpc_instructions(void);
+
+// Whether this processor has some FpcInstructions.
+int32_t fpc_has_instructions(int32_t instructions);
 
 // Quantize `rows` rows of `k` values that lie `stride` values apart.
 //   codes         [rows, packed bytes of k codes]
@@ -81,6 +85,7 @@ typedef struct {
     int32_t least, most;   // exponents of the weights' scales of E8M0; 0 if they have none
     int32_t arithmetic;    // FpcArithmetic
     int32_t offset;        // int8: what is added to the integers, so that none is negative
+    int32_t most_input;    // int8: largest magnitude of an integer of the activations
     float unit;            // int8: what 1 of a product of integers stands for
     uint8_t integers[16];  // int8: the integer of each code, with the offset
     uint16_t halves[16];   // the value of each code as bf16

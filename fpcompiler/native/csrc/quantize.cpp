@@ -72,28 +72,7 @@ int32_t quantize(const Job& job) {
     });
 }
 
-int32_t detect() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vnni"))
-            return FPC_AVX512;
-        return __builtin_cpu_supports("avx512bf16") ? FPC_AVX512_BF16 : FPC_AVX512_VNNI;
-    }
-    if (__builtin_cpu_supports("avx2")) return FPC_AVX2;
-#endif
-    return FPC_BASELINE;
-}
-
 }  // namespace
-
-extern "C" int32_t fpc_abi(void) { return FPC_ABI; }
-
-extern "C" int32_t fpc_instructions(void) {
-    static const int32_t found = detect();
-    return found;
-}
 
 extern "C" int32_t fpc_quantize(const FpcOperand* operand, const void* x, int32_t input,
                                 int64_t rows, int64_t k, int64_t stride, uint8_t* codes,
@@ -105,7 +84,7 @@ extern "C" int32_t fpc_quantize(const FpcOperand* operand, const void* x, int32_
             (uint8_t*)block_scale,      threads};
 #if defined(__x86_64__)
     if (instructions >= FPC_AVX512) return quantize<avx512::Row>(job);
-    if (instructions == FPC_AVX2) return quantize<avx2::Row>(job);
+    if (instructions >= FPC_AVX2) return quantize<avx2::Row>(job);
 #endif
     return quantize<baseline::Row>(job);
 }
