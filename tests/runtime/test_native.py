@@ -111,13 +111,31 @@ def test_a_layer_is_what_the_reference_gives(weight: str, inputs: str, level: in
     ("n", "k", "m"),
     [(64, 16384, 1), (3, 16383, 2), (65, 4097, 5), (129, 31, 130), (576, 1152, 16), (33, 8, 6)],
 )
-def test_integer_sums_are_exact_bit_for_bit(n: int, k: int, m: int, inputs: str) -> None:
-    assert NATIVE is not None
+@pytest.mark.parametrize("level", LEVELS)
+def test_integer_sums_are_exact_bit_for_bit(
+    n: int, k: int, m: int, inputs: str, level: int
+) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         w, x = case(n, k, m, dtype)
         kinds = Operand.parse("e2m1@row:f32"), Operand.parse(inputs)
-        _, result, expected, _ = both(w, x, *kinds, NATIVE.instructions, torch.ones(n))
+        _, result, expected, _ = both(w, x, *kinds, level, torch.ones(n))
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("inputs", ["e2m1", "e2m3", "e1m4", "e1m6"])
+@pytest.mark.parametrize("weight", ["e2m1", "e1m2", "e3m0"])
+def test_sums_of_the_largest_integers_do_not_saturate(weight: str, inputs: str, level: int) -> None:
+    """Rows of nothing but the largest value and its negative, of one sign or of both."""
+    ones, mixed = torch.ones(1, 352), torch.ones(1, 352)
+    mixed[:, 1::3] = -1
+    w = torch.cat([ones, -ones, mixed]).repeat(12, 1)
+    for blocks in ("@row:f32", "@block32:f32", "@block128:f32"):
+        kinds = Operand.parse(weight + blocks), Operand.parse(f"{inputs}@token:f32")
+        for m in (1, 2, 5, 12):
+            native, result, expected, bound = both(w, w[:m], *kinds, level, None)
+            assert native.kind.arithmetic is Arithmetic.INT8
+            assert bool(((result.double() - expected.double()).abs() <= bound).all())
 
 
 @settings(deadline=None, max_examples=60)
@@ -128,15 +146,19 @@ def test_integer_sums_are_exact_bit_for_bit(n: int, k: int, m: int, inputs: str)
     weight=st.sampled_from(sorted(WEIGHTS)),
     inputs=st.sampled_from(sorted(INPUTS)),
     threads=st.integers(1, 3),
+    data=st.data(),
 )
-def test_any_shape(n: int, k: int, m: int, weight: str, inputs: str, threads: int) -> None:
+def test_any_shape(
+    n: int, k: int, m: int, weight: str, inputs: str, threads: int, data: st.DataObject
+) -> None:
     assert NATIVE is not None
+    level = data.draw(st.sampled_from([i for i in range(len(INSTRUCTION_SETS)) if NATIVE.has(i)]))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         w, x = case(n, k, m)
         kinds = Operand.parse(WEIGHTS[weight]), operand(INPUTS[inputs])
-        _, result, expected, bound = both(w, x, *kinds, NATIVE.instructions, None)
+        _, result, expected, bound = both(w, x, *kinds, level, None)
     finally:
         torch.set_num_threads(before)
     assert result.shape == (m, n)
@@ -169,13 +191,14 @@ def test_every_format_in_integers_has_its_values() -> None:
 def test_the_arithmetic_follows_formats_and_processor() -> None:
     w, a6, a8 = (Operand.parse(text) for text in (WEIGHTS["mx"], INPUTS["a6mx"], INPUTS["a8"]))
     assert arithmetic_for(a6, w, 64, torch.float32, 0) is Arithmetic.INT8
-    assert arithmetic_for(a6, w, 1 << 24, torch.float32, 4) is not Arithmetic.INT8  # would overflow
-    assert arithmetic_for(a8, w, 64, torch.float32, 4) is Arithmetic.BF16
-    assert arithmetic_for(a8, w, 64, torch.float32, 3) is Arithmetic.FLOAT32
-    assert arithmetic_for(None, w, 64, torch.bfloat16, 4) is Arithmetic.BF16
-    assert arithmetic_for(None, w, 64, torch.float32, 4) is Arithmetic.FLOAT32
+    bf16 = INSTRUCTION_SETS.index("AVX-512 BF16")
+    assert arithmetic_for(a6, w, 1 << 24, torch.float32, bf16) is not Arithmetic.INT8  # would overflow
+    assert arithmetic_for(a8, w, 64, torch.float32, bf16) is Arithmetic.BF16
+    assert arithmetic_for(a8, w, 64, torch.float32, bf16 - 1) is Arithmetic.FLOAT32
+    assert arithmetic_for(None, w, 64, torch.bfloat16, bf16) is Arithmetic.BF16
+    assert arithmetic_for(None, w, 64, torch.float32, bf16) is Arithmetic.FLOAT32
     real_blocks = Operand.parse("e4m3@block32:f32")
-    assert arithmetic_for(real_blocks, w, 64, torch.float32, 4) is Arithmetic.FLOAT32
+    assert arithmetic_for(real_blocks, w, 64, torch.float32, bf16) is Arithmetic.FLOAT32
 
 
 def test_values_that_are_no_numbers_name_the_layer() -> None:

@@ -1,8 +1,6 @@
 // What the kernels in vectors of 256 bits share. Included by gemm_avx2.cpp only.
 
-constexpr int64_t kAhead = 32768;   // bytes: how far weights are fetched ahead
-constexpr int kRows = 5;           // of activations that a tile has at most
-constexpr int64_t kMostRows = 256;  // whose sums are kept at a time
+constexpr int kRows = 5;  // of activations that a tile has at most
 
 FPC_INLINE I load(const void* from) { return _mm256_loadu_si256((const I*)from); }
 
@@ -45,42 +43,6 @@ FPC_INLINE __m128i to_bf16(F value) {
     const I sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
     const I high = _mm256_srli_epi32(sum, 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-}
-
-// Some inputs of a block of weights: groups of them, or a part of the only one. What they are decoded
-// to stays in the nearest cache while it is multiplied with all rows.
-struct Chunk {
-    const uint8_t* at;  // the scales of the first group, or the codes where there are no groups
-    int64_t group;      // the first
-    int64_t groups;
-    int64_t octets;     // of each
-    int64_t input;      // the first
-};
-
-// Call `work(chunk)` for all inputs of a block, about so many octets at a time.
-template <class Work>
-FPC_INLINE void for_chunks(const Gemm& gemm, int64_t block, int64_t wanted, const Work& work) {
-    const Layout& layout = gemm.layout;
-    const uint8_t* at = gemm.block(block);
-    if (!gemm.weights.group) {
-        for (int64_t o = 0; o < layout.octets; o += wanted) {
-            const int64_t left = layout.octets - o;
-            work(Chunk{at + o * kOctet, 0, 1, left < wanted ? left : wanted, 8 * o});
-        }
-        return;
-    }
-    const int64_t most = wanted > layout.octets ? wanted / layout.octets : 1;
-    for (int64_t g = 0; g < layout.groups; g += most) {
-        const int64_t left = layout.groups - g;
-        work(Chunk{at + g * layout.group_bytes, g, left < most ? left : most, layout.octets,
-                   8 * g * layout.octets});
-    }
-}
-
-// Octets of the largest chunk.
-FPC_INLINE int64_t chunk_octets(const Gemm& gemm, int64_t wanted) {
-    const int64_t octets = gemm.layout.octets;
-    return gemm.weights.group && octets > wanted ? octets : wanted;
 }
 
 // Apply the scales of the token and of the outputs and the bias, each rounded as the definition

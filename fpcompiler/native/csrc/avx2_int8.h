@@ -60,23 +60,29 @@ struct Wide {
     FPC_INLINE_MEMBER I end(I sum, int32_t) const { return sum; }
 };
 
-// Where the integers of eight inputs of eight outputs come from: packed codes ...
+// Where the integers of eight inputs of eight outputs come from: packed codes; what comes next is
+// fetched octet by octet ...
 struct FromCodes {
     static constexpr int64_t kStride = kOctet;
     I table;
+    Ahead ahead;
 
     FPC_INLINE_MEMBER I low(const uint8_t* at) const { return decode_low(load(at), table); }
     FPC_INLINE_MEMBER I high(const uint8_t* at) const { return decode_high(load(at), table); }
-    FPC_INLINE_MEMBER void ahead(const uint8_t* at) const { fetch(at + kAhead); }
+    FPC_INLINE_MEMBER void begin_tile() {}
+    FPC_INLINE_MEMBER void begin_octet(int vectors) { ahead.lines(vectors / 2); }
 };
 
-// ... or a panel: a chunk that was decoded before.
+// ... or a chunk that was decoded before; the next one is fetched tile by tile.
 struct FromPanel {
     static constexpr int64_t kStride = 2 * kOctet;
+    Ahead ahead;
+    int64_t lines;
 
     FPC_INLINE_MEMBER I low(const uint8_t* at) const { return load(at); }
     FPC_INLINE_MEMBER I high(const uint8_t* at) const { return load(at + kOctet); }
-    FPC_INLINE_MEMBER void ahead(const uint8_t*) const {}
+    FPC_INLINE_MEMBER void begin_tile() { ahead.lines(lines); }
+    FPC_INLINE_MEMBER void begin_octet(int) {}
 };
 
 template <int kM>
@@ -100,22 +106,20 @@ FPC_INLINE void add_four(const Dot& dot, const I (&weights)[kV], const Activatio
 }
 
 template <int kM, int kV, class Dot, class Source>
-FPC_INLINE void add_eight(const Dot& dot, const Source& source, const uint8_t* octet,
+FPC_INLINE void add_eight(const Dot& dot, Source& source, const uint8_t* octet,
                           const Activations<kM>& a, int64_t input, I (&sum)[kM][kV]) {
+    source.begin_octet(kV);
     if constexpr (kM == 1) {
+        // Vector by vector: eight of them leave no registers for their weights.
         const I four = broadcast4(a.row[0] + input), others = broadcast4(a.row[0] + input + 4);
         FPC_UNROLL for (int v = 0; v < kV; v++) {
-            if (v % 2 == 0) source.ahead(octet + 32 * v);
             dot.add(sum[0][v], source.low(octet + 32 * v), four);
             dot.add(sum[0][v], source.high(octet + 32 * v), others);
         }
         return;
     }
     I weights[kV];
-    FPC_UNROLL for (int v = 0; v < kV; v++) {
-        if (v % 2 == 0) source.ahead(octet + 32 * v);
-        weights[v] = source.low(octet + 32 * v);
-    }
+    FPC_UNROLL for (int v = 0; v < kV; v++) weights[v] = source.low(octet + 32 * v);
     add_four<kM, kV>(dot, weights, a, input, sum);
     FPC_UNROLL for (int v = 0; v < kV; v++) weights[v] = source.high(octet + 32 * v);
     add_four<kM, kV>(dot, weights, a, input + 4, sum);
@@ -123,7 +127,7 @@ FPC_INLINE void add_eight(const Dot& dot, const Source& source, const uint8_t* o
 
 // Return sums of 32 bits of a group of kQ octets: its products and corrections.
 template <int kM, int kV, int kQ, class Dot, class Source>
-FPC_INLINE void sum_group(const Dot& dot, const Source& source, const uint8_t* weights,
+FPC_INLINE void sum_group(const Dot& dot, Source& source, const uint8_t* weights,
                           const Activations<kM>& a, int64_t input, const int32_t* correction,
                           I (&sum)[kM][kV]) {
     FPC_UNROLL for (int i = 0; i < kM; i++)
@@ -136,7 +140,7 @@ FPC_INLINE void sum_group(const Dot& dot, const Source& source, const uint8_t* w
 
 // Add the products of any number of octets to sums of 32 bits.
 template <int kM, int kV, class Dot, class Source>
-FPC_INLINE void add_octets(const Dot& dot, const Source& source, const uint8_t* weights,
+FPC_INLINE void add_octets(const Dot& dot, Source& source, const uint8_t* weights,
                            const Activations<kM>& a, int64_t input, int64_t octets,
                            I (&sum)[kM][kV]) {
     while (octets > 0) {
@@ -157,7 +161,7 @@ FPC_INLINE void add_octets(const Dot& dot, const Source& source, const uint8_t* 
 
 // Part of a tile whose weights have one scale for each row: add a chunk to rows of kBlock sums.
 template <int kM, int kV, class Dot, class Source>
-FPC_INLINE void row_tile(const Gemm& gemm, const Dot& dot, const Source& source,
+FPC_INLINE void row_tile(const Gemm& gemm, const Dot& dot, Source& source,
                          const uint8_t* weights, const Chunk& chunk, int64_t m, int32_t* sums) {
     I sum[kM][kV];
     FPC_UNROLL for (int i = 0; i < kM; i++)
@@ -182,7 +186,7 @@ struct Groups {
 
 // The same with scales of groups of inputs: kQ octets, or if that is 0 any number.
 template <int kM, int kV, int kQ, class Dot, class Source>
-FPC_INLINE void group_tile(const Gemm& gemm, const Dot& dot, const Source& source, Groups groups,
+FPC_INLINE void group_tile(const Gemm& gemm, const Dot& dot, Source& source, Groups groups,
                            const Chunk& chunk, int64_t m, float* sums) {
     const Activations<kM> a(gemm, m);
     const Prepared& prepared = gemm.activations;

@@ -26,6 +26,8 @@ typedef __m256 F;
 
 #include "avx2_common.h"
 
+#include "avx2_tasks.h"
+
 #include "avx2_int8.h"
 
 #include "avx2_int8_tasks.h"
