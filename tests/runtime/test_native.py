@@ -123,6 +123,23 @@ def test_integer_sums_are_exact_bit_for_bit(
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("m", [1, 2, 5, 17])
+def test_threads_that_share_blocks_of_outputs(m: int, level: int) -> None:
+    """There are so few outputs and so many inputs that a block is cut into halves."""
+    before = torch.get_num_threads()
+    w, x = case(90, 9000, m)
+    weight, inputs = Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32")
+    torch.set_num_threads(3)
+    try:
+        _, result, expected, _ = both(w, x, weight, inputs, level, None)
+        _, floats, floats_expected, bound = both(w, x, weight, None, level, None)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(result, expected)
+    assert bool(((floats.double() - floats_expected.double()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("inputs", ["e2m1", "e2m3", "e1m4", "e1m6"])
 @pytest.mark.parametrize("weight", ["e2m1", "e1m2", "e3m0"])
 def test_sums_of_the_largest_integers_do_not_saturate(weight: str, inputs: str, level: int) -> None:

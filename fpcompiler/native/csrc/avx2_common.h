@@ -10,13 +10,13 @@ FPC_INLINE I broadcast4(const void* from) {
     return _mm256_set1_epi32(value);
 }
 
-FPC_INLINE void fetch(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T0); }
-
 // The codes in the low halves of the bytes, and those in the high halves.
 FPC_INLINE I decode_low(I codes, I table) {
     return _mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15)));
 }
-FPC_INLINE I decode_high(I codes, I table) { return decode_low(_mm256_srli_epi16(codes, 4), table); }
+FPC_INLINE I decode_high(I codes, I table) {
+    return decode_low(_mm256_srli_epi16(codes, 4), table);
+}
 
 FPC_INLINE I repeated(const void* sixteen_bytes) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)sixteen_bytes));

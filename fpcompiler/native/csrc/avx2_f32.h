@@ -12,7 +12,7 @@ struct Values {
     explicit Values(const FpcWeights& weights)
         : low(_mm256_loadu_ps(weights.values)), high(_mm256_loadu_ps(weights.values + 8)) {}
 
-    // Of the input `j` of the eight of a vector of codes: it is in byte j % 4, in its low half if j < 4.
+    // Of input `j` of eight, whose code is in byte j % 4, in its low half if j < 4.
     FPC_INLINE_MEMBER F operator()(I codes, int j) const {
         const int bit = 8 * (j % 4) + 4 * (j / 4);
         const I index = _mm256_srli_epi32(codes, bit);
@@ -43,7 +43,8 @@ void add_row(const Gemm& gemm, const Chunk& chunk, const float* a, int vector, f
             FPC_UNROLL for (int v = 0; v < 4; v++) {
                 const I codes = load(octet + 32 * v);
                 FPC_UNROLL for (int j = 0; j < 8; j++)
-                    part[v] = _mm256_fmadd_ps(values(codes, j), _mm256_broadcast_ss(a + j), part[v]);
+                    part[v] =
+                        _mm256_fmadd_ps(values(codes, j), _mm256_broadcast_ss(a + j), part[v]);
             }
         }
         FPC_UNROLL for (int v = 0; v < 4; v++) {
@@ -56,7 +57,7 @@ void add_row(const Gemm& gemm, const Chunk& chunk, const float* a, int vector, f
 
 void f32_row(const Gemm& gemm, const Task& task, uint8_t*) {
     few_rows(gemm, task, kF32FewOctets, [&](const Chunk& chunk, int32_t* sums) {
-        Ahead ahead = after(chunk, task);
+        Ahead ahead = after_scales(chunk, task);
         const float* a = float_row(gemm, task.begin) + chunk.input;
         for (int v = 2 * task.first; v < 2 * (task.first + task.count); v += 4)
             add_row(gemm, chunk, a, v, (float*)sums + 8 * v, ahead);

@@ -1,8 +1,8 @@
 // Integer products in vectors of 256 bits. Included by gemm_avx2.cpp only.
 //
-// As in avx512_int8.h, weights are decoded to unsigned integers, an offset above what they are, and
-// sums start from a correction. How products are added is a parameter of the tiles, one of the three
-// classes below: a sum starts from `start`, takes four products for each of its outputs at a time, for
+// As for AVX-512, weights are decoded to unsigned integers, an offset above what they are, and sums
+// start from a correction. How products are added is a parameter of the tiles, one of the three
+// classes below: a sum begins as `start`, takes four products for each of its outputs at a time, of
 // at most `run` octets of inputs, and is a vector of int32 after `end`.
 
 // vpdpbusd, encoded as in AVX-VNNI or as in AVX-512. The intrinsics make GCC 12 copy sums.
@@ -28,7 +28,8 @@ struct Words {
     explicit Words(const FpcWeights& weights) {
         int64_t most = 0;
         for (const uint8_t integer : weights.integers) most = integer > most ? integer : most;
-        const int64_t octet = 4 * most * weights.most_input;  // of one sum, which has two pairs of it
+        // A sum takes two pairs of products of an octet.
+        const int64_t octet = 4 * most * weights.most_input;
         run = octet ? INT16_MAX / octet : INT64_MAX;
     }
     FPC_INLINE_MEMBER I start(int32_t) const { return _mm256_setzero_si256(); }
@@ -166,7 +167,8 @@ FPC_INLINE void row_tile(const Gemm& gemm, const Dot& dot, Source& source,
     I sum[kM][kV];
     FPC_UNROLL for (int i = 0; i < kM; i++)
         FPC_UNROLL for (int v = 0; v < kV; v++) sum[i][v] = load(sums + kBlock * i + 8 * v);
-    add_octets<kM, kV>(dot, source, weights, Activations<kM>(gemm, m), chunk.input, chunk.octets, sum);
+    const Activations<kM> a(gemm, m);
+    add_octets<kM, kV>(dot, source, weights, a, chunk.input, chunk.octets, sum);
     FPC_UNROLL for (int i = 0; i < kM; i++)
         FPC_UNROLL for (int v = 0; v < kV; v++)
             _mm256_storeu_si256((I*)(sums + kBlock * i + 8 * v), sum[i][v]);
@@ -205,7 +207,8 @@ FPC_INLINE void group_tile(const Gemm& gemm, const Dot& dot, Source& source, Gro
             sum_group<kM, kV, kQ>(dot, source, groups.weights, a, input, correction, sum);
         } else {
             FPC_UNROLL for (int i = 0; i < kM; i++)
-                FPC_UNROLL for (int v = 0; v < kV; v++) sum[i][v] = _mm256_set1_epi32(correction[i]);
+                FPC_UNROLL for (int v = 0; v < kV; v++)
+                    sum[i][v] = _mm256_set1_epi32(correction[i]);
             add_octets<kM, kV>(dot, source, groups.weights, a, input, chunk.octets, sum);
         }
         FPC_UNROLL for (int v = 0; v < kV; v++) {

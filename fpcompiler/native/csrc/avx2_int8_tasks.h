@@ -30,7 +30,7 @@ FPC_INLINE void add_codes(const Gemm& gemm, const Dot& dot, const Task& task, co
                           int32_t* sums) {
     const Layout& layout = gemm.layout;
     const int32_t format = gemm.weights.block_scale;
-    FromCodes source{repeated(gemm.weights.integers), after(chunk, task)};
+    FromCodes source{repeated(gemm.weights.integers), after_scales(chunk, task)};
     for (int64_t n = 16 * task.first; n < 16 * (task.first + task.count); n += 8 * kV) {
         const Groups groups{chunk.at + layout.scale_bytes + 4 * n, layout.group_bytes,
                             chunk.at + n * (format == FPC_F32 ? 4 : 1), layout.group_bytes, format};

@@ -1,9 +1,9 @@
 // What a task does, whatever it multiplies: block by block of weights, a chunk of inputs at a time.
 // Included by gemm_avx2.cpp only.
 //
-// There are too few registers for a tile over all outputs of a block, so a tile alone would read memory
-// in steps, which takes twice as long (measured). A chunk is small enough to stay in the nearest cache
-// for all tiles, and while they run the next one is fetched, in order.
+// Registers are too few for a tile over all outputs of a block, so tiles read memory in steps.
+// They do so in a chunk that is small enough to stay in the nearest cache; while they run, the next
+// chunk is fetched in order: fetching what each tile will read takes twice as long (measured).
 
 constexpr int64_t kMostRows = 256;  // whose sums are kept at a time
 
@@ -48,13 +48,21 @@ struct Ahead {
     const uint8_t* next;
 
     FPC_INLINE_MEMBER void lines(int64_t count) {
-        for (int64_t i = 0; i < count; i++, next += 64) _mm_prefetch((const char*)next, _MM_HINT_T0);
+        for (int64_t i = 0; i < count; i++, next += 64)
+            _mm_prefetch((const char*)next, _MM_HINT_T0);
     }
 };
 
-// Where a task begins to fetch the chunk after this one. Two tasks may share a block: each half of it.
+// Where a task begins to fetch the next chunk; two tasks that share a block fetch half of it each.
 FPC_INLINE Ahead after(const Chunk& chunk, const Task& task) {
     return {chunk.at + chunk.bytes + chunk.bytes * task.first / 4};
+}
+
+// The same, as many lines on as there are of scales: tiles fetch a line for each line of codes.
+FPC_INLINE Ahead after_scales(const Chunk& chunk, const Task& task) {
+    Ahead ahead = after(chunk, task);
+    ahead.lines((chunk.bytes - chunk.groups * chunk.octets * kOctet) / 64);
+    return ahead;
 }
 
 // Rows of kBlock sums: int32 for products of integers without groups, fp32 for all others.
@@ -69,7 +77,8 @@ void start_sums(const Gemm& gemm, int64_t begin, int64_t end, int32_t* sums) {
     }
 }
 
-void finish_sums(const Gemm& gemm, const Task& task, int64_t begin, int64_t end, const int32_t* sums) {
+void finish_sums(const Gemm& gemm, const Task& task, int64_t begin, int64_t end,
+                 const int32_t* sums) {
     const bool integers = sums_integers(gemm);
     const F unit = _mm256_set1_ps(gemm.weights.unit * scale_unit(gemm.weights));
     for (int64_t m = begin; m < end; m++, sums += kBlock)
@@ -106,8 +115,8 @@ struct Scratch {
     }
 };
 
-// Any number of rows: `decode(chunk)` and then `add(chunk, begin, end, lines)`, which has each of its
-// tiles fetch so many lines.
+// Any number of rows: `decode(chunk)` and then `add(chunk, begin, end, lines)`, each of whose tiles
+// fetches so many lines.
 template <class Decode, class Add>
 FPC_INLINE void many_rows(const Gemm& gemm, const Task& task, int64_t octets, int32_t* sums,
                           const Decode& decode, const Add& add) {

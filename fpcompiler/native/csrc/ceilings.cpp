@@ -2,6 +2,7 @@
 // kernels are compared with it, so the loops here do nothing else. The caller takes the time.
 
 #include "native.h"
+#include "processor.h"
 
 #include <string.h>
 
@@ -126,10 +127,6 @@ __attribute__((target("avx512f"))) void fp32_avx512(int64_t iterations) {
 __attribute__((target("avx2,fma"))) void fp32_avx2(int64_t iterations) {
     FPC_CHAINS(FPC_FMA_YMM, __m256, _mm256_set1_ps(1))
 }
-
-#if __GNUC__ >= 12 || __clang_major__ >= 12
-#define FPC_KNOWS_AVX_VNNI
-#endif
 
 #ifdef FPC_KNOWS_AVX_VNNI
 __attribute__((target("avx2"))) void int8_vex(int64_t iterations) {

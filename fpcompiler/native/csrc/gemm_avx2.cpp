@@ -39,7 +39,9 @@ typedef __m256 F;
 Kernels kernels_avx2(const Gemm& gemm, Vnni256 vnni) {
     if (gemm.weights.arithmetic != FPC_INT8) return f32_kernels(gemm);
     switch (vnni) {
+#ifdef FPC_KNOWS_AVX_VNNI
         case Vnni256::kVex: return int8_kernels<Vnni<true>>(gemm);
+#endif
         case Vnni256::kEvex: return int8_kernels<Vnni<false>>(gemm);
         default: break;
     }

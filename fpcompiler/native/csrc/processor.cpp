@@ -5,11 +5,6 @@
 #include "native.h"
 
 #if defined(__x86_64__)
-// Older compilers do not know the name, nor their assemblers the instruction.
-#if __GNUC__ >= 12 || __clang_major__ >= 12
-#define FPC_KNOWS_AVX_VNNI
-#endif
-
 namespace {
 
 bool has_avx2() {

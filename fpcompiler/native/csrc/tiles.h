@@ -1,4 +1,4 @@
-// Rows of activations cut into tiles. Included inside of an instruction set, with FPC_INLINE defined.
+// Rows of activations cut into tiles. Included inside of an instruction set, after FPC_INLINE.
 
 // Call `tile.run<rows>(first row)` for tiles of nearly equal height, of at most kMost rows.
 template <int kMost, class Tile>
