@@ -26,9 +26,7 @@ LEVELS = [
     pytest.param(
         level,
         id=name,
-        marks=pytest.mark.skipif(
-            NATIVE is None or not NATIVE.has(level), reason=f"no {name} here"
-        ),
+        marks=pytest.mark.skipif(NATIVE is None or not NATIVE.has(level), reason=f"no {name} here"),
     )
     for level, name in enumerate(INSTRUCTION_SETS)
 ]
@@ -209,7 +207,8 @@ def test_the_arithmetic_follows_formats_and_processor() -> None:
     w, a6, a8 = (Operand.parse(text) for text in (WEIGHTS["mx"], INPUTS["a6mx"], INPUTS["a8"]))
     assert arithmetic_for(a6, w, 64, torch.float32, 0) is Arithmetic.INT8
     bf16 = INSTRUCTION_SETS.index("AVX-512 BF16")
-    assert arithmetic_for(a6, w, 1 << 24, torch.float32, bf16) is not Arithmetic.INT8  # would overflow
+    overflowing = 1 << 24
+    assert arithmetic_for(a6, w, overflowing, torch.float32, bf16) is not Arithmetic.INT8
     assert arithmetic_for(a8, w, 64, torch.float32, bf16) is Arithmetic.BF16
     assert arithmetic_for(a8, w, 64, torch.float32, bf16 - 1) is Arithmetic.FLOAT32
     assert arithmetic_for(None, w, 64, torch.bfloat16, bf16) is Arithmetic.BF16
