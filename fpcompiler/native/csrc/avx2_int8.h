@@ -70,6 +70,7 @@ struct FromCodes {
 
     FPC_INLINE_MEMBER I low(const uint8_t* at) const { return decode_low(load(at), table); }
     FPC_INLINE_MEMBER I high(const uint8_t* at) const { return decode_high(load(at), table); }
+    FPC_INLINE_MEMBER void begin_rows(const uint8_t*, int64_t, int) const {}
     FPC_INLINE_MEMBER void begin_tile() {}
     FPC_INLINE_MEMBER void begin_octet(int vectors) { ahead.lines(vectors / 2); }
 };
@@ -79,9 +80,14 @@ struct FromPanel {
     static constexpr int64_t kStride = 2 * kOctet;
     Ahead ahead;
     int64_t lines;
+    int64_t inputs;  // of the chunk
 
     FPC_INLINE_MEMBER I low(const uint8_t* at) const { return load(at); }
     FPC_INLINE_MEMBER I high(const uint8_t* at) const { return load(at + kOctet); }
+    // Activations may be many: the inputs of the next rows are fetched too.
+    FPC_INLINE_MEMBER void begin_rows(const uint8_t* next, int64_t stride, int rows) const {
+        for (int i = 0; i < rows; i++, next += stride) Ahead{next}.lines(inputs / 64);
+    }
     FPC_INLINE_MEMBER void begin_tile() { ahead.lines(lines); }
     FPC_INLINE_MEMBER void begin_octet(int) {}
 };
@@ -162,8 +168,9 @@ FPC_INLINE void add_octets(const Dot& dot, Source& source, const uint8_t* weight
 
 // Part of a tile whose weights have one scale for each row: add a chunk to rows of kBlock sums.
 template <int kM, int kV, class Dot, class Source>
-FPC_INLINE void row_tile(const Gemm& gemm, const Dot& dot, Source& source,
-                         const uint8_t* weights, const Chunk& chunk, int64_t m, int32_t* sums) {
+FPC_APART void row_tile(const Gemm& gemm, const Dot dot, Source& shared, const uint8_t* weights,
+                        const Chunk& chunk, int64_t m, int32_t* sums) {
+    Source source = shared;
     I sum[kM][kV];
     FPC_UNROLL for (int i = 0; i < kM; i++)
         FPC_UNROLL for (int v = 0; v < kV; v++) sum[i][v] = load(sums + kBlock * i + 8 * v);
@@ -172,6 +179,7 @@ FPC_INLINE void row_tile(const Gemm& gemm, const Dot& dot, Source& source,
     FPC_UNROLL for (int i = 0; i < kM; i++)
         FPC_UNROLL for (int v = 0; v < kV; v++)
             _mm256_storeu_si256((I*)(sums + kBlock * i + 8 * v), sum[i][v]);
+    shared = source;
 }
 
 // What stands for the scales of activations that have none.
@@ -188,8 +196,9 @@ struct Groups {
 
 // The same with scales of groups of inputs: kQ octets, or if that is 0 any number.
 template <int kM, int kV, int kQ, class Dot, class Source>
-FPC_INLINE void group_tile(const Gemm& gemm, const Dot& dot, Source& source, Groups groups,
-                           const Chunk& chunk, int64_t m, float* sums) {
+FPC_APART void group_tile(const Gemm& gemm, const Dot dot, Source& shared, Groups groups,
+                          const Chunk& chunk, int64_t m, float* sums) {
+    Source source = shared;
     const Activations<kM> a(gemm, m);
     const Prepared& prepared = gemm.activations;
     const bool scaled = gemm.weights.scaled_inputs != FPC_NO_SCALES;
@@ -225,4 +234,5 @@ FPC_INLINE void group_tile(const Gemm& gemm, const Dot& dot, Source& source, Gro
     FPC_UNROLL for (int i = 0; i < kM; i++)
         FPC_UNROLL for (int v = 0; v < kV; v++)
             _mm256_storeu_ps(sums + kBlock * i + 8 * v, total[i][v]);
+    shared = source;
 }

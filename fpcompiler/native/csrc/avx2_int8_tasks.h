@@ -3,25 +3,33 @@
 constexpr int kNoGroups = -1;        // in place of a number of octets
 constexpr int64_t kInt8Octets = 32;  // of a chunk: 8 KiB of codes, 16 KiB decoded
 
-// Tiles of kV vectors of outputs, for one row of activations after the other.
+// Tiles of kV vectors of outputs: all of a task for some rows, then all for the next ones.
 template <int kV, int kQ, class Dot, class Source>
 struct Int8Tiles {
     const Gemm& gemm;
     const Dot& dot;
     Source& source;
     const Chunk& chunk;
-    const Groups groups;
+    const Groups groups;  // from the block's first output on
     const int64_t begin;  // row
     int32_t* const sums;  // of that row
+    const int64_t from, to;  // outputs of the block
 
     template <int kM>
     void run(int64_t m) const {
-        int32_t* own = sums + (m - begin) * kBlock;
-        source.begin_tile();
-        if constexpr (kQ == kNoGroups)
-            row_tile<kM, kV>(gemm, dot, source, groups.weights, chunk, m, own);
-        else
-            group_tile<kM, kV, kQ>(gemm, dot, source, groups, chunk, m, (float*)own);
+        const Prepared& rows = gemm.activations;
+        source.begin_rows(rows.a + (m + kM) * rows.stride + chunk.input, rows.stride, kM);
+        const int64_t scale_bytes = groups.format == FPC_F32 ? 4 : 1;
+        for (int64_t n = from; n < to; n += 8 * kV) {
+            int32_t* own = sums + (m - begin) * kBlock + n;
+            Groups at = groups;
+            at.weights += 4 * n, at.scales += scale_bytes * n;
+            source.begin_tile();
+            if constexpr (kQ == kNoGroups)
+                row_tile<kM, kV>(gemm, dot, source, at.weights, chunk, m, own);
+            else
+                group_tile<kM, kV, kQ>(gemm, dot, source, at, chunk, m, (float*)own);
+        }
     }
 };
 
@@ -29,14 +37,12 @@ template <int kMost, int kV, int kQ, class Dot>
 FPC_INLINE void add_codes(const Gemm& gemm, const Dot& dot, const Task& task, const Chunk& chunk,
                           int32_t* sums) {
     const Layout& layout = gemm.layout;
-    const int32_t format = gemm.weights.block_scale;
     FromCodes source{repeated(gemm.weights.integers), after_scales(chunk, task)};
-    for (int64_t n = 16 * task.first; n < 16 * (task.first + task.count); n += 8 * kV) {
-        const Groups groups{chunk.at + layout.scale_bytes + 4 * n, layout.group_bytes,
-                            chunk.at + n * (format == FPC_F32 ? 4 : 1), layout.group_bytes, format};
-        for_tiles<kMost>(task.begin, task.end, Int8Tiles<kV, kQ, Dot, FromCodes>{
-                             gemm, dot, source, chunk, groups, task.begin, sums + n});
-    }
+    const Groups groups{chunk.at + layout.scale_bytes, layout.group_bytes, chunk.at,
+                        layout.group_bytes, gemm.weights.block_scale};
+    for_tiles<kMost>(task.begin, task.end, Int8Tiles<kV, kQ, Dot, FromCodes>{
+                         gemm, dot, source, chunk, groups, task.begin, sums, 16 * task.first,
+                         16 * (task.first + task.count)});
 }
 
 // As many outputs at a time as registers have room for.
@@ -78,13 +84,11 @@ void int8_many(const Gemm& gemm, const Task& task, uint8_t* memory) {
     const Scratch scratch(gemm, kInt8Octets, 1, memory);
     const auto decode = [&](const Chunk& chunk) { decode_integers(gemm, chunk, scratch); };
     const auto add = [&](const Chunk& chunk, int64_t begin, int64_t end, int64_t lines) {
-        FromPanel source{after(chunk, task), lines};
-        for (int64_t n = 0; n < kBlock; n += 16) {
-            const Groups groups{scratch.panel + 4 * n, chunk.octets * FromPanel::kStride,
-                                (const uint8_t*)(scratch.scales + n), kBlock * 4, FPC_F32};
-            for_tiles<kRows>(begin, end, Int8Tiles<2, kQ, Dot, FromPanel>{
-                                 gemm, dot, source, chunk, groups, begin, scratch.sums + n});
-        }
+        FromPanel source{after(chunk, task), lines, 8 * chunk.groups * chunk.octets};
+        const Groups groups{scratch.panel, chunk.octets * FromPanel::kStride,
+                            (const uint8_t*)scratch.scales, kBlock * 4, FPC_F32};
+        for_tiles<kRows>(begin, end, Int8Tiles<2, kQ, Dot, FromPanel>{
+                             gemm, dot, source, chunk, groups, begin, scratch.sums, 0, kBlock});
     };
     many_rows(gemm, task, kInt8Octets, scratch.sums, decode, add);
 }

@@ -15,6 +15,8 @@
 
 #define FPC_INLINE static inline __attribute__((always_inline))
 #define FPC_INLINE_MEMBER inline __attribute__((always_inline))
+// Of the functions with the innermost loops: what they are inlined into would take their registers.
+#define FPC_APART static __attribute__((noinline))
 #define FPC_UNROLL _Pragma("GCC unroll 16")
 
 namespace {
