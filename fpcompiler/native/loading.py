@@ -22,7 +22,7 @@ INSTRUCTION_SETS: Final = (
 )  # fmt: skip
 """What kernels are compiled for, in the order of ``FpcInstructions``."""
 
-_ABI: Final = 3
+_ABI: Final = 4
 _LOG: Final = logging.getLogger("fpcompiler.numerics")
 
 

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define FPC_ABI 3
+#define FPC_ABI 4
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus
