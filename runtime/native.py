@@ -1,7 +1,8 @@
 """Quantized linear layers by the native library: packed weights, decoded in registers.
 
-E2M1, E2M3 and their like are integers times a power of two, so their products are summed exactly in
-int8 arithmetic. Other formats are summed in bf16 or fp32 arithmetic, each value being held exactly.
+E2M1, E2M3, INT8 and their like are integers times a power of two, so their products are summed
+exactly in int8 arithmetic. Other formats are summed in bf16 or fp32 arithmetic, each value being
+held exactly. Codes of four bits stay as they are; those of six and eight bits take a byte.
 The definition of the result is :mod:`fpcompiler.runtime.reference`: with scales of rows and tokens
 only, integer sums give it bit for bit; otherwise the order of the additions differs.
 """
@@ -84,8 +85,9 @@ def arithmetic_for(
 
 
 def takes(w_operand: Operand, n: int, k: int) -> bool:
-    """Return whether the library multiplies weights of this kind: codes of four bits."""
-    return w_operand.format.storage_bits == 4 and n > 0 and k > 0
+    """Return whether the library multiplies weights of this kind: codes with a sign and zero."""
+    spec = w_operand.format
+    return spec.signed and spec.zero and n > 0 and k > 0
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,8 @@ class NativeLinear:
         self.outputs = n
         arithmetic = arithmetic_for(x_operand, w_operand, k, dtype, self._instructions)
         group = _group(x_operand, w_operand, arithmetic)
-        self._integers = integers_of(w_operand.format) or (0,) * 16
-        offset = max(self._integers) if arithmetic is Arithmetic.INT8 else 0
+        self._integers = integers_of(w_operand.format) if arithmetic is Arithmetic.INT8 else None
+        offset = max(self._integers) if self._integers else 0
         self.kind = InputKind(x_operand, k, group, arithmetic, offset)
         self._scale = _outputs_padded(w[1] if w_operand.outer else torch.ones(1), n)
         self._bias = None if bias is None else _outputs_padded(bias, n)
@@ -283,12 +285,12 @@ class NativeLinear:
         block = w_operand.block
         x_integers = integers_of(x_operand.format) if x_operand else None
         unit, most_input = 1.0, 0
-        if kind.arithmetic is Arithmetic.INT8:
+        if self._integers:
             assert x_integers is not None
             assert x_operand is not None
             unit, most_input = spec.smallest * x_operand.format.smallest, max(x_integers)
-        values = torch.tensor(spec.values, dtype=torch.float32)
-        halves = values.bfloat16().view(torch.int16).tolist()
+        halves = torch.tensor(spec.values).bfloat16().view(torch.int16).tolist()
+        integers = [value + kind.offset for value in self._integers or ()]
         return Weights(
             n=n,
             k=kind.k,
@@ -298,12 +300,14 @@ class NativeLinear:
             least=exponents[0],
             most=exponents[1],
             arithmetic=kind.arithmetic,
+            code_bits=spec.storage_bits,
+            digits=spec.mantissa_bits + 1,
             offset=kind.offset,
             most_input=most_input,
             unit=unit,
-            integers=(ctypes.c_uint8 * 16)(*(v + kind.offset for v in self._integers)),
-            halves=(ctypes.c_uint16 * 16)(*(half & 0xFFFF for half in halves)),
-            values=(ctypes.c_float * 16)(*spec.values),
+            integers=(ctypes.c_uint8 * 256)(*integers),
+            halves=(ctypes.c_uint16 * 256)(*(half & 0xFFFF for half in halves)),
+            values=(ctypes.c_float * 256)(*spec.values),
             row_scale=self._scale.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
         )

@@ -15,7 +15,7 @@ from fpcompiler.native import INSTRUCTION_SETS, library
 from fpcompiler.native.linear import Arithmetic
 from fpcompiler.numerics import dequantize, dequantize_packed, quantize, quantize_packed
 from fpcompiler.operand import Operand
-from fpcompiler.runtime import reference
+from fpcompiler.runtime import native_steps, reference
 from fpcompiler.runtime.native import NativeLinear, arithmetic_for, integers_of
 from fpcompiler.runtime.native_steps import NativeLayer, NativeQuantizer
 
@@ -37,6 +37,12 @@ WEIGHTS = {
     "g128": "e2m1@block128:f32",
     "e3m0": "e3m0@row:f32",
     "e1m2": "e1m2@row:f32/block64:e8m0",
+    "int8": "e1m6@row:f32",
+    "int6": "e1m4@row:f32/block64:e8m0",
+    "mx6": "e2m3@block32:e8m0",
+    "mx8": "e4m3@block32:e8m0",
+    "e3m2": "e3m2@row:f32",
+    "e2m5": "e2m5@tensor:f32/block16:e4m3",
 }
 INPUTS = {
     "a4": "e2m1@token:f32",
@@ -104,20 +110,35 @@ def test_a_layer_is_what_the_reference_gives(weight: str, inputs: str, level: in
                 assert bool(((result.double() - expected.double()).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("inputs", ["e2m1@token:f32", "e2m3@token:f32"])
+@pytest.mark.parametrize(
+    ("weight", "inputs"),
+    [("e2m1", "e2m1"), ("e2m1", "e2m3"), ("e1m6", "e2m3"), ("e1m4", "e1m6"), ("e1m6", "e1m6")],
+)
 @pytest.mark.parametrize(
     ("n", "k", "m"),
     [(64, 16384, 1), (3, 16383, 2), (65, 4097, 5), (129, 31, 130), (576, 1152, 16), (33, 8, 6)],
 )
 @pytest.mark.parametrize("level", LEVELS)
 def test_integer_sums_are_exact_bit_for_bit(
-    n: int, k: int, m: int, inputs: str, level: int
+    n: int, k: int, m: int, weight: str, inputs: str, level: int
 ) -> None:
+    """Against sums in fp64, which holds them all; an fp32 sum of INT8 is exact up to K = 1040."""
+    w_operand, x_operand = Operand.parse(f"{weight}@row:f32"), Operand.parse(f"{inputs}@token:f32")
+    bias = torch.ones(n)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         w, x = case(n, k, m, dtype)
-        kinds = Operand.parse("e2m1@row:f32"), Operand.parse(inputs)
-        _, result, expected, _ = both(w, x, *kinds, level, torch.ones(n))
-        assert torch.equal(result, expected)
+        packed, (w_scale,) = quantize_packed(w, w_operand)
+        codes, (x_scale,) = quantize(x, x_operand)
+        native = NativeLinear(
+            [packed, w_scale], bias, x_operand, w_operand, k, dtype, instructions=level
+        )
+        assert native.kind.arithmetic is Arithmetic.INT8
+        ones = torch.ones(1, 1)
+        sums = dequantize(codes, (ones,), x_operand).double() @ (
+            dequantize_packed(packed, (ones,), w_operand, k).double().T
+        )
+        expected = (sums.float() * x_scale * w_scale.T + bias).to(dtype)
+        assert torch.equal(native(x, dtype), expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -209,6 +230,10 @@ def test_the_arithmetic_follows_formats_and_processor() -> None:
     bf16 = INSTRUCTION_SETS.index("AVX-512 BF16")
     overflowing = 1 << 24
     assert arithmetic_for(a6, w, overflowing, torch.float32, bf16) is not Arithmetic.INT8
+    int8 = Operand.parse("e1m6@row:f32")
+    most = (2**31 - 1) // (2 * 127 * 127)
+    assert arithmetic_for(int8, int8, most, torch.float32, bf16) is Arithmetic.INT8
+    assert arithmetic_for(int8, int8, most + 1, torch.float32, bf16) is not Arithmetic.INT8
     assert arithmetic_for(a8, w, 64, torch.float32, bf16) is Arithmetic.BF16
     assert arithmetic_for(a8, w, 64, torch.float32, bf16 - 1) is Arithmetic.FLOAT32
     assert arithmetic_for(None, w, 64, torch.bfloat16, bf16) is Arithmetic.BF16
@@ -252,14 +277,21 @@ class Siblings(nn.Module):
         return result
 
 
-def test_layers_share_an_input_that_is_prepared_once() -> None:
+@pytest.mark.parametrize("bits", [4, 6])
+def test_layers_share_an_input_that_is_prepared_once(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one of the layers is not taken: then its quantizer stays as it is."""
+    monkeypatch.setattr(
+        native_steps, "takes", lambda operand, n, k: operand.format.storage_bits <= bits
+    )
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     scheme = "w4a6-row; c: w=e2m3@row:f32,a=e2m3@token:f32"
     native = fpcompiler.compile(Siblings().eval(), scheme, example_inputs=(x,))
     plain = fpcompiler.compile(Siblings().eval(), scheme, example_inputs=(x,), target="reference")
     functions = [instruction.function for instruction in native._ready()._code]
-    assert sum(isinstance(function, NativeQuantizer) for function in functions) == 1
-    assert sum(isinstance(function, NativeLayer) for function in functions) == 2
+    assert sum(isinstance(f, NativeQuantizer) for f in functions) == (1 if bits == 4 else 2)
+    assert sum(isinstance(f, NativeLayer) for f in functions) == (2 if bits == 4 else 3)
     assert not any(
         isinstance(i.function, NativeLayer | NativeQuantizer) for i in plain._ready()._code
     )

@@ -40,6 +40,9 @@ struct Kernels {
 // One for each instruction set.
 Kernels kernels_avx2(const Gemm& gemm, Vnni256 vnni);
 Kernels kernels_avx512(const Gemm& gemm);
+Kernels kernels_avx512_int8(const Gemm& gemm);
+Kernels kernels_avx512_bf16(const Gemm& gemm);
+Kernels kernels_avx512_f32(const Gemm& gemm);
 Kernels kernels_portable(const Gemm& gemm);
 
 #endif

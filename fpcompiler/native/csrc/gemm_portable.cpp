@@ -54,19 +54,35 @@ struct Sums {
     float real[kBlock];
 };
 
-void add_integers(const Gemm& gemm, const uint8_t* codes, const int8_t* a, Sums& sums) {
+// Add the products of a group; `decode(byte)` is what a byte of wider codes stands for, or a nibble.
+template <class A, class Sum, class Decode>
+void add_products(const Layout& layout, const uint8_t* octet, const A* a, Sum* sums,
+                  const Decode& decode) {
+    const bool nibbles = layout.octet_bytes == kOctet;
+    for (int64_t o = 0; o < layout.octets; o++, octet += layout.octet_bytes, a += 8)
+        for (int64_t j = 0; j < kOctet; j++) {
+            const uint8_t low = nibbles ? octet[j] & 15 : octet[j];
+            const uint8_t high = nibbles ? octet[j] >> 4 : octet[kOctet + j];
+            sums[j / 4] += decode(low) * a[j % 4] + decode(high) * a[4 + j % 4];
+        }
+}
+
+void add_integers(const Gemm& gemm, const uint8_t* codes, const int8_t* a, int32_t* sums) {
     const uint8_t* table = gemm.weights.integers;
-    for (int64_t o = 0; o < gemm.layout.octets; o++, codes += kOctet, a += 8)
-        for (int64_t j = 0; j < kOctet; j++)
-            sums.integer[j / 4] +=
-                table[codes[j] & 15] * a[j % 4] + table[codes[j] >> 4] * a[4 + j % 4];
+    if (gemm.weights.code_bits == 4)
+        add_products(gemm.layout, codes, a, sums, [=](uint8_t code) { return table[code]; });
+    else
+        add_products(gemm.layout, codes, a, sums, [](uint8_t integer) { return integer; });
 }
 
 void add_floats(const Gemm& gemm, const uint8_t* codes, const float* a, float* sums) {
     const float* table = gemm.weights.values;
-    for (int64_t o = 0; o < gemm.layout.octets; o++, codes += kOctet, a += 8)
-        for (int64_t j = 0; j < kOctet; j++)
-            sums[j / 4] += table[codes[j] & 15] * a[j % 4] + table[codes[j] >> 4] * a[4 + j % 4];
+    if (gemm.weights.code_bits == 4)
+        add_products(gemm.layout, codes, a, sums, [=](uint8_t code) { return table[code]; });
+    else
+        add_products(gemm.layout, codes, a, sums, [=](uint8_t byte) {
+            return byte & 0x80 ? -table[byte & 0x7F] : table[byte];
+        });
 }
 
 void store(const Gemm& gemm, int64_t m, int64_t n, float value) {
@@ -90,7 +106,7 @@ void run_row(const Gemm& gemm, const Task& task, int64_t m) {
         const uint8_t* a = prepared.a + m * prepared.stride;
         const int64_t first = g * layout.octets * 8;
         const uint8_t* codes = group + layout.scale_bytes;
-        if (integers) add_integers(gemm, codes, (const int8_t*)a + first, sums);
+        if (integers) add_integers(gemm, codes, (const int8_t*)a + first, sums.integer);
         else add_floats(gemm, codes, (const float*)a + first, sums.real);
         const float other = weights.scaled_inputs && integers
                                 ? prepared.group_scale[g * prepared.m + m] : 1;

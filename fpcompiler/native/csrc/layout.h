@@ -9,6 +9,12 @@
 // Byte j of a vector belongs to the output 16 * vector + j / 4. Its low nibble is the code of the
 // input 8 * i + j % 4, its high one that of the input four further.
 //
+// Codes of six and eight bits are bytes, those of the inputs four further in vectors of their own:
+//
+//   [outputs / 64][groups][64 scales][inputs of a group / 8][2][4 vectors][64 bytes]
+//
+// Such a byte is the integer with the offset (int8), or else the code with its sign in bit 7.
+//
 // Activations are rows of int8, bf16 or fp32, filled up with zeros to whole groups, and then what
 // belongs to the rows: scales, and what their sums of integers start from.
 
@@ -18,7 +24,7 @@
 #include "native.h"
 
 static constexpr int64_t kBlock = 64;    // outputs of a block
-static constexpr int64_t kOctet = 256;   // bytes of the codes of eight inputs of a block
+static constexpr int64_t kOctet = 256;   // bytes of the codes of eight inputs of a block, in nibbles
 
 static inline int64_t round_up(int64_t value, int64_t unit) {
     return (value + unit - 1) / unit * unit;
@@ -28,6 +34,7 @@ struct Layout {
     int64_t blocks;
     int64_t groups;       // of inputs
     int64_t octets;       // of inputs, in a group
+    int64_t octet_bytes;  // of the codes of an octet
     int64_t scale_bytes;  // of a group of a block
     int64_t group_bytes;  // with its scales
 
@@ -36,8 +43,9 @@ struct Layout {
         const int64_t length = weights.group ? weights.group : round_up(weights.k, 8);
         groups = length ? (weights.k + length - 1) / length : 0;
         octets = length / 8;
+        octet_bytes = weights.code_bits == 4 ? kOctet : 2 * kOctet;
         scale_bytes = weights.block_scale < 0 ? 0 : kBlock * (weights.block_scale == FPC_F32 ? 4 : 1);
-        group_bytes = scale_bytes + octets * kOctet;
+        group_bytes = scale_bytes + octets * octet_bytes;
     }
 
     int64_t inputs() const { return groups * octets * 8; }

@@ -75,7 +75,7 @@ enum FpcArithmetic {
 
 enum FpcScales { FPC_NO_SCALES = 0, FPC_ANY_SCALES = 1, FPC_POWERS = 2 };
 
-// Weights with codes of four bits, and the scales and the bias of the outputs.
+// Weights, and the scales and the bias of the outputs.
 typedef struct {
     const uint8_t* data;   // what fpc_repack wrote; its layout is in gemm.h
     int64_t n, k;          // outputs, inputs
@@ -84,12 +84,14 @@ typedef struct {
     int32_t scaled_inputs; // FpcScales of groups that the activations have
     int32_t least, most;   // exponents of the weights' scales of E8M0; 0 if they have none
     int32_t arithmetic;    // FpcArithmetic
+    int32_t code_bits;     // bits that a code takes when packed: 4, 6 or 8
+    int32_t digits;        // binary digits of a value, at most
     int32_t offset;        // int8: what is added to the integers, so that none is negative
     int32_t most_input;    // int8: largest magnitude of an integer of the activations
     float unit;            // int8: what 1 of a product of integers stands for
-    uint8_t integers[16];  // int8: the integer of each code, with the offset
-    uint16_t halves[16];   // the value of each code as bf16
-    float values[16];      // the value of each code
+    uint8_t integers[256]; // int8: the integer of each code, with the offset
+    uint16_t halves[256];  // the value of each code as bf16
+    float values[256];     // the value of each code
     const float* row_scale;  // [n rounded up to 64]
     const float* bias;       // [n rounded up to 64], or null
 } FpcWeights;
@@ -105,7 +107,8 @@ typedef struct {
 int64_t fpc_weight_bytes(const FpcWeights* weights);
 
 // Bring weights into the order in which they are multiplied.
-//   packed  [n, row_bytes]: codes of four bits, the first one of a byte in its low half
+//   packed  [n, row_bytes]: codes, the first one of a byte in its low bits; those of six bits are a
+//           stream of bits
 //   scales  [n, ceil(k / (group * repeat))]: fp32, or one code a byte; unused without
 //   repeat  groups that share one of these scales
 //   to      fpc_weight_bytes(weights), aligned to 64

@@ -1,4 +1,4 @@
-// Weights in the order in which kernels use them; the layout is described in gemm.h.
+// Weights in the order in which kernels use them; layout.h describes it.
 
 #include <string.h>
 
@@ -30,15 +30,35 @@ struct Source {
         return (weights.k + length - 1) / length;
     }
 
-    // Eight codes from octet `i` of a row; none are beyond its end, where only zeros are.
-    uint32_t octet(int64_t row, int64_t i) const {
-        const int64_t begin = 4 * i, left = row_bytes - begin;
-        uint32_t codes = 0;
-        if (left > 0) memcpy(&codes, packed + row * row_bytes + begin, left < 4 ? left : 4);
+    // Eight codes from octet `i` of a row, the first one in the lowest bits; beyond its end are zeros.
+    uint64_t octet(int64_t row, int64_t i) const {
+        const int64_t bits = weights.code_bits, begin = bits * i, left = row_bytes - begin;
+        uint64_t codes = 0;
+        if (left > 0) memcpy(&codes, packed + row * row_bytes + begin, left < bits ? left : bits);
         const int64_t count = weights.k - 8 * i;
-        return count >= 8 ? codes : codes & ((1u << (4 * (count > 0 ? count : 0))) - 1);
+        return count >= 8 ? codes : codes & ((1ull << (bits * (count > 0 ? count : 0))) - 1);
     }
 };
+
+// What is stored for a code of six or eight bits.
+uint8_t byte_of(const FpcWeights& weights, uint8_t code) {
+    if (weights.arithmetic == FPC_INT8) return weights.integers[code];
+    return weights.code_bits == 6 ? (uint8_t)((code & 31) | (code & 32) << 2) : code;
+}
+
+// Store the octet of one output in a block, `to` being where its first byte is.
+void store_octet(const FpcWeights& weights, uint64_t codes, uint8_t* to) {
+    if (weights.code_bits == 4) {
+        const uint32_t nibbles = interleave((uint32_t)codes);
+        memcpy(to, &nibbles, 4);
+        return;
+    }
+    const uint64_t mask = (1u << weights.code_bits) - 1;
+    for (int j = 0; j < 8; j++) {
+        const uint8_t code = (uint8_t)(codes >> (weights.code_bits * j) & mask);
+        to[kOctet * (j / 4) + j % 4] = byte_of(weights, code);
+    }
+}
 
 void repack_block(const Source& source, const Layout& layout, int64_t block, uint8_t* to) {
     const FpcWeights& weights = source.weights;
@@ -52,10 +72,11 @@ void repack_block(const Source& source, const Layout& layout, int64_t block, uin
                 const int64_t at = (first + r) * source.row_scales() + g / source.repeat;
                 memcpy(group + r * size, source.scales + at * size, size);
             }
-        for (int64_t o = 0; o < layout.octets; o++)
+        uint8_t* octet = group + layout.scale_bytes;
+        for (int64_t o = 0; o < layout.octets; o++, octet += layout.octet_bytes)
             for (int64_t r = 0; r < rows; r++) {
-                uint32_t codes = interleave(source.octet(first + r, g * layout.octets + o));
-                memcpy(group + layout.scale_bytes + o * kOctet + 4 * r, &codes, 4);
+                const uint64_t codes = source.octet(first + r, g * layout.octets + o);
+                store_octet(weights, codes, octet + 4 * r);
             }
     }
 }

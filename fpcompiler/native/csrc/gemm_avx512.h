@@ -1,4 +1,26 @@
-// What the kernels for AVX-512 share. Included by gemm_avx512.cpp only.
+// What the kernels for AVX-512 share. From here to its end a file is compiled for AVX-512: what it
+// shares with others is included before.
+
+#include "gemm.h"
+
+#include <immintrin.h>
+#include <string.h>
+
+// The headers of GCC 12 use undefined vectors on purpose.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,f16c,prefer-vector-width=512")
+
+#define FPC_INLINE static inline __attribute__((always_inline))
+#define FPC_INLINE_MEMBER inline __attribute__((always_inline))
+#define FPC_UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+typedef __m512i I;
+typedef __m512 F;
 
 constexpr int64_t kAhead = 4096;            // bytes: how far weights are fetched ahead
 constexpr int64_t kPanelBytes = 640 << 10;  // larger ones leave the cache of a core
@@ -15,35 +37,14 @@ FPC_INLINE I broadcast4(const void* from) {
 
 FPC_INLINE void fetch(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T0); }
 
-// The codes in the low halves of the bytes, and those in the high halves. Only six bits of an index
-// count and the table repeats itself, so nothing needs to be masked.
-FPC_INLINE I decode_low(I codes, I table) { return _mm512_permutexvar_epi8(codes, table); }
-FPC_INLINE I decode_high(I codes, I table) {
-    return _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), table);
-}
-
-FPC_INLINE I repeated(const void* sixteen_bytes) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)sixteen_bytes));
-}
-
 // Sixteen scales of a group. Those of E4M3 are 2**-8 of what they should be.
-template <int kFormat>
-FPC_INLINE F weight_scales(const uint8_t* group, int vector) {
-    if constexpr (kFormat < 0) return _mm512_set1_ps(1);
-    if constexpr (kFormat == FPC_F32) return _mm512_loadu_ps((const float*)group + 16 * vector);
+FPC_INLINE F weight_scales(const uint8_t* group, int32_t format, int vector) {
+    if (format < 0) return _mm512_set1_ps(1);
+    if (format == FPC_F32) return _mm512_loadu_ps((const float*)group + 16 * vector);
     const __m128i codes = _mm_loadu_si128((const __m128i*)(group + 16 * vector));
-    if constexpr (kFormat == FPC_E8M0)
+    if (format == FPC_E8M0)
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(codes), 23));
     return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 7));
-}
-
-FPC_INLINE F weight_scales(const uint8_t* group, int32_t format, int vector) {
-    switch (format) {
-        case FPC_F32: return weight_scales<FPC_F32>(group, vector);
-        case FPC_E8M0: return weight_scales<FPC_E8M0>(group, vector);
-        case FPC_E4M3: return weight_scales<FPC_E4M3>(group, vector);
-        default: return weight_scales<-1>(group, vector);
-    }
 }
 
 FPC_INLINE float scale_unit(const FpcWeights& weights) {
@@ -79,7 +80,7 @@ FPC_INLINE void finish(const Gemm& gemm, int64_t m, int64_t n, F sum) {
         _mm256_mask_storeu_epi16((uint16_t*)row + n, lanes, _mm512_cvtps_ph(value, 8));
 }
 
-// Call `tile.operator()<rows>(first row)` for tiles of nearly equal height.
+// Call `tile.run<rows>(first row)` for tiles of nearly equal height.
 template <int kMost, class Tile>
 FPC_INLINE void for_tiles(int64_t begin, int64_t end, const Tile& tile) {
     while (begin < end) {
@@ -96,3 +97,5 @@ FPC_INLINE void for_tiles(int64_t begin, int64_t end, const Tile& tile) {
         begin += rows;
     }
 }
+
+}  // namespace

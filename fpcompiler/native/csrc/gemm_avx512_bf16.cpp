@@ -1,30 +1,30 @@
-// Products of bf16 (vdpbf16ps). Included by gemm_avx512.cpp only.
+// Products of bf16 (vdpbf16ps).
 //
-// A code is the index of its value in a table of words. Nibble s of the words of an output holds two
-// inputs: 0 and 2, 4 and 6, 1 and 3, 5 and 7; activations are stored in that order.
+// An octet of an output is decoded to four words of two inputs: 0 and 2, 4 and 6, 1 and 3, 5 and 7;
+// activations are stored in that order.
+
+#include "gemm.h"
+
+#if defined(__x86_64__)
+#include "gemm_avx512.h"
+#include "gemm_avx512_halves.h"
+
+namespace {
 
 FPC_INLINE F dot2(F sum, I weights, I activations) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)activations);
-}
-
-FPC_INLINE I bf16_table(const Gemm& gemm) {
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)gemm.weights.halves));
-}
-
-FPC_INLINE I decode_pair(I codes, int s, I table) {
-    return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * s), table);
 }
 
 // With few rows a sum is in several parts, which do not wait for each other.
 template <int kM>
 constexpr int kParts = kM == 1 ? 4 : kM == 2 ? 2 : 1;
 
-template <int kM, int kV, bool kGroups>
+template <int kM, int kV, bool kGroups, class Source>
 FPC_INLINE void bf16_tile(const Gemm& gemm, const Task& task, int first, int64_t m) {
     constexpr int kP = kParts<kM>;
     const FpcWeights& weights = gemm.weights;
     const Layout& layout = gemm.layout;
-    const I table = bf16_table(gemm);
+    const Source source(gemm);
     const uint16_t* a[kM];
     F sum[kP][kM][kV], total[kM][kV];
     FPC_UNROLL for (int i = 0; i < kM; i++) {
@@ -38,12 +38,11 @@ FPC_INLINE void bf16_tile(const Gemm& gemm, const Task& task, int first, int64_t
             FPC_UNROLL for (int i = 0; i < kM; i++)
                 FPC_UNROLL for (int v = 0; v < kV; v++) sum[p][i][v] = _mm512_setzero_ps();
         const uint8_t* octet = group + layout.scale_bytes + 64 * first;
-        for (int64_t o = 0; o < layout.octets; o++, octet += kOctet, input += 8) {
+        for (int64_t o = 0; o < layout.octets; o++, octet += Source::kStride, input += 8) {
             FPC_UNROLL for (int v = 0; v < kV; v++) {
-                const I codes = load(octet + 64 * v);
-                fetch(octet + 64 * v + kAhead);
+                const auto codes = source.codes(octet + 64 * v);
                 FPC_UNROLL for (int s = 0; s < 4; s++) {
-                    const I pair = decode_pair(codes, s, table);
+                    const I pair = source.pair(codes, s);
                     FPC_UNROLL for (int i = 0; i < kM; i++)
                         sum[s % kP][i][v] =
                             dot2(sum[s % kP][i][v], pair, broadcast4(a[i] + input + 2 * s));
@@ -68,7 +67,7 @@ FPC_INLINE void bf16_tile(const Gemm& gemm, const Task& task, int first, int64_t
             finish(gemm, m + i, n + 16 * v, _mm512_mul_ps(total[i][v], unit));
 }
 
-template <int kV, bool kGroups>
+template <int kV, bool kGroups, class Source>
 struct Bf16Tiles {
     const Gemm& gemm;
     const Task& task;
@@ -76,23 +75,22 @@ struct Bf16Tiles {
 
     template <int kM>
     void run(int64_t m) const {
-        bf16_tile<kM, kV, kGroups>(gemm, task, first, m);
+        bf16_tile<kM, kV, kGroups, Source>(gemm, task, first, m);
     }
 };
 
-template <bool kGroups>
+template <bool kGroups, class Source>
 void bf16_task(const Gemm& gemm, const Task& task, uint8_t*) {
     constexpr int kMost = kGroups ? 3 : kRows;  // registers hold two sums where there are groups
     if (task.count == 4)
-        for_tiles<kMost>(task.begin, task.end, Bf16Tiles<4, kGroups>{gemm, task, 0});
+        for_tiles<kMost>(task.begin, task.end, Bf16Tiles<4, kGroups, Source>{gemm, task, 0});
     else
-        for_tiles<kRows>(task.begin, task.end, Bf16Tiles<2, kGroups>{gemm, task, task.first});
+        for_tiles<kRows>(task.begin, task.end, Bf16Tiles<2, kGroups, Source>{gemm, task, task.first});
 }
 
 // --- panels -----------------------------------------------------------------------------------
 
-// Both halves of each lane times the lane's scale, which is exact: a code of four bits times a scale
-// of E8M0 or E4M3 has at most six digits.
+// Both halves of each lane times the lane's scale, where that is exact.
 FPC_INLINE I scaled_pair(I pair, F scale) {
     const I mask = _mm512_set1_epi32((int)0xFFFF0000);
     const F high = _mm512_castsi512_ps(_mm512_and_si512(pair, mask));
@@ -103,21 +101,21 @@ FPC_INLINE I scaled_pair(I pair, F scale) {
 }
 
 // Decode a block: [octets][4 pairs][4 vectors][64 bytes], scales included.
-void decode_bf16_panel(const Gemm& gemm, int64_t block, uint8_t* panel) {
+template <class Source>
+void decode_panel(const Gemm& gemm, int64_t block, uint8_t* panel) {
     const Layout& layout = gemm.layout;
-    const I table = bf16_table(gemm);
+    const Source source(gemm);
     const uint8_t* group = gemm.block(block);
     for (int64_t g = 0; g < layout.groups; g++, group += layout.group_bytes) {
         F scale[4];
         FPC_UNROLL for (int v = 0; v < 4; v++)
             scale[v] = weight_scales(group, gemm.weights.block_scale, v);
         const uint8_t* octet = group + layout.scale_bytes;
-        for (int64_t o = 0; o < layout.octets; o++, octet += kOctet, panel += 4 * kOctet)
+        for (int64_t o = 0; o < layout.octets; o++, octet += Source::kStride, panel += 4 * kOctet)
             FPC_UNROLL for (int v = 0; v < 4; v++) {
-                const I codes = load(octet + 64 * v);
-                fetch(octet + 64 * v + kAhead);
+                const auto codes = source.codes(octet + 64 * v);
                 FPC_UNROLL for (int s = 0; s < 4; s++) {
-                    I pair = decode_pair(codes, s, table);
+                    I pair = source.pair(codes, s);
                     if (layout.scale_bytes) pair = scaled_pair(pair, scale[v]);
                     _mm512_store_si512(panel + kOctet * s + 64 * v, pair);
                 }
@@ -154,15 +152,31 @@ struct Bf16PanelTiles {
     }
 };
 
+template <class Source>
 void bf16_panel_task(const Gemm& gemm, const Task& task, uint8_t* panel) {
-    decode_bf16_panel(gemm, task.block, panel);
+    decode_panel<Source>(gemm, task.block, panel);
     for_tiles<kRows>(task.begin, task.end, Bf16PanelTiles{gemm, panel, task.block * kBlock});
 }
 
-Kernels bf16_kernels(const Gemm& gemm) {
-    const FpcWeights& weights = gemm.weights;
-    const int64_t bytes = gemm.layout.inputs() * kBlock * 2, rows = weights.group ? 24 : kPanelRows;
-    const bool exact = !weights.group || weights.block_scale != FPC_F32;
-    if (exact && gemm.m >= rows && bytes <= kPanelBytes) return {bf16_panel_task, bytes};
-    return {weights.group ? bf16_task<true> : bf16_task<false>, 0};
+// Whether bf16 holds the products of weights and their scales.
+bool holds_scaled(const FpcWeights& weights) {
+    constexpr int32_t kDigits = 8, kScaleDigits = 4;  // of bf16, and of E4M3
+    if (!weights.group || weights.block_scale == FPC_E8M0) return true;
+    return weights.block_scale == FPC_E4M3 && weights.digits + kScaleDigits <= kDigits;
 }
+
+template <class Source>
+Kernels kernels_of(const Gemm& gemm) {
+    const bool groups = gemm.weights.group;
+    const int64_t bytes = gemm.layout.inputs() * kBlock * 2, rows = groups ? 24 : kPanelRows;
+    if (holds_scaled(gemm.weights) && gemm.m >= rows && bytes <= kPanelBytes)
+        return {bf16_panel_task<Source>, bytes};
+    return {groups ? bf16_task<true, Source> : bf16_task<false, Source>, 0};
+}
+
+}  // namespace
+
+Kernels kernels_avx512_bf16(const Gemm& gemm) {
+    return gemm.weights.code_bits == 4 ? kernels_of<NibblePairs>(gemm) : kernels_of<BytePairs>(gemm);
+}
+#endif

@@ -1,0 +1,366 @@
+// Integer products (vpdpbusd).
+//
+// Weights are decoded to unsigned integers, an offset above what they are; sums start from minus the
+// offset times the sum of the activations, so that they end where they should.
+
+#include "gemm.h"
+
+#if defined(__x86_64__)
+#include "gemm_avx512.h"
+
+namespace {
+
+// The intrinsic makes GCC 12 copy accumulators: half the speed.
+FPC_INLINE I dot4(I sum, I weights, I activations) {
+    asm("vpdpbusd %2,%1,%0" : "+v"(sum) : "v"(weights), "v"(activations));
+    return sum;
+}
+
+// Where the integers of eight inputs of sixteen outputs come from: nibbles ...
+template <bool kFetch>
+struct FromNibbles {
+    static constexpr int64_t kStride = kOctet;
+    I table;
+
+    explicit FromNibbles(const Gemm& gemm) {
+        const __m128i integers = _mm_loadu_si128((const __m128i*)gemm.weights.integers);
+        table = _mm512_broadcast_i32x4(integers);
+    }
+    FPC_INLINE_MEMBER I codes(const uint8_t* at) const {
+        if (kFetch) fetch(at + kAhead);
+        return load(at);
+    }
+    // Only six bits of an index count and the table repeats itself, so nothing needs to be masked.
+    FPC_INLINE_MEMBER I low(I codes) const { return _mm512_permutexvar_epi8(codes, table); }
+    FPC_INLINE_MEMBER I high(I codes, const uint8_t*) const {
+        return _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), table);
+    }
+};
+
+// ... or bytes, which are the integers: wider weights, and panels, blocks that were decoded before.
+template <bool kFetch>
+struct FromBytes {
+    static constexpr int64_t kStride = 2 * kOctet;
+
+    explicit FromBytes(const Gemm&) {}
+    FPC_INLINE_MEMBER I codes(const uint8_t* at) const {
+        if (kFetch) fetch(at + kAhead);
+        return load(at);
+    }
+    FPC_INLINE_MEMBER I low(I codes) const { return codes; }
+    FPC_INLINE_MEMBER I high(I, const uint8_t* at) const { return codes(at + kOctet); }
+};
+
+template <int kM>
+struct Activations {
+    const int8_t* row[kM];
+
+    Activations(const Gemm& gemm, int64_t m) {
+        FPC_UNROLL for (int i = 0; i < kM; i++)
+            row[i] = (const int8_t*)gemm.activations.a + (m + i) * gemm.activations.stride;
+    }
+};
+
+// Four inputs of a tile: decoded once, then multiplied with one row after the other. In another order
+// GCC keeps so many activations in registers that none are left for sums.
+template <int kM, int kV>
+FPC_INLINE void add_four(const I (&weights)[kV], const Activations<kM>& a, int64_t input,
+                         I (&sum)[kM][kV]) {
+    FPC_UNROLL for (int i = 0; i < kM; i++) {
+        const I four = broadcast4(a.row[i] + input);
+        FPC_UNROLL for (int v = 0; v < kV; v++) sum[i][v] = dot4(sum[i][v], weights[v], four);
+    }
+}
+
+// Eight inputs of a tile: four are added to `sum`, the others to `more`, which may be the same.
+template <int kM, int kV, class Source>
+FPC_INLINE void add_eight(const Source& source, const uint8_t* octet, const Activations<kM>& a,
+                          int64_t input, I (&sum)[kM][kV], I (&more)[kM][kV]) {
+    I codes[kV], weights[kV];
+    FPC_UNROLL for (int v = 0; v < kV; v++) {
+        codes[v] = source.codes(octet + 64 * v);
+        weights[v] = source.low(codes[v]);
+    }
+    add_four<kM, kV>(weights, a, input, sum);
+    FPC_UNROLL for (int v = 0; v < kV; v++) {
+        // With many rows no registers are left for the codes: they are loaded again.
+        const I again = kM > 2 ? load(octet + 64 * v) : codes[v];
+        weights[v] = source.high(again, octet + 64 * v);
+    }
+    add_four<kM, kV>(weights, a, input + 4, more);
+}
+
+// --- one scale for each row ----------------------------------------------------------------------
+
+template <int kM, int kV, class Source>
+FPC_INLINE void row_tile(const Gemm& gemm, const Source& source, const uint8_t* weights, int64_t m,
+                         int64_t n) {
+    const Activations<kM> a(gemm, m);
+    // One row alone would wait for its own sums.
+    constexpr bool kTwo = kM == 1;
+    I sum[kM][kV], more[kM][kV];
+    FPC_UNROLL for (int i = 0; i < kM; i++)
+        FPC_UNROLL for (int v = 0; v < kV; v++) {
+            sum[i][v] = _mm512_set1_epi32(gemm.activations.correction[m + i]);
+            more[i][v] = _mm512_setzero_si512();
+        }
+    const int64_t octets = gemm.layout.octets;
+    for (int64_t o = 0; o < octets; o++, weights += Source::kStride)
+        add_eight<kM, kV>(source, weights, a, 8 * o, sum, kTwo ? more : sum);
+    if (kTwo)
+        FPC_UNROLL for (int v = 0; v < kV; v++) sum[0][v] = _mm512_add_epi32(sum[0][v], more[0][v]);
+    const F unit = _mm512_set1_ps(gemm.weights.unit);
+    FPC_UNROLL for (int v = 0; v < kV; v++)
+        FPC_UNROLL for (int i = 0; i < kM; i++)
+            finish(gemm, m + i, n + 16 * v, _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][v]), unit));
+}
+
+template <int kV, class Source>
+struct RowTiles {
+    const Gemm& gemm;
+    const Source source;
+    const uint8_t* weights;
+    int64_t n;
+
+    template <int kM>
+    void run(int64_t m) const {
+        row_tile<kM, kV>(gemm, source, weights, m, n);
+    }
+};
+
+// --- scales of groups of inputs ------------------------------------------------------------------
+
+// Powers of two are multiplied by adding exponents: an addition of integers does not compete with
+// the products.
+enum Scaling { kProducts, kPowers };
+
+// What stands for scales of E8M0 and of activations where there are none.
+#define FPC_EIGHT(value) value, value, value, value, value, value, value, value
+alignas(64) constexpr uint8_t kNoExponents[kBlock] = {
+    FPC_EIGHT(127), FPC_EIGHT(127), FPC_EIGHT(127), FPC_EIGHT(127),
+    FPC_EIGHT(127), FPC_EIGHT(127), FPC_EIGHT(127), FPC_EIGHT(127),
+};
+constexpr float kOnes[] = {FPC_EIGHT(1)};
+#undef FPC_EIGHT
+static_assert(sizeof kOnes / sizeof *kOnes >= kRows, "one for each row of a tile");
+
+// Codes of a block and scales of its groups, which may lie among them.
+struct Groups {
+    const uint8_t* codes;
+    int64_t code_stride;  // from one group to the next
+    const uint8_t* scales;
+    int64_t scale_stride;
+    int32_t format;  // FpcBlockScale
+
+    Groups(const Gemm& gemm, const uint8_t* block) {
+        const Layout& layout = gemm.layout;
+        const bool scaled = layout.scale_bytes > 0;
+        codes = block + layout.scale_bytes, code_stride = layout.group_bytes;
+        scales = scaled ? block : kNoExponents, scale_stride = scaled ? layout.group_bytes : 0;
+        format = scaled ? gemm.weights.block_scale : FPC_E8M0;
+    }
+};
+
+// kQ octets at once are in a group, or if that is 0 any number of pairs.
+template <int kM, int kV, int kQ, Scaling kScaling, bool kFetch, class Source>
+FPC_INLINE void group_tile(const Gemm& gemm, const Source& source, Groups of, int first, int64_t m,
+                           int64_t n) {
+    const Activations<kM> a(gemm, m);
+    const Prepared& prepared = gemm.activations;
+    const int64_t groups = gemm.layout.groups, octets = gemm.layout.octets;
+    const int32_t* correction = prepared.correction + m;
+    const bool scaled = gemm.weights.scaled_inputs != FPC_NO_SCALES;
+    const float* group_scale = scaled ? prepared.group_scale + m : kOnes;
+    const int64_t next_scale = scaled ? prepared.m : 0;
+    const I one = _mm512_castps_si512(_mm512_set1_ps(1));
+    F total[kM][kV];
+    FPC_UNROLL for (int i = 0; i < kM; i++)
+        FPC_UNROLL for (int v = 0; v < kV; v++) total[i][v] = _mm512_setzero_ps();
+    int64_t input = 0;
+    for (int64_t g = 0; g < groups; g++) {
+        I sum[kM][kV];
+        FPC_UNROLL for (int i = 0; i < kM; i++)
+            FPC_UNROLL for (int v = 0; v < kV; v++) sum[i][v] = _mm512_set1_epi32(correction[i]);
+        const uint8_t* octet = of.codes + 64 * first;
+        int64_t left = kQ ? kQ : octets;
+        do {
+            constexpr int kAtOnce = kQ ? kQ : 2;
+            FPC_UNROLL for (int q = 0; q < kAtOnce; q++) {
+                add_eight<kM, kV>(source, octet, a, input, sum, sum);
+                octet += Source::kStride, input += 8;
+            }
+            left -= kAtOnce;
+        } while (!kQ && left > 0);
+        if (kFetch) fetch(of.scales + kAhead);
+        FPC_UNROLL for (int v = 0; v < kV; v++) {
+            const int32_t format = kScaling == kPowers ? FPC_E8M0 : of.format;
+            const F scale = weight_scales(of.scales, format, first + v);
+            const I exponent = _mm512_sub_epi32(_mm512_castps_si512(scale), one);
+            FPC_UNROLL for (int i = 0; i < kM; i++) {
+                const float* other = group_scale + i;
+                F both;
+                if (kScaling == kPowers)
+                    both = _mm512_castsi512_ps(_mm512_add_epi32(exponent, broadcast4(other)));
+                else
+                    both = _mm512_mul_ps(scale, _mm512_set1_ps(*other));
+                total[i][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][v]), both, total[i][v]);
+            }
+        }
+        of.codes += of.code_stride, of.scales += of.scale_stride;
+        correction += prepared.m, group_scale += next_scale;
+    }
+    const F unit = _mm512_set1_ps(gemm.weights.unit * scale_unit(gemm.weights));
+    FPC_UNROLL for (int v = 0; v < kV; v++)
+        FPC_UNROLL for (int i = 0; i < kM; i++)
+            finish(gemm, m + i, n + 16 * v, _mm512_mul_ps(total[i][v], unit));
+}
+
+template <int kV, int kQ, Scaling kScaling, bool kFetch, class Source>
+struct GroupTiles {
+    const Gemm& gemm;
+    const Source source;
+    const Groups groups;
+    int first;  // vector
+    int64_t n;
+
+    template <int kM>
+    void run(int64_t m) const {
+        group_tile<kM, kV, kQ, kScaling, kFetch>(gemm, source, groups, first, m, n);
+    }
+};
+
+// --- tasks ---------------------------------------------------------------------------------------
+
+// The end of the first tile. It waits for memory, so it alone fetches ahead: in the others that costs
+// more than it brings.
+int64_t first_tile(const Task& task) {
+    const int64_t left = task.end - task.begin, tiles = (left + kRows - 1) / kRows;
+    return task.begin + (left + tiles - 1) / tiles;
+}
+
+template <int kV, class Source>
+void run_rows(const Gemm& gemm, const Task& task, const uint8_t* weights, int64_t begin, int64_t end) {
+    const int64_t n = task.block * kBlock + 16 * task.first;
+    weights += 64 * task.first;
+    for_tiles<kRows>(begin, end, RowTiles<kV, Source>{gemm, Source(gemm), weights, n});
+}
+
+template <template <bool> class Source>
+void int8_rows(const Gemm& gemm, const Task& task, uint8_t*) {
+    const int64_t then = first_tile(task);
+    const uint8_t* weights = gemm.block(task.block);
+    if (task.count == 4) {
+        run_rows<4, Source<true>>(gemm, task, weights, task.begin, then);
+        run_rows<4, Source<false>>(gemm, task, weights, then, task.end);
+    } else {
+        run_rows<2, Source<true>>(gemm, task, weights, task.begin, then);
+        run_rows<2, Source<false>>(gemm, task, weights, then, task.end);
+    }
+}
+
+template <int kV, int kMost, int kQ, Scaling kScaling, bool kFetch, class Source>
+void run_groups(const Gemm& gemm, const Groups& groups, int64_t block, int first, int64_t begin,
+                int64_t end) {
+    typedef GroupTiles<kV, kQ, kScaling, kFetch, Source> Tiles;
+    const int64_t n = block * kBlock + 16 * first;
+    for_tiles<kMost>(begin, end, Tiles{gemm, Source(gemm), groups, first, n});
+}
+
+template <template <bool> class Source, int kQ, Scaling kScaling>
+void int8_groups(const Gemm& gemm, const Task& task, uint8_t*) {
+    const Groups groups(gemm, gemm.block(task.block));
+    const int64_t block = task.block, begin = task.begin, end = task.end;
+    if (end - begin == 1 && task.count == 4) {
+        run_groups<4, 1, kQ, kScaling, true, Source<true>>(gemm, groups, block, 0, begin, end);
+        return;
+    }
+    const int64_t then = first_tile(task);
+    for (int v = task.first; v < task.first + task.count; v += 2) {
+        run_groups<2, kRows, kQ, kScaling, true, Source<true>>(gemm, groups, block, v, begin, then);
+        run_groups<2, kRows, kQ, kScaling, false, Source<false>>(gemm, groups, block, v, then, end);
+    }
+}
+
+// --- panels --------------------------------------------------------------------------------------
+
+// Decode a block of nibbles to bytes: [octets][2][4 vectors][64 bytes].
+void decode_panel(const Gemm& gemm, int64_t block, uint8_t* panel) {
+    const FromNibbles<true> source(gemm);
+    const Layout& layout = gemm.layout;
+    const uint8_t* group = gemm.block(block);
+    for (int64_t g = 0; g < layout.groups; g++, group += layout.group_bytes) {
+        const uint8_t* codes = group + layout.scale_bytes;
+        for (int64_t o = 0; o < layout.octets; o++, codes += kOctet, panel += 2 * kOctet)
+            FPC_UNROLL for (int v = 0; v < 4; v++) {
+                const I both = source.codes(codes + 64 * v);
+                _mm512_store_si512(panel + 64 * v, source.low(both));
+                _mm512_store_si512(panel + kOctet + 64 * v, source.high(both, nullptr));
+            }
+    }
+}
+
+void int8_rows_panel(const Gemm& gemm, const Task& task, uint8_t* panel) {
+    decode_panel(gemm, task.block, panel);
+    run_rows<4, FromBytes<false>>(gemm, task, panel, task.begin, task.end);
+}
+
+template <int kQ, Scaling kScaling>
+void int8_groups_panel(const Gemm& gemm, const Task& task, uint8_t* panel) {
+    decode_panel(gemm, task.block, panel);
+    Groups groups(gemm, gemm.block(task.block));
+    groups.codes = panel, groups.code_stride = gemm.layout.octets * 2 * kOctet;
+    for (int v = 0; v < 4; v += 2)
+        run_groups<2, kRows, kQ, kScaling, false, FromBytes<false>>(gemm, groups, task.block, v,
+                                                                   task.begin, task.end);
+}
+
+// --- choice of a kernel --------------------------------------------------------------------------
+
+// Exponents can be added where all scales are powers of two and no sum leaves the range of fp32.
+bool adds_exponents(const Gemm& gemm) {
+    const FpcWeights& weights = gemm.weights;
+    const bool powers = weights.block_scale < 0 || weights.block_scale == FPC_E8M0;
+    if (weights.scaled_inputs != FPC_POWERS || !powers) return false;
+    int32_t least = INT32_MAX, most = 0;
+    for (int64_t m = 0; m < gemm.m; m++) {
+        const int32_t* range = gemm.activations.range + 2 * m;
+        least = range[0] < least ? range[0] : least;
+        most = range[1] > most ? range[1] : most;
+    }
+    const int32_t low = (least >> 23) - 127 + weights.least, high = (most >> 23) - 127 + weights.most;
+    return least >> 23 && low >= -126 && high <= 127;
+}
+
+template <int kQ, Scaling kScaling>
+RunTask groups_of(const Gemm& gemm, bool panel) {
+    if (panel) return int8_groups_panel<kQ, kScaling>;
+    if (gemm.weights.code_bits == 4) return int8_groups<FromNibbles, kQ, kScaling>;
+    return int8_groups<FromBytes, kQ, kScaling>;
+}
+
+template <int kQ>
+RunTask groups_of(const Gemm& gemm, bool panel) {
+    return adds_exponents(gemm) ? groups_of<kQ, kPowers>(gemm, panel)
+                                : groups_of<kQ, kProducts>(gemm, panel);
+}
+
+RunTask kernel_of(const Gemm& gemm, bool panel) {
+    if (!gemm.weights.group)
+        return panel ? int8_rows_panel
+                     : gemm.weights.code_bits == 4 ? int8_rows<FromNibbles> : int8_rows<FromBytes>;
+    switch (gemm.layout.octets) {
+        case 2: return groups_of<2>(gemm, panel);
+        case 4: return groups_of<4>(gemm, panel);
+        default: return groups_of<0>(gemm, panel);
+    }
+}
+
+}  // namespace
+
+Kernels kernels_avx512_int8(const Gemm& gemm) {
+    const int64_t bytes = gemm.layout.inputs() * kBlock;
+    const bool nibbles = gemm.weights.code_bits == 4;
+    const bool panel = nibbles && gemm.m >= kPanelRows && bytes <= kPanelBytes;
+    return {kernel_of(gemm, panel), panel ? bytes : 0};
+}
+#endif
