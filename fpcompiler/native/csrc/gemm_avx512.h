@@ -1,5 +1,7 @@
 // What the kernels for AVX-512 share. From here to its end a file is compiled for AVX-512: what it
 // shares with others is included before.
+//
+// Nothing fetches ahead: the processor does it better while memory is read in one direction.
 
 #include "gemm.h"
 
@@ -22,7 +24,6 @@ namespace {
 typedef __m512i I;
 typedef __m512 F;
 
-constexpr int64_t kAhead = 4096;            // bytes: how far weights are fetched ahead
 constexpr int64_t kPanelBytes = 640 << 10;  // larger ones leave the cache of a core
 constexpr int64_t kPanelRows = 112;         // from as many rows on a panel is worth it
 constexpr int kRows = 6;                    // of activations that a tile has at most
@@ -34,8 +35,6 @@ FPC_INLINE I broadcast4(const void* from) {
     memcpy(&value, from, 4);
     return _mm512_set1_epi32(value);
 }
-
-FPC_INLINE void fetch(const void* address) { _mm_prefetch((const char*)address, _MM_HINT_T0); }
 
 // Sixteen scales of a group. Those of E4M3 are 2**-8 of what they should be.
 FPC_INLINE F weight_scales(const uint8_t* group, int32_t format, int vector) {

@@ -19,6 +19,18 @@ FPC_INLINE F dot2(F sum, I weights, I activations) {
 template <int kM>
 constexpr int kParts = kM == 1 ? 4 : kM == 2 ? 2 : 1;
 
+// Two inputs of a tile: decoded once, then multiplied with one row after the other.
+template <int kM, int kV, class Source>
+FPC_INLINE void add_pairs(const Source& source, const typename Source::Codes (&codes)[kV], int s,
+                          const uint16_t* const (&a)[kM], int64_t input, F (&sum)[kM][kV]) {
+    I pair[kV];
+    FPC_UNROLL for (int v = 0; v < kV; v++) pair[v] = source.pair(codes[v], s);
+    FPC_UNROLL for (int i = 0; i < kM; i++) {
+        const I two = broadcast4(a[i] + input + 2 * s);
+        FPC_UNROLL for (int v = 0; v < kV; v++) sum[i][v] = dot2(sum[i][v], pair[v], two);
+    }
+}
+
 template <int kM, int kV, bool kGroups, class Source>
 FPC_INLINE void bf16_tile(const Gemm& gemm, const Task& task, int first, int64_t m) {
     constexpr int kP = kParts<kM>;
@@ -39,14 +51,11 @@ FPC_INLINE void bf16_tile(const Gemm& gemm, const Task& task, int first, int64_t
                 FPC_UNROLL for (int v = 0; v < kV; v++) sum[p][i][v] = _mm512_setzero_ps();
         const uint8_t* octet = group + layout.scale_bytes + 64 * first;
         for (int64_t o = 0; o < layout.octets; o++, octet += Source::kStride, input += 8) {
-            FPC_UNROLL for (int v = 0; v < kV; v++) {
-                const auto codes = source.codes(octet + 64 * v);
-                FPC_UNROLL for (int s = 0; s < 4; s++) {
-                    const I pair = source.pair(codes, s);
-                    FPC_UNROLL for (int i = 0; i < kM; i++)
-                        sum[s % kP][i][v] =
-                            dot2(sum[s % kP][i][v], pair, broadcast4(a[i] + input + 2 * s));
-                }
+            FPC_UNROLL for (int t = 0; t < Source::kTurns; t++) {
+                typename Source::Codes codes[kV];
+                FPC_UNROLL for (int v = 0; v < kV; v++) codes[v] = source.codes(octet + 64 * v, t);
+                FPC_UNROLL for (int s = t; s < 4; s += Source::kTurns)
+                    add_pairs<kM, kV>(source, codes, s, a, input, sum[s % kP]);
             }
         }
         FPC_UNROLL for (int v = 0; v < kV; v++) {
@@ -112,14 +121,12 @@ void decode_panel(const Gemm& gemm, int64_t block, uint8_t* panel) {
             scale[v] = weight_scales(group, gemm.weights.block_scale, v);
         const uint8_t* octet = group + layout.scale_bytes;
         for (int64_t o = 0; o < layout.octets; o++, octet += Source::kStride, panel += 4 * kOctet)
-            FPC_UNROLL for (int v = 0; v < 4; v++) {
-                const auto codes = source.codes(octet + 64 * v);
+            FPC_UNROLL for (int v = 0; v < 4; v++)
                 FPC_UNROLL for (int s = 0; s < 4; s++) {
-                    I pair = source.pair(codes, s);
+                    I pair = source.pair(source.codes(octet + 64 * v, s % Source::kTurns), s);
                     if (layout.scale_bytes) pair = scaled_pair(pair, scale[v]);
                     _mm512_store_si512(panel + kOctet * s + 64 * v, pair);
                 }
-            }
     }
 }
 

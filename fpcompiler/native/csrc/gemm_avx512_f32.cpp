@@ -14,10 +14,7 @@ struct Nibbles {
     F table;
 
     explicit Nibbles(const Gemm& gemm) : table(_mm512_loadu_ps(gemm.weights.values)) {}
-    FPC_INLINE_MEMBER I codes(const uint8_t* at) const {
-        fetch(at + kAhead);
-        return load(at);
-    }
+    FPC_INLINE_MEMBER I codes(const uint8_t* at) const { return load(at); }
     // Input j is in byte j % 4, in its low half if j < 4.
     FPC_INLINE_MEMBER F value(I codes, int j) const {
         return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * (j % 4) + 4 * (j / 4)), table);
@@ -25,12 +22,21 @@ struct Nibbles {
 };
 
 // bf16 holds the values of all formats of up to eight bits.
-struct Bytes : BytePairs {
-    using BytePairs::BytePairs;
+struct Bytes {
+    static constexpr int64_t kStride = 2 * kOctet;
+    const BytePairs pairs;
 
+    struct Codes {
+        BytePairs::Codes inputs[2];  // the first four, and the others
+    };
+
+    explicit Bytes(const Gemm& gemm) : pairs(gemm) {}
+    FPC_INLINE_MEMBER Codes codes(const uint8_t* at) const {
+        return {{pairs.codes(at, 0), pairs.codes(at, 1)}};
+    }
     // Words are the upper halves of fp32.
     FPC_INLINE_MEMBER F value(const Codes& codes, int j) const {
-        const I both = pair(codes, j % 2 * 2 + j / 4);
+        const I both = pairs.pair(codes.inputs[j / 4], j % 2 * 2);
         const I low = _mm512_slli_epi32(both, 16);
         const I high = _mm512_and_si512(both, _mm512_set1_epi32((int)0xFFFF0000));
         return _mm512_castsi512_ps(j % 4 < 2 ? low : high);

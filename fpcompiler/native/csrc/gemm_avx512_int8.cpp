@@ -17,7 +17,6 @@ FPC_INLINE I dot4(I sum, I weights, I activations) {
 }
 
 // Where the integers of eight inputs of sixteen outputs come from: nibbles ...
-template <bool kFetch>
 struct FromNibbles {
     static constexpr int64_t kStride = kOctet;
     I table;
@@ -25,10 +24,6 @@ struct FromNibbles {
     explicit FromNibbles(const Gemm& gemm) {
         const __m128i integers = _mm_loadu_si128((const __m128i*)gemm.weights.integers);
         table = _mm512_broadcast_i32x4(integers);
-    }
-    FPC_INLINE_MEMBER I codes(const uint8_t* at) const {
-        if (kFetch) fetch(at + kAhead);
-        return load(at);
     }
     // Only six bits of an index count and the table repeats itself, so nothing needs to be masked.
     FPC_INLINE_MEMBER I low(I codes) const { return _mm512_permutexvar_epi8(codes, table); }
@@ -38,17 +33,12 @@ struct FromNibbles {
 };
 
 // ... or bytes, which are the integers: wider weights, and panels, blocks that were decoded before.
-template <bool kFetch>
 struct FromBytes {
     static constexpr int64_t kStride = 2 * kOctet;
 
     explicit FromBytes(const Gemm&) {}
-    FPC_INLINE_MEMBER I codes(const uint8_t* at) const {
-        if (kFetch) fetch(at + kAhead);
-        return load(at);
-    }
     FPC_INLINE_MEMBER I low(I codes) const { return codes; }
-    FPC_INLINE_MEMBER I high(I, const uint8_t* at) const { return codes(at + kOctet); }
+    FPC_INLINE_MEMBER I high(I, const uint8_t* at) const { return load(at + kOctet); }
 };
 
 template <int kM>
@@ -78,7 +68,7 @@ FPC_INLINE void add_eight(const Source& source, const uint8_t* octet, const Acti
                           int64_t input, I (&sum)[kM][kV], I (&more)[kM][kV]) {
     I codes[kV], weights[kV];
     FPC_UNROLL for (int v = 0; v < kV; v++) {
-        codes[v] = source.codes(octet + 64 * v);
+        codes[v] = load(octet + 64 * v);
         weights[v] = source.low(codes[v]);
     }
     add_four<kM, kV>(weights, a, input, sum);
@@ -130,19 +120,17 @@ struct RowTiles {
 
 // --- scales of groups of inputs ------------------------------------------------------------------
 
+constexpr int kFewRows = 3;  // of a tile of a whole block
+
 // Powers of two are multiplied by adding exponents: an addition of integers does not compete with
 // the products.
-enum Scaling { kProducts, kPowers };
+enum Scaling { kWeights, kProducts, kPowers };
 
-// What stands for scales of E8M0 and of activations where there are none.
-#define FPC_EIGHT(value) value, value, value, value, value, value, value, value
-alignas(64) constexpr uint8_t kNoExponents[kBlock] = {
-    FPC_EIGHT(127), FPC_EIGHT(127), FPC_EIGHT(127), FPC_EIGHT(127),
-    FPC_EIGHT(127), FPC_EIGHT(127), FPC_EIGHT(127), FPC_EIGHT(127),
-};
-constexpr float kOnes[] = {FPC_EIGHT(1)};
-#undef FPC_EIGHT
-static_assert(sizeof kOnes / sizeof *kOnes >= kRows, "one for each row of a tile");
+// What stands for the scales of weights that have none: ones of E8M0.
+#define FPC_16(value) value, value, value, value, value, value, value, value, \
+                      value, value, value, value, value, value, value, value
+alignas(64) constexpr uint8_t kOnes[kBlock] = {FPC_16(127), FPC_16(127), FPC_16(127), FPC_16(127)};
+#undef FPC_16
 
 // Codes of a block and scales of its groups, which may lie among them.
 struct Groups {
@@ -156,22 +144,20 @@ struct Groups {
         const Layout& layout = gemm.layout;
         const bool scaled = layout.scale_bytes > 0;
         codes = block + layout.scale_bytes, code_stride = layout.group_bytes;
-        scales = scaled ? block : kNoExponents, scale_stride = scaled ? layout.group_bytes : 0;
+        scales = scaled ? block : kOnes, scale_stride = scaled ? layout.group_bytes : 0;
         format = scaled ? gemm.weights.block_scale : FPC_E8M0;
     }
 };
 
-// kQ octets at once are in a group, or if that is 0 any number of pairs.
-template <int kM, int kV, int kQ, Scaling kScaling, bool kFetch, class Source>
+// A group has kQ octets, or if that is 0 any number of four.
+template <int kM, int kV, int kQ, Scaling kScaling, class Source>
 FPC_INLINE void group_tile(const Gemm& gemm, const Source& source, Groups of, int first, int64_t m,
                            int64_t n) {
     const Activations<kM> a(gemm, m);
     const Prepared& prepared = gemm.activations;
     const int64_t groups = gemm.layout.groups, octets = gemm.layout.octets;
     const int32_t* correction = prepared.correction + m;
-    const bool scaled = gemm.weights.scaled_inputs != FPC_NO_SCALES;
-    const float* group_scale = scaled ? prepared.group_scale + m : kOnes;
-    const int64_t next_scale = scaled ? prepared.m : 0;
+    const float* group_scale = prepared.group_scale + m;
     const I one = _mm512_castps_si512(_mm512_set1_ps(1));
     F total[kM][kV];
     FPC_UNROLL for (int i = 0; i < kM; i++)
@@ -184,30 +170,28 @@ FPC_INLINE void group_tile(const Gemm& gemm, const Source& source, Groups of, in
         const uint8_t* octet = of.codes + 64 * first;
         int64_t left = kQ ? kQ : octets;
         do {
-            constexpr int kAtOnce = kQ ? kQ : 2;
+            constexpr int kAtOnce = kQ ? kQ : 4;
             FPC_UNROLL for (int q = 0; q < kAtOnce; q++) {
                 add_eight<kM, kV>(source, octet, a, input, sum, sum);
                 octet += Source::kStride, input += 8;
             }
             left -= kAtOnce;
         } while (!kQ && left > 0);
-        if (kFetch) fetch(of.scales + kAhead);
         FPC_UNROLL for (int v = 0; v < kV; v++) {
             const int32_t format = kScaling == kPowers ? FPC_E8M0 : of.format;
             const F scale = weight_scales(of.scales, format, first + v);
             const I exponent = _mm512_sub_epi32(_mm512_castps_si512(scale), one);
             FPC_UNROLL for (int i = 0; i < kM; i++) {
                 const float* other = group_scale + i;
-                F both;
+                F both = scale;
+                if (kScaling == kProducts) both = _mm512_mul_ps(scale, _mm512_set1_ps(*other));
                 if (kScaling == kPowers)
                     both = _mm512_castsi512_ps(_mm512_add_epi32(exponent, broadcast4(other)));
-                else
-                    both = _mm512_mul_ps(scale, _mm512_set1_ps(*other));
                 total[i][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][v]), both, total[i][v]);
             }
         }
         of.codes += of.code_stride, of.scales += of.scale_stride;
-        correction += prepared.m, group_scale += next_scale;
+        correction += prepared.m, group_scale += prepared.m;
     }
     const F unit = _mm512_set1_ps(gemm.weights.unit * scale_unit(gemm.weights));
     FPC_UNROLL for (int v = 0; v < kV; v++)
@@ -215,7 +199,7 @@ FPC_INLINE void group_tile(const Gemm& gemm, const Source& source, Groups of, in
             finish(gemm, m + i, n + 16 * v, _mm512_mul_ps(total[i][v], unit));
 }
 
-template <int kV, int kQ, Scaling kScaling, bool kFetch, class Source>
+template <int kV, int kQ, Scaling kScaling, class Source>
 struct GroupTiles {
     const Gemm& gemm;
     const Source source;
@@ -225,74 +209,60 @@ struct GroupTiles {
 
     template <int kM>
     void run(int64_t m) const {
-        group_tile<kM, kV, kQ, kScaling, kFetch>(gemm, source, groups, first, m, n);
+        group_tile<kM, kV, kQ, kScaling>(gemm, source, groups, first, m, n);
     }
 };
 
 // --- tasks ---------------------------------------------------------------------------------------
 
-// The end of the first tile. It waits for memory, so it alone fetches ahead: in the others that costs
-// more than it brings.
-int64_t first_tile(const Task& task) {
-    const int64_t left = task.end - task.begin, tiles = (left + kRows - 1) / kRows;
-    return task.begin + (left + tiles - 1) / tiles;
-}
-
-template <int kV, class Source>
-void run_rows(const Gemm& gemm, const Task& task, const uint8_t* weights, int64_t begin, int64_t end) {
+template <class Source>
+void rows_from(const Gemm& gemm, const Task& task, const uint8_t* weights) {
     const int64_t n = task.block * kBlock + 16 * task.first;
+    const Source source(gemm);
     weights += 64 * task.first;
-    for_tiles<kRows>(begin, end, RowTiles<kV, Source>{gemm, Source(gemm), weights, n});
+    if (task.count == 4)
+        for_tiles<kRows>(task.begin, task.end, RowTiles<4, Source>{gemm, source, weights, n});
+    else
+        for_tiles<kRows>(task.begin, task.end, RowTiles<2, Source>{gemm, source, weights, n});
 }
 
-template <template <bool> class Source>
+// Registers hold a whole block for a few rows, half a block for more. Where groups are unrolled the
+// processor foresees what two passes over halves read; otherwise the first rows read it in one pass.
+template <int kQ, Scaling kScaling, class Source>
+void groups_from(const Gemm& gemm, const Task& task, const Groups& groups) {
+    const Source source(gemm);
+    const int64_t n = task.block * kBlock, rows = task.end - task.begin;
+    const bool whole = task.count == 4 && (kQ != 4 || rows <= kFewRows);
+    const int64_t then = whole ? task.begin + (rows < kFewRows ? rows : kFewRows) : task.begin;
+    for_tiles<kFewRows>(task.begin, then,
+                        GroupTiles<4, kQ, kScaling, Source>{gemm, source, groups, 0, n});
+    for (int v = task.first; v < task.first + task.count; v += 2)
+        for_tiles<kRows>(then, task.end,
+                         GroupTiles<2, kQ, kScaling, Source>{gemm, source, groups, v, n + 16 * v});
+}
+
+template <class Source>
 void int8_rows(const Gemm& gemm, const Task& task, uint8_t*) {
-    const int64_t then = first_tile(task);
-    const uint8_t* weights = gemm.block(task.block);
-    if (task.count == 4) {
-        run_rows<4, Source<true>>(gemm, task, weights, task.begin, then);
-        run_rows<4, Source<false>>(gemm, task, weights, then, task.end);
-    } else {
-        run_rows<2, Source<true>>(gemm, task, weights, task.begin, then);
-        run_rows<2, Source<false>>(gemm, task, weights, then, task.end);
-    }
+    rows_from<Source>(gemm, task, gemm.block(task.block));
 }
 
-template <int kV, int kMost, int kQ, Scaling kScaling, bool kFetch, class Source>
-void run_groups(const Gemm& gemm, const Groups& groups, int64_t block, int first, int64_t begin,
-                int64_t end) {
-    typedef GroupTiles<kV, kQ, kScaling, kFetch, Source> Tiles;
-    const int64_t n = block * kBlock + 16 * first;
-    for_tiles<kMost>(begin, end, Tiles{gemm, Source(gemm), groups, first, n});
-}
-
-template <template <bool> class Source, int kQ, Scaling kScaling>
+template <int kQ, Scaling kScaling, class Source>
 void int8_groups(const Gemm& gemm, const Task& task, uint8_t*) {
-    const Groups groups(gemm, gemm.block(task.block));
-    const int64_t block = task.block, begin = task.begin, end = task.end;
-    if (end - begin == 1 && task.count == 4) {
-        run_groups<4, 1, kQ, kScaling, true, Source<true>>(gemm, groups, block, 0, begin, end);
-        return;
-    }
-    const int64_t then = first_tile(task);
-    for (int v = task.first; v < task.first + task.count; v += 2) {
-        run_groups<2, kRows, kQ, kScaling, true, Source<true>>(gemm, groups, block, v, begin, then);
-        run_groups<2, kRows, kQ, kScaling, false, Source<false>>(gemm, groups, block, v, then, end);
-    }
+    groups_from<kQ, kScaling, Source>(gemm, task, Groups(gemm, gemm.block(task.block)));
 }
 
 // --- panels --------------------------------------------------------------------------------------
 
 // Decode a block of nibbles to bytes: [octets][2][4 vectors][64 bytes].
 void decode_panel(const Gemm& gemm, int64_t block, uint8_t* panel) {
-    const FromNibbles<true> source(gemm);
+    const FromNibbles source(gemm);
     const Layout& layout = gemm.layout;
     const uint8_t* group = gemm.block(block);
     for (int64_t g = 0; g < layout.groups; g++, group += layout.group_bytes) {
         const uint8_t* codes = group + layout.scale_bytes;
         for (int64_t o = 0; o < layout.octets; o++, codes += kOctet, panel += 2 * kOctet)
             FPC_UNROLL for (int v = 0; v < 4; v++) {
-                const I both = source.codes(codes + 64 * v);
+                const I both = load(codes + 64 * v);
                 _mm512_store_si512(panel + 64 * v, source.low(both));
                 _mm512_store_si512(panel + kOctet + 64 * v, source.high(both, nullptr));
             }
@@ -301,17 +271,15 @@ void decode_panel(const Gemm& gemm, int64_t block, uint8_t* panel) {
 
 void int8_rows_panel(const Gemm& gemm, const Task& task, uint8_t* panel) {
     decode_panel(gemm, task.block, panel);
-    run_rows<4, FromBytes<false>>(gemm, task, panel, task.begin, task.end);
+    rows_from<FromBytes>(gemm, task, panel);
 }
 
 template <int kQ, Scaling kScaling>
 void int8_groups_panel(const Gemm& gemm, const Task& task, uint8_t* panel) {
     decode_panel(gemm, task.block, panel);
     Groups groups(gemm, gemm.block(task.block));
-    groups.codes = panel, groups.code_stride = gemm.layout.octets * 2 * kOctet;
-    for (int v = 0; v < 4; v += 2)
-        run_groups<2, kRows, kQ, kScaling, false, FromBytes<false>>(gemm, groups, task.block, v,
-                                                                   task.begin, task.end);
+    groups.codes = panel, groups.code_stride = gemm.layout.octets * FromBytes::kStride;
+    groups_from<kQ, kScaling, FromBytes>(gemm, task, groups);
 }
 
 // --- choice of a kernel --------------------------------------------------------------------------
@@ -334,12 +302,13 @@ bool adds_exponents(const Gemm& gemm) {
 template <int kQ, Scaling kScaling>
 RunTask groups_of(const Gemm& gemm, bool panel) {
     if (panel) return int8_groups_panel<kQ, kScaling>;
-    if (gemm.weights.code_bits == 4) return int8_groups<FromNibbles, kQ, kScaling>;
-    return int8_groups<FromBytes, kQ, kScaling>;
+    if (gemm.weights.code_bits == 4) return int8_groups<kQ, kScaling, FromNibbles>;
+    return int8_groups<kQ, kScaling, FromBytes>;
 }
 
 template <int kQ>
 RunTask groups_of(const Gemm& gemm, bool panel) {
+    if (gemm.weights.scaled_inputs == FPC_NO_SCALES) return groups_of<kQ, kWeights>(gemm, panel);
     return adds_exponents(gemm) ? groups_of<kQ, kPowers>(gemm, panel)
                                 : groups_of<kQ, kProducts>(gemm, panel);
 }
