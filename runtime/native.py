@@ -27,13 +27,13 @@ from fpcompiler.numerics import quantize
 from fpcompiler.numerics.compiled import BLOCK_SCALES, INPUTS, NO_MEMORY, operand_struct
 from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
+from fpcompiler.runtime.aligned import ALIGNMENT, aligned_memory
 from fpcompiler.runtime.native_producers import Produced
 
 BF16_INSTRUCTIONS: Final = INSTRUCTION_SETS.index("AVX-512 BF16")
 """What bf16 arithmetic needs."""
 
 _OUTPUTS: Final = 64  # of a block of weights
-_ALIGNMENT: Final = 64
 _BF16_DIGITS: Final = 8
 _MOST: Final = 1 << 31
 _POWERS: Final = "f8E8M0FNU"
@@ -314,7 +314,7 @@ class NativeLinear:
 
     def _repack(self, w: Sequence[Tensor], w_operand: Operand) -> Tensor:
         functions, weights = self._native.functions, ctypes.byref(self._struct)
-        data = _aligned(functions.fpc_weight_bytes(weights))
+        data = aligned_memory(functions.fpc_weight_bytes(weights))
         packed = w[0].contiguous()
         block = w_operand.block
         scales = w[-1].contiguous() if block else None
@@ -328,9 +328,9 @@ class NativeLinear:
 
     def _memory(self, rows: int) -> tuple[Tensor, int]:
         size = self._native.functions.fpc_prepared_bytes(self._weights, rows)
-        memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         address = memory.data_ptr()
-        return memory, address + -address % _ALIGNMENT
+        return memory, address + -address % ALIGNMENT
 
     def _error(self, status: int, layer: str) -> Exception:
         if status == NO_MEMORY:
@@ -366,12 +366,6 @@ def _outputs_padded(values: Tensor, n: int) -> Tensor:
     padded = torch.zeros(-(-n // _OUTPUTS) * _OUTPUTS)
     padded[:n] = values.detach().reshape(-1).to(torch.float32)
     return padded
-
-
-def _aligned(size: int) -> Tensor:
-    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-    start = -memory.data_ptr() % _ALIGNMENT
-    return memory[start : start + size]
 
 
 def _quantized(x: Tensor, operand: Operand | None, layer: str) -> tuple[Tensor, ...]:
