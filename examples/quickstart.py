@@ -213,8 +213,8 @@ def show_result(before: Measured, after: Measured, tokens: int, sizes: tuple[str
         ],
     )
     console.note(
-        "Weights and activations are rounded to nearest, without calibration. Layers with weights "
-        "of four bits run in the native library; without it PyTorch decodes them, which is slow."
+        "Weights and activations are rounded to nearest, without calibration. Quantized layers "
+        "run in the native library; without it PyTorch decodes them, which is slow."
     )
 
 

@@ -121,9 +121,10 @@ _IN_E4M3: Final = (
 # E5M2 holds E5M0 too. The other formats of LLM-FP4 (E1M4, E2M5, E1M6) have too many mantissa bits.
 _IN_FP8: Final = (*_IN_E4M3, "f6E5M0FN", "f8E5M2")
 
-_FOUR_BITS: Final = ("f4E2M1FN", "f4E1M2FN", "f4E3M0FN")
 # Times a power of two, every value of these is an integer of eight bits.
-_IN_INT8: Final = (*_FOUR_BITS, "f6E2M3FN", "f6E1M4FN", "f8E1M6FN")
+_IN_INT8: Final = (
+    "f4E2M1FN", "f4E1M2FN", "f4E3M0FN", "f6E2M3FN", "f6E1M4FN", "f8E1M6FN",
+)  # fmt: skip
 
 _NONE: Final = ("",)
 _MX: Final = tuple(f"block{size}:f8E8M0FNU" for size in BLOCK_SIZES)
@@ -165,13 +166,11 @@ _ROWS: Final = (
         "x86-64; fastest with AVX-512 VNNI",
         Status.EXECUTED,
         (
-            GemmKind("int8", _FOUR_BITS, _IN_INT8, _ANY, 8, "vpdpbusd", "4x that of fp32"),
-            GemmKind("bf16", _FOUR_BITS, (), _ANY, 8, "vdpbf16ps or FMA", _BF16_RATE),
-            GemmKind("bf16", _FOUR_BITS, _ALL, _ANY, 8, "vdpbf16ps or FMA", _BF16_RATE),
-            GemmKind("decode", _ALL, (), _ANY, 1, "torch.matmul", "below that of fp32"),
-            GemmKind("decode", _ALL, _ALL, _ANY, 1, "torch.matmul", "below that of fp32"),
+            GemmKind("int8", _IN_INT8, _IN_INT8, _ANY, 8, "vpdpbusd", "4x that of fp32"),
+            GemmKind("bf16", _ALL, (), _ANY, 8, "vdpbf16ps or FMA", _BF16_RATE),
+            GemmKind("bf16", _ALL, _ALL, _ANY, 8, "vdpbf16ps or FMA", _BF16_RATE),
         ),
-        "Packed codes of four bits are decoded in registers; integer sums are exact.",
+        "Codes are decoded in registers; integer sums are exact.",
     ),
     Target(
         "sm_90a",

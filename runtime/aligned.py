@@ -1,7 +1,7 @@
 """Memory for what kernels read: aligned, and in huge pages where it is large.
 
-A product with one row reads all weights once, and memory in pages of 4 KB is read more slowly: 1.2 to
-1.4 times (w4a6 of 4096 x 4096 and a plain read, one thread of a Zen 4).
+A product with one row reads all weights once, and memory in pages of 4 KB is read more slowly: 1.1
+to 1.4 times (w4a6 of 4096 x 4096 and others, one thread of a Zen 4).
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def test_targets_without_kernels_say_so() -> None:
         ("cpu", W4, A6, "int8"),
         ("cpu", W4, Operand.parse("e4m3@block32:e8m0"), "bf16"),
         ("cpu", NV, None, "bf16"),
-        ("cpu", Operand.parse("e2m3@row:f32"), A6, "decode"),
+        ("cpu", Operand.parse("e2m3@row:f32"), A6, "int8"),
+        ("cpu", Operand.parse("e3m2@row:f32"), A6, "bf16"),
     ],
 )
 def test_the_hardware_instruction_of_a_pair(target, weight, activation, kind) -> None:

@@ -15,8 +15,8 @@ constexpr int64_t kRowsAtOnce = 6;  // of the kernels' tiles
 Kernels kernels_for(const Gemm& gemm, int32_t instructions) {
 #if defined(__x86_64__)
     if (instructions >= FPC_AVX512_VNNI) return kernels_avx512(gemm);
-    if (instructions == FPC_AVX2) return kernels_avx2(gemm, Vnni256::kNone);
-    if (instructions > FPC_AVX2) return kernels_avx2(gemm, vnni256());
+    if (instructions >= FPC_AVX2 && gemm.weights.code_bits == 4)
+        return kernels_avx2(gemm, instructions > FPC_AVX2 ? vnni256() : Vnni256::kNone);
 #endif
     (void)instructions;
     return kernels_portable(gemm);

@@ -6,6 +6,8 @@
 #include "gemm.h"
 
 #if defined(__x86_64__)
+#include <type_traits>
+
 #include "gemm_avx512.h"
 
 namespace {
@@ -32,13 +34,18 @@ struct FromNibbles {
     }
 };
 
-// ... or bytes, which are the integers: wider weights, and panels, blocks that were decoded before.
+// ... or bytes, which are the integers ...
 struct FromBytes {
     static constexpr int64_t kStride = 2 * kOctet;
 
     explicit FromBytes(const Gemm&) {}
     FPC_INLINE_MEMBER I low(I codes) const { return codes; }
     FPC_INLINE_MEMBER I high(I, const uint8_t* at) const { return load(at + kOctet); }
+};
+
+// ... or a panel, a block of nibbles that was decoded before, with its scales.
+struct FromPanel : FromBytes {
+    using FromBytes::FromBytes;
 };
 
 template <int kM>
@@ -122,8 +129,8 @@ struct RowTiles {
 
 constexpr int kFewRows = 3;  // of a tile of a whole block
 
-// Powers of two are multiplied by adding exponents: an addition of integers does not compete with
-// the products.
+// By what sums are multiplied: scales of weights, or these times those of activations. Powers of two
+// are multiplied by adding exponents: an addition of integers does not compete with the products.
 enum Scaling { kWeights, kProducts, kPowers };
 
 // What stands for the scales of weights that have none: ones of E8M0.
@@ -139,15 +146,20 @@ struct Groups {
     const uint8_t* scales;
     int64_t scale_stride;
     int32_t format;  // FpcBlockScale
-
-    Groups(const Gemm& gemm, const uint8_t* block) {
-        const Layout& layout = gemm.layout;
-        const bool scaled = layout.scale_bytes > 0;
-        codes = block + layout.scale_bytes, code_stride = layout.group_bytes;
-        scales = scaled ? block : kOnes, scale_stride = scaled ? layout.group_bytes : 0;
-        format = scaled ? gemm.weights.block_scale : FPC_E8M0;
-    }
 };
+
+Groups stored_groups(const Gemm& gemm, const uint8_t* block) {
+    const int64_t stride = gemm.layout.group_bytes;
+    if (!gemm.layout.scale_bytes) return {block, stride, kOnes, 0, FPC_E8M0};
+    return {block + gemm.layout.scale_bytes, stride, block, stride, gemm.weights.block_scale};
+}
+
+// The format of scales, which is known at compile time where that counts.
+template <Scaling kScaling, class Source>
+FPC_INLINE int32_t scale_format(const Groups& groups) {
+    if (std::is_same<Source, FromPanel>::value) return FPC_F32;
+    return kScaling == kPowers ? FPC_E8M0 : groups.format;
+}
 
 // A group has kQ octets, or if that is 0 any number of four.
 template <int kM, int kV, int kQ, Scaling kScaling, class Source>
@@ -178,8 +190,7 @@ FPC_INLINE void group_tile(const Gemm& gemm, const Source& source, Groups of, in
             left -= kAtOnce;
         } while (!kQ && left > 0);
         FPC_UNROLL for (int v = 0; v < kV; v++) {
-            const int32_t format = kScaling == kPowers ? FPC_E8M0 : of.format;
-            const F scale = weight_scales(of.scales, format, first + v);
+            const F scale = weight_scales(of.scales, scale_format<kScaling, Source>(of), first + v);
             const I exponent = _mm512_sub_epi32(_mm512_castps_si512(scale), one);
             FPC_UNROLL for (int i = 0; i < kM; i++) {
                 const float* other = group_scale + i;
@@ -226,14 +237,12 @@ void rows_from(const Gemm& gemm, const Task& task, const uint8_t* weights) {
         for_tiles<kRows>(task.begin, task.end, RowTiles<2, Source>{gemm, source, weights, n});
 }
 
-// Registers hold a whole block for a few rows, half a block for more. Where groups are unrolled the
-// processor foresees what two passes over halves read; otherwise the first rows read it in one pass.
+// Registers hold a whole block for a few rows, half a block for more: `whole` rows are done first
+// with whole blocks.
 template <int kQ, Scaling kScaling, class Source>
-void groups_from(const Gemm& gemm, const Task& task, const Groups& groups) {
+void groups_from(const Gemm& gemm, const Task& task, const Groups& groups, int64_t whole) {
     const Source source(gemm);
-    const int64_t n = task.block * kBlock, rows = task.end - task.begin;
-    const bool whole = task.count == 4 && (kQ != 4 || rows <= kFewRows);
-    const int64_t then = whole ? task.begin + (rows < kFewRows ? rows : kFewRows) : task.begin;
+    const int64_t n = task.block * kBlock, then = task.begin + whole;
     for_tiles<kFewRows>(task.begin, then,
                         GroupTiles<4, kQ, kScaling, Source>{gemm, source, groups, 0, n});
     for (int v = task.first; v < task.first + task.count; v += 2)
@@ -248,17 +257,34 @@ void int8_rows(const Gemm& gemm, const Task& task, uint8_t*) {
 
 template <int kQ, Scaling kScaling, class Source>
 void int8_groups(const Gemm& gemm, const Task& task, uint8_t*) {
-    groups_from<kQ, kScaling, Source>(gemm, task, Groups(gemm, gemm.block(task.block)));
+    const int64_t rows = task.end - task.begin, few = rows < kFewRows ? rows : kFewRows;
+    // The first rows bring a block into the cache: half of it at a time is slow. Only where groups
+    // of four are unrolled does the processor foresee what that reads.
+    const bool whole = task.count == 4 && (kQ != 4 || rows <= kFewRows);
+    const Groups groups = stored_groups(gemm, gemm.block(task.block));
+    groups_from<kQ, kScaling, Source>(gemm, task, groups, whole ? few : 0);
 }
 
 // --- panels --------------------------------------------------------------------------------------
 
-// Decode a block of nibbles to bytes: [octets][2][4 vectors][64 bytes].
+// The codes are [octets][2][4 vectors][64 bytes]; after them are the scales of groups as fp32.
+int64_t panel_codes(const Gemm& gemm) { return gemm.layout.inputs() * kBlock; }
+
+int64_t panel_bytes(const Gemm& gemm) {
+    const int64_t scales = gemm.weights.group ? gemm.layout.groups * kBlock * 4 : 0;
+    return panel_codes(gemm) + scales;
+}
+
 void decode_panel(const Gemm& gemm, int64_t block, uint8_t* panel) {
     const FromNibbles source(gemm);
     const Layout& layout = gemm.layout;
+    float* scales = (float*)(panel + panel_codes(gemm));
     const uint8_t* group = gemm.block(block);
     for (int64_t g = 0; g < layout.groups; g++, group += layout.group_bytes) {
+        if (gemm.weights.group)
+            FPC_UNROLL for (int v = 0; v < 4; v++)
+                _mm512_storeu_ps(scales + kBlock * g + 16 * v,
+                                 weight_scales(group, gemm.weights.block_scale, v));
         const uint8_t* codes = group + layout.scale_bytes;
         for (int64_t o = 0; o < layout.octets; o++, codes += kOctet, panel += 2 * kOctet)
             FPC_UNROLL for (int v = 0; v < 4; v++) {
@@ -277,9 +303,14 @@ void int8_rows_panel(const Gemm& gemm, const Task& task, uint8_t* panel) {
 template <int kQ, Scaling kScaling>
 void int8_groups_panel(const Gemm& gemm, const Task& task, uint8_t* panel) {
     decode_panel(gemm, task.block, panel);
-    Groups groups(gemm, gemm.block(task.block));
-    groups.codes = panel, groups.code_stride = gemm.layout.octets * FromBytes::kStride;
-    groups_from<kQ, kScaling, FromBytes>(gemm, task, groups);
+    const Groups groups{panel, gemm.layout.octets * FromPanel::kStride,
+                        panel + panel_codes(gemm), kBlock * 4, FPC_F32};
+    const FromPanel source(gemm);
+    const int64_t n = task.block * kBlock;
+    for (int v = 0; v < 4; v += 2)
+        for_tiles<kRows>(
+            task.begin, task.end,
+            GroupTiles<2, kQ, kScaling, FromPanel>{gemm, source, groups, v, n + 16 * v});
 }
 
 // --- choice of a kernel --------------------------------------------------------------------------
@@ -301,9 +332,11 @@ bool adds_exponents(const Gemm& gemm) {
 
 template <int kQ, Scaling kScaling>
 RunTask groups_of(const Gemm& gemm, bool panel) {
-    if (panel) return int8_groups_panel<kQ, kScaling>;
+    // Unrolling groups of four brings nothing to bytes.
+    constexpr int kOfBytes = kQ == 4 ? 0 : kQ;
+    if (panel) return int8_groups_panel<kOfBytes, kScaling>;
     if (gemm.weights.code_bits == 4) return int8_groups<kQ, kScaling, FromNibbles>;
-    return int8_groups<kQ, kScaling, FromBytes>;
+    return int8_groups<kOfBytes, kScaling, FromBytes>;
 }
 
 template <int kQ>
@@ -327,7 +360,7 @@ RunTask kernel_of(const Gemm& gemm, bool panel) {
 }  // namespace
 
 Kernels kernels_avx512_int8(const Gemm& gemm) {
-    const int64_t bytes = gemm.layout.inputs() * kBlock;
+    const int64_t bytes = panel_bytes(gemm);
     const bool nibbles = gemm.weights.code_bits == 4;
     const bool panel = nibbles && gemm.m >= kPanelRows && bytes <= kPanelBytes;
     return {kernel_of(gemm, panel), panel ? bytes : 0};
