@@ -77,7 +77,7 @@ enum FpcScales { FPC_NO_SCALES = 0, FPC_ANY_SCALES = 1, FPC_POWERS = 2 };
 
 // Weights, and the scales and the bias of the outputs.
 typedef struct {
-    const uint8_t* data;   // what fpc_repack wrote; its layout is in gemm.h
+    const uint8_t* data;   // what fpc_repack wrote; its layout is in layout.h
     int64_t n, k;          // outputs, inputs
     int32_t group;         // inputs that share scales in one of the operands; 0: all of them
     int32_t block_scale;   // FpcBlockScale of the weights' groups, or -1 if they have none
