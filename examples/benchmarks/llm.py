@@ -95,11 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     problem = Problem(options.prompt, options.tokens, options.threads, options.scheme)
     console = Console()
-    runtimes, left_out = installed(options.runtimes)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(options.folder or temporary)
+        files = {name: folder / f"{name}-{problem.positions}" for name in options.runtimes}
+        missing = {name: RUNTIMES[name].missing(file) for name, file in files.items()}
+        left_out = {
+            name: f"{module} is not installed" for name, module in missing.items() if module
+        }
         processes = {}
-        for runtime in runtimes:
-            file = Path(options.folder or folder) / f"{runtime.name}-{problem.positions}"
+        for name, file in files.items():
+            if name in left_out:
+                continue
+            runtime = RUNTIMES[name]
             prepare(runtime, problem, file, console)
             process = Process(runtime, problem, file)
             stack.callback(process.close)
@@ -144,13 +151,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     elif options.out is None:
         options.out = OUT
     return options
-
-
-def installed(names: Sequence[str]) -> tuple[list[Runtime], dict[str, str]]:
-    """Return the runtimes that can run here, and why the others cannot."""
-    missing = {name: RUNTIMES[name].missing() for name in names}
-    left_out = {name: f"{module} is not installed" for name, module in missing.items() if module}
-    return [RUNTIMES[name] for name in names if name not in left_out], left_out
 
 
 def environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -120,6 +121,15 @@ class Program:
     native: Library
     _arenas: list[Tensor] = field(default_factory=list)
 
+    @cached_property
+    def _start(self) -> Run:
+        """What every run starts with: where constants and the state are."""
+        bases = (ctypes.c_void_p * (self.buffers + 1))()
+        run = Run({}, [None] * len(bases), bases)
+        for buffer, tensor in self.fixed.items():
+            run.own(buffer, tensor)
+        return run
+
     def run(self, values: dict[str, Any], times: list[tuple[int, int]] | None = None) -> None:
         """Run, with the arguments, the constants and the state in ``values``; results come to it.
 
@@ -145,11 +155,9 @@ class Program:
     def _run(
         self, values: dict[str, Any], arena: Tensor, times: list[tuple[int, int]] | None
     ) -> None:
-        owners: list[Any] = [None] * (self.buffers + 1)
         values.update(self.plain)
-        run = Run(values, owners, (ctypes.c_void_p * len(owners))())
-        for buffer, tensor in self.fixed.items():
-            run.own(buffer, tensor)
+        start = self._start
+        run = Run(values, [*start.owners], type(start.bases).from_buffer_copy(start.bases))
         for name, buffer in self.inputs.items():
             run.own(buffer, values[name])
         run.own(self.buffers, arena)

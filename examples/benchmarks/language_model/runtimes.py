@@ -32,22 +32,23 @@ class Runtime:
     Attributes:
         name: What results call it.
         what: In words.
-        needs: Modules that must be installed.
-        libraries: Those of them that are loaded before the model.
+        libraries: Modules that it runs with; they are loaded before the model.
+        compiler: Modules that preparing its file needs.
         prepare: Writes the file that ``load`` reads, in a process of its own; it may be missing.
         load: Returns a session.
     """
 
     name: str
     what: str
-    needs: tuple[str, ...]
     libraries: tuple[str, ...]
+    compiler: tuple[str, ...]
     prepare: Callable[[Problem, Path], None] | None
     load: Callable[[Problem, Path], Session]
 
-    def missing(self) -> str:
+    def missing(self, file: Path) -> str:
         """Return the first module that is not installed, or an empty text."""
-        return next((m for m in self.needs if importlib.util.find_spec(m) is None), "")
+        needed = self.libraries if file.exists() else (*self.libraries, *self.compiler)
+        return next((name for name in needed if importlib.util.find_spec(name) is None), "")
 
 
 # --- fpcompiler -------------------------------------------------------------------------------
@@ -181,18 +182,16 @@ _TORCH: Final = ("torch", "transformers")
 
 _ROWS: Final = (
     Runtime(
-        "fpcompiler", "this compiler", (*_TORCH, "torch_mlir"), ("torch", "fpcompiler"),
+        "fpcompiler", "this compiler", ("torch", "fpcompiler"), ("torch_mlir", "transformers"),
         prepare_compiled, load_compiled,
     ),
+    Runtime("hf-eager-bf16", "transformers, eager, bf16", _TORCH, (), prepare_bf16, load_eager),
     Runtime(
-        "hf-eager-bf16", "transformers, eager, bf16", _TORCH, _TORCH, prepare_bf16, load_eager
+        "torch-compile-bf16", "transformers with torch.compile, bf16", _TORCH, (), prepare_bf16,
+        load_torch_compile,
     ),
     Runtime(
-        "torch-compile-bf16", "transformers with torch.compile, bf16", _TORCH, _TORCH,
-        prepare_bf16, load_torch_compile,
-    ),
-    Runtime(
-        "llama.cpp-q4_0", "llama.cpp, Q4_0, head of 8 bits", ("llama_cpp",), ("llama_cpp", "numpy"),
+        "llama.cpp-q4_0", "llama.cpp, Q4_0, head of 8 bits", ("llama_cpp", "numpy"), (),
         prepare_q4_0, load_llama_cpp,
     ),
 )  # fmt: skip
