@@ -83,13 +83,25 @@ def bind(step: Step, constants: Mapping[str, Tensor]) -> Callable[..., Any]:
     return BACKENDS[name].bind(step, constants)
 
 
-def bind_plan(plan: Plan, constants: Mapping[str, Tensor]) -> list[Callable[..., Any]]:
+def bind_plan(
+    plan: Plan, constants: Mapping[str, Tensor], release: Callable[[], None] | None = None
+) -> list[Callable[..., Any]]:
     """Return what runs each step of a plan; steps that know each other agree on what they pass.
+
+    Args:
+        plan: The plan.
+        constants: Its constants by value name.
+        release: Called after a backend has prepared a step: it may have copied its constants.
 
     Raises:
         ArtifactError: If an operator or a backend is unknown or refused.
     """
-    functions = native_steps.share_inputs(plan, [bind(step, constants) for step in plan.steps])
+    bound = []
+    for step in plan.steps:
+        bound.append(bind(step, constants))
+        if release is not None and step.kernel:
+            release()
+    functions = native_steps.share_inputs(plan, bound)
     if any(step.kernel == CpuBackend.name for step in plan.steps):
         return [_native_attention(f, step) for f, step in zip(functions, plan.steps, strict=True)]
     return functions

@@ -35,6 +35,7 @@ class Executor:
         tensors: The tensors that the plan names. Constants are used where they are if they are
             on the device already; nothing writes to them.
         device: Where to run.
+        release: Gives back the memory of tensors that have been copied, if they can be read again.
 
     Raises:
         ArtifactError: If the plan uses an operator or a kernel that is unknown or refused, or a
@@ -42,7 +43,11 @@ class Executor:
     """
 
     def __init__(
-        self, plan: Plan, tensors: Mapping[str, Tensor], device: str | torch.device = "cpu"
+        self,
+        plan: Plan,
+        tensors: Mapping[str, Tensor],
+        device: str | torch.device = "cpu",
+        release: Callable[[], None] | None = None,
     ) -> None:
         self.plan = plan
         self.device = parse_device(device)
@@ -52,7 +57,7 @@ class Executor:
         }
         self._initial = {name: _tensor(tensors, key) for name, key in plan.state.items()}
         self._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
-        self._code = _assemble(plan, self._constants, self.device)
+        self._code = _assemble(plan, self._constants, self.device, release)
         self._names = inputs.leaf_names(plan.signature)
         self._shared = _shared_values(plan, self._code)
         # What its steps have written to the state itself need not be copied there.
@@ -189,11 +194,14 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _assemble(
-    plan: Plan, constants: Mapping[str, Tensor], device: torch.device
+    plan: Plan,
+    constants: Mapping[str, Tensor],
+    device: torch.device,
+    release: Callable[[], None] | None,
 ) -> tuple[Instruction, ...]:
     frees = last_uses(plan)
     code = []
-    functions = backends.bind_plan(plan, constants)
+    functions = backends.bind_plan(plan, constants, release)
     in_place = in_place_updates(plan)
     for index, (step, function) in enumerate(zip(plan.steps, functions, strict=True)):
         code.append(

@@ -243,10 +243,12 @@ class CompiledModel:
 
     def _ready(self) -> Executor:
         if self._executor is None:
-            plan, tensors = self.artifact.plan, self.artifact.tensors
+            artifact = self.artifact
             if self._strict:
-                require_kernels(plan, tensors, self._device)
-            self._executor = Executor(plan, tensors, self._device)
+                require_kernels(artifact.plan, artifact.tensors, self._device)
+            # Kernels have weights in an order of their own: those of the file are read once.
+            release = artifact.pages.release
+            self._executor = Executor(artifact.plan, artifact.tensors, self._device, release)
         return self._executor
 
     def _compile(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:

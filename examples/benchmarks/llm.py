@@ -4,7 +4,7 @@
     python examples/benchmarks/llm.py --quick     # whether everything works
     python examples/benchmarks/llm.py --runtimes fpcompiler llama.cpp-q4_0 --rounds 9
 
-SmolLM2-135M reads a prompt of 512 tokens and generates 128, one after the other, the most likely
+SmolLM2-135M reads a prompt of 512 tokens of an article and generates 128, one after the other, the most likely
 ones. Each runtime is a process of its own, loaded once; they take turns, round after round, and
 what is reported of two is the median of their ratios in the same round. llama.cpp runs the weights
 as Q4_0 with a head of 8 bits; ours are w4a6 with a head of 8 bits too (``--scheme``).
@@ -48,6 +48,7 @@ from examples.benchmarks.language_model import worker
 from examples.benchmarks.language_model.problem import Problem
 from examples.benchmarks.language_model.runtimes import RUNTIMES, Runtime
 from examples.benchmarks.packing import device_name
+from examples.zoo import smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path(__file__).parent / "results" / "llm.json"
@@ -102,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left_out = {
             name: f"{module} is not installed" for name, module in missing.items() if module
         }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / worker.PROMPT).write_text(json.dumps(smollm2.tokens(problem.prompt).tolist()))
         processes = {}
         for name, file in files.items():
             if name in left_out:

@@ -21,6 +21,7 @@ from fpcompiler.artifact.check import check
 from fpcompiler.artifact.container import Buffer, Entry, Writer, check_layout, read_directory
 from fpcompiler.artifact.damage import DamagedFileError
 from fpcompiler.artifact.manifest import Manifest, Sum, package_versions
+from fpcompiler.artifact.pages import Pages
 from fpcompiler.errors import ArtifactError
 from fpcompiler.plan import Plan
 
@@ -61,6 +62,7 @@ class Artifact:
         recipe: The recipe of the compilation, as JSON values.
         kernels: Files for targets that need some, by name without folder.
         packages: Versions of the packages that compiled it.
+        pages: The memory of the file that it was read from.
     """
 
     plan: Plan
@@ -73,6 +75,7 @@ class Artifact:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     kernels: Mapping[str, Buffer] = field(default_factory=dict)
     packages: Mapping[str, str] = field(default_factory=package_versions)
+    pages: Pages = field(default_factory=Pages, compare=False, repr=False)
 
 
 def save(path: str | os.PathLike[str], artifact: Artifact) -> None:
@@ -218,13 +221,14 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _parse(buffer: mmap.mmap) -> Artifact:
+    pages = Pages(buffer)
     with memoryview(buffer) as view:
         foreign.refuse(view)
         entries, comment = read_directory(view)
         members = {entry.name: entry for entry in entries}
         _check_names(members)
         manifest = _read_manifest(view, members[MANIFEST], comment)
-        _check_members(view, members, manifest)
+        _check_members(view, members, manifest, pages)
         check_layout(view, entries, comment)
         plan = Plan.from_json(_json(view, members["plan.json"]))
         recipe = _json(view, members["recipe.json"])
@@ -247,6 +251,7 @@ def _parse(buffer: mmap.mmap) -> Artifact:
         recipe=recipe,
         kernels=kernels,
         packages=manifest.packages,
+        pages=pages,
     )
 
 
@@ -275,7 +280,9 @@ def _read_manifest(view: memoryview, entry: Entry, comment: bytes) -> Manifest:
     return Manifest.from_json(jsonfile.parse(data, MANIFEST, _JSON_LIMIT))
 
 
-def _check_members(view: memoryview, members: Mapping[str, Entry], manifest: Manifest) -> None:
+def _check_members(
+    view: memoryview, members: Mapping[str, Entry], manifest: Manifest, pages: Pages
+) -> None:
     listed, present = {*manifest.members}, {*members} - {MANIFEST}
     for name in sorted(listed ^ present):
         where = "the manifest but not in the file" if name in listed else "the file only"
@@ -288,15 +295,17 @@ def _check_members(view: memoryview, members: Mapping[str, Entry], manifest: Man
             raise DamagedFileError(
                 f"the member {name!r} has {entry.size} bytes; it was written with {expected.size}."
             )
-        if _sha256(view, entry) != expected.sha256:
+        if _sha256(view, entry, pages) != expected.sha256:
             raise DamagedFileError(f"the member {name!r} was changed: its checksum is another one.")
 
 
-def _sha256(view: memoryview, entry: Entry) -> str:
+def _sha256(view: memoryview, entry: Entry, pages: Pages) -> str:
     digest = hashlib.sha256()
     end = entry.offset + entry.size
     for start in range(entry.offset, end, _HASH_PIECE):
-        digest.update(view[start : min(start + _HASH_PIECE, end)])
+        piece = min(_HASH_PIECE, end - start)
+        digest.update(view[start : start + piece])
+        pages.release(start, piece)
     return digest.hexdigest()
 
 

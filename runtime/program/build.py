@@ -180,18 +180,20 @@ class _Builder:
         pending, forgets, releases = set(exported), self._forgets(), self._releases(exported)
         for number, piece in enumerate(self.pieces):
             if piece.step >= 0:
-                yield self._torch_step(piece.step, forgets[number])
+                yield self._torch_step(piece.step, forgets[number], releases[number])
                 continue
             written = dict.fromkeys(item.y.buffer for _, item in piece.operations)
             new = [buffer for buffer in written if buffer in pending]
             pending -= set(new)
             yield self._segment(piece, new, arena, releases[number])
 
-    def _torch_step(self, index: int, forgets: tuple[str, ...]) -> TorchStep:
+    def _torch_step(
+        self, index: int, forgets: tuple[str, ...], releases: tuple[int, ...]
+    ) -> TorchStep:
         instruction = self.code[index]
         views = self._as_memory(instruction.step.uses())
         outs = tuple((name, self.known[name]) for name in instruction.outs)
-        return TorchStep(index, instruction, views, outs, forgets)
+        return TorchStep(index, instruction, views, outs, forgets, releases)
 
     def _segment(
         self,
@@ -268,7 +270,7 @@ class _Builder:
         return {number: tuple(names) for number, names in found.items()}
 
     def _releases(self, exported: set[int]) -> dict[int, tuple[int, ...]]:
-        """Return, for each segment, the buffers that nothing reads after it."""
+        """Return, for each piece, the buffers that nothing reads after it."""
         last: dict[int, int] = {}
         for number, piece in enumerate(self.pieces):
             for _, item in piece.operations:

@@ -36,6 +36,7 @@ class TorchStep:
         views: Values that it reads and that are there as memory only.
         outs: What its results were when the program was made.
         forgets: Values that nothing reads any more.
+        releases: Buffers that nothing reads any more.
     """
 
     index: int
@@ -43,6 +44,7 @@ class TorchStep:
     views: tuple[tuple[str, Place], ...]
     outs: tuple[tuple[str, Known], ...]
     forgets: tuple[str, ...]
+    releases: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,8 @@ def _run_step(item: TorchStep, run: Run) -> None:
                 run.own(one.buffer, own)
     for name in item.forgets:
         del values[name]
+    for buffer in item.releases:
+        run.owners[buffer] = None
 
 
 def _check(known: Known, value: Any) -> None:

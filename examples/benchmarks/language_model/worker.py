@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import random
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,9 @@ from examples.benchmarks.language_model.runtimes import RUNTIMES, Session
 
 WARM_TOKENS = 4
 """Tokens after the prompt before anything is measured; programs and graphs are made by then."""
+
+PROMPT = "prompt.json"
+"""The tokens of the prompt, beside the files of the models."""
 
 
 def main(name: str, problem_text: str, file_text: str) -> None:
@@ -35,7 +37,7 @@ def main(name: str, problem_text: str, file_text: str) -> None:
     before = memory()
     session = runtime.load(problem, file)
     loaded = memory()
-    prompt = prompt_of(problem)
+    prompt = json.loads((file.parent / PROMPT).read_text(encoding="utf-8"))[: problem.prompt]
     for _ in range(3):
         generate(session, prompt, WARM_TOKENS)
     for line in sys.stdin:
@@ -43,12 +45,6 @@ def main(name: str, problem_text: str, file_text: str) -> None:
             answer(generate(session, prompt, problem.tokens))
         if line.strip() == "memory":
             answer({"before": before, "loaded": loaded, "after": memory()})
-
-
-def prompt_of(problem: Problem) -> list[int]:
-    """Return the tokens of the prompt: any will do, but the same for all runtimes."""
-    source = random.Random(0)
-    return [source.randrange(1000, 40_000) for _ in range(problem.prompt)]
 
 
 def generate(session: Session, prompt: list[int], tokens: int) -> dict[str, Any]:
