@@ -4,6 +4,8 @@
 
 #include <stdlib.h>
 
+#include <new>
+
 #include "threads.h"
 
 namespace {
@@ -58,34 +60,67 @@ extern "C" int64_t fpc_prepared_bytes(const FpcWeights* weights, int64_t m) {
     return Prepared(*weights, Layout(*weights), nullptr, m).bytes;
 }
 
-extern "C" int32_t fpc_multiply(const FpcWeights* weights, const uint8_t* prepared, int64_t m,
-                                void* y, int32_t output, int64_t stride, int32_t threads,
-                                int32_t instructions) {
-    if (m == 0) return FPC_OK;
-    const Layout layout(*weights);
-    const Gemm gemm{*weights, layout, Prepared(*weights, layout, (uint8_t*)prepared, m), m,
-                    (uint8_t*)y, output, stride * (output == FPC_INPUT_F32 ? 4 : 2)};
-    const Kernels kernels = kernels_for(gemm, instructions);
-    const double products = (double)weights->n * (double)weights->k * (double)m;
-    if (products < kProductsPerThread * 2) threads = 1;
-    const Tasks tasks(gemm, threads, kernels.scratch > 0);
-    const int64_t count = tasks.count();
+namespace {
+
+// A product with what runs it.
+struct Job {
+    const Gemm gemm;
+    const Kernels kernels;
+    const Tasks tasks;
+
+    Job(const Product& product, const Layout& layout, int32_t threads, int32_t instructions)
+        : gemm{*product.weights, layout,
+               Prepared(*product.weights, layout, (uint8_t*)product.prepared, product.m), product.m,
+               (uint8_t*)product.y, product.output,
+               product.stride * (product.output == FPC_INPUT_F32 ? 4 : 2)},
+          kernels(kernels_for(gemm, instructions)),
+          tasks(gemm, threads, kernels.scratch > 0) {}
+
+    void run(int64_t index, uint8_t* scratch) const {
+        const Task task = tasks[index];
+        if (!tasks.empty(task)) kernels.run(gemm, task, scratch);
+    }
+};
+
+}  // namespace
+
+int32_t multiply_all(const Product* products, int count, int32_t threads, int32_t instructions) {
+    double total = 0;
+    for (int i = 0; i < count; i++)
+        total += (double)products[i].weights->n * products[i].weights->k * products[i].m;
+    if (total == 0) return FPC_OK;
+    if (total < kProductsPerThread * 2) threads = 1;
+    alignas(Job) unsigned char memory[kProductsAtOnce * sizeof(Job)];
+    const Job* jobs = (const Job*)memory;
+    int64_t ends[kProductsAtOnce], tasks = 0, bytes = 0;
+    for (int i = 0; i < count; i++) {
+        new ((void*)(jobs + i)) Job(products[i], Layout(*products[i].weights), threads, instructions);
+        ends[i] = tasks += jobs[i].tasks.count();
+        bytes = jobs[i].kernels.scratch > bytes ? jobs[i].kernels.scratch : bytes;
+    }
     int32_t status = FPC_OK;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(max : status)
     {
         KeepSubnormals keep;
-        uint8_t* scratch = nullptr;
-        if (kernels.scratch) scratch = (uint8_t*)aligned_alloc(64, round_up(kernels.scratch, 64));
-        if (kernels.scratch && !scratch) {
+        uint8_t* scratch = bytes ? (uint8_t*)aligned_alloc(64, round_up(bytes, 64)) : nullptr;
+        if (bytes && !scratch) {
             status = FPC_NO_MEMORY;
         } else {
 #pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t i = 0; i < count; i++) {
-                const Task task = tasks[i];
-                if (!tasks.empty(task)) kernels.run(gemm, task, scratch);
+            for (int64_t i = 0; i < tasks; i++) {
+                int job = 0;
+                while (i >= ends[job]) job++;
+                jobs[job].run(i - (job ? ends[job - 1] : 0), scratch);
             }
         }
         free(scratch);
     }
     return status;
+}
+
+extern "C" int32_t fpc_multiply(const FpcWeights* weights, const uint8_t* prepared, int64_t m,
+                                void* y, int32_t output, int64_t stride, int32_t threads,
+                                int32_t instructions) {
+    const Product product{weights, prepared, m, y, output, stride};
+    return multiply_all(&product, 1, threads, instructions);
 }

@@ -37,6 +37,21 @@ struct Kernels {
     int64_t scratch;  // bytes that a thread needs for a panel, which takes whole blocks; 0 without
 };
 
+// The arguments of fpc_multiply.
+struct Product {
+    const FpcWeights* weights;
+    const uint8_t* prepared;
+    int64_t m;
+    void* y;
+    int32_t output;
+    int64_t stride;
+};
+
+static constexpr int kProductsAtOnce = 8;
+
+// Some products, at most kProductsAtOnce, whose tasks threads share: they wait for each other once.
+int32_t multiply_all(const Product* products, int count, int32_t threads, int32_t instructions);
+
 // One for each instruction set.
 Kernels kernels_avx2(const Gemm& gemm, Vnni256 vnni);
 Kernels kernels_avx512(const Gemm& gemm);

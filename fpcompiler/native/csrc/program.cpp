@@ -4,6 +4,7 @@
 
 #include <time.h>
 
+#include "gemm.h"
 #include "operations.h"
 #include "threads.h"
 
@@ -44,12 +45,43 @@ int32_t run(const FpcOperation& operation, uint8_t* const* bases, int32_t thread
                                operation.integers[0], operation.integers[1],
                                address(operation.y, bases), threads, instructions);
         case FPC_DO_PRODUCE: return produce(operation, bases, threads, instructions);
-        case FPC_DO_MULTIPLY:
-            return fpc_multiply(operation.weights, address(operation.x[0], bases),
-                                operation.integers[0], address(operation.y, bases),
-                                (int32_t)operation.y.type, operation.integers[1], threads,
-                                instructions);
         default: elementwise(operation, bases, threads); return FPC_OK;
+    }
+}
+
+// How many products of the same input stand one after the other.
+int alike(const FpcOperation* operations, int64_t left) {
+    const FpcView& x = operations[0].x[0];
+    int count = 0;
+    while (count < left && count < kProductsAtOnce) {
+        const FpcOperation& next = operations[count];
+        const bool same = next.x[0].base == x.base && next.x[0].offset == x.offset;
+        if (next.kind != FPC_DO_MULTIPLY || !same) break;
+        count++;
+    }
+    return count;
+}
+
+int32_t multiply(const FpcOperation* operations, int count, uint8_t* const* bases, int32_t threads,
+                 int32_t instructions) {
+    Product products[kProductsAtOnce];
+    for (int i = 0; i < count; i++) {
+        const FpcOperation& operation = operations[i];
+        products[i] = {operation.weights, address(operation.x[0], bases), operation.integers[0],
+                       address(operation.y, bases), (int32_t)operation.y.type,
+                       operation.integers[1]};
+    }
+    return multiply_all(products, count, threads, instructions);
+}
+
+// Operations that run together share the time by the size of their weights.
+void share(const FpcOperation* operations, int count, int64_t time, int64_t* nanoseconds) {
+    double total = 0;
+    for (int i = 0; i < count; i++)
+        total += (double)operations[i].weights->n * operations[i].weights->k;
+    for (int i = 0; i < count; i++) {
+        const double own = (double)operations[i].weights->n * operations[i].weights->k;
+        nanoseconds[i] = (int64_t)((double)time * own / total);
     }
 }
 
@@ -59,16 +91,20 @@ extern "C" int32_t fpc_run(const FpcOperation* operations, int64_t count, uint8_
                            int32_t threads, int32_t instructions, int64_t* stopped,
                            int64_t* nanoseconds) {
     int64_t before = nanoseconds ? now() : 0;
-    for (int64_t i = 0; i < count; i++) {
-        const int32_t status = run(operations[i], bases, threads, instructions);
+    for (int64_t i = 0; i < count;) {
+        const int products = alike(operations + i, count - i);
+        const int32_t status =
+            products ? multiply(operations + i, products, bases, threads, instructions)
+                     : run(operations[i], bases, threads, instructions);
         if (status) {
             *stopped = i;
             return status;
         }
-        if (!nanoseconds) continue;
-        const int64_t after = now();
-        nanoseconds[i] = after - before;
+        const int64_t after = nanoseconds ? now() : 0;
+        if (nanoseconds && products) share(operations + i, products, after - before, nanoseconds + i);
+        if (nanoseconds && !products) nanoseconds[i] = after - before;
         before = after;
+        i += products ? products : 1;
     }
     return FPC_OK;
 }
