@@ -16,7 +16,7 @@ from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import backends, inputs, operators
 from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.instructions import STEP_ERRORS, Instruction, last_uses, step_error
-from fpcompiler.runtime.program import ProgramCache
+from fpcompiler.runtime.program import Program, ProgramCache
 from fpcompiler.runtime.state import in_place_updates, write_rows
 from fpcompiler.tree import unflatten
 
@@ -90,8 +90,16 @@ class Executor:
         leaves: Sequence[Tensor],
         observe: Observer | None = None,
         caller: Caller | None = None,
+        times: list[tuple[int, int]] | None = None,
     ) -> list[Any]:
         """Run on tensors, one per placeholder; return one value per leaf of the outputs.
+
+        Args:
+            leaves: The tensors.
+            observe: Sees the results of the steps.
+            caller: Runs the steps.
+            times: If :meth:`program` runs, gets what it takes: an index into the plan's steps and
+                nanoseconds, for each native operation and each step of torch. An empty list.
 
         Raises:
             RunError: If the tensors do not fit, or a step fails.
@@ -106,12 +114,19 @@ class Executor:
             if self._programs is None or observe or caller or torch.compiler.is_compiling():
                 self._run_steps(values, observe, caller)
             else:
-                self._programs.run(values)
+                self._programs.run(values, times)
             outputs = [self._own(out, values) for out in self.plan.outputs]
             updates = [(name, self._own(value, values)) for value, name in self._stores]
             for name, update in updates:
                 self._state[name].copy_(update)
         return outputs
+
+    def program(self, leaves: Sequence[Tensor]) -> Program | None:
+        """Return what runs in place of the steps for tensors of these sizes, if there is one now.
+
+        There is none before the third call with them.
+        """
+        return None if self._programs is None else self._programs.find(leaves)
 
     def fresh(self) -> Executor:
         """Return an executor of the same program that has a state of its own, the initial one."""

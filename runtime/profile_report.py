@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fpcompiler.runtime.ceilings import Ceilings
+from fpcompiler.runtime.kernels import NATIVE
 from fpcompiler.runtime.memory import Memory
 from fpcompiler.runtime.roofline import RooflineRow
 from fpcompiler.runtime.tables import as_text, size_text
@@ -129,6 +130,8 @@ class Profile:
                 "p50": self.timeline.median_call(),
                 "faster_half_mean": total,
             },
+            "program": self.timeline.program,
+            "split": asdict(self.timeline.split()),
             "groups": [
                 {"group": group, "calls": calls, "seconds": time, "share": time / total}
                 for group, (calls, time) in self.group_seconds().items()
@@ -168,6 +171,7 @@ def _summary(profile: Profile) -> Table:
         "counted": profile.counted.text,
         "latency": ", ".join(f"{name} {_ms(value)} ms" for name, value in spread)
         + f" over {latency.calls} calls; first call {_ms(profile.first_call)} ms",
+        "time": _split_text(profile),
         "memory": _memory_text(profile.memory),
         "ceilings": _ceilings_text(profile.ceilings),
     }
@@ -178,6 +182,22 @@ def _summary(profile: Profile) -> Table:
     for name, text in rows.items():
         table.add_row(Text(name, style="bold"), Text(text))
     return table
+
+
+def _split_text(profile: Profile) -> str:
+    timeline = profile.timeline
+    split = timeline.split()
+    count = timeline.kernels.count(NATIVE)
+    way = "calls run as a program" if timeline.program else "steps run one by one"
+    rest = "between steps (Python)" if profile.device == "cpu" else "between steps"
+    return (
+        f"{split.native:.1%} in native kernels ({_steps(count)}), {split.torch:.1%} in torch "
+        f"({_steps(len(timeline.steps) - count)}), {split.between_steps:.1%} {rest}; {way}"
+    )
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
 
 
 def _memory_text(memory: Memory) -> str:

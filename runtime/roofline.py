@@ -35,7 +35,7 @@ class LinearCall:
     """One run of a quantized layer.
 
     Attributes:
-        step: Its place among the steps of a run.
+        result: Name of its result in the plan.
         layer: Module path of the layer.
         m: Rows of activations; all tokens of a batch.
         n: Output channels.
@@ -45,7 +45,7 @@ class LinearCall:
         activation_bytes: Bytes of the activations as the operator gets them, scales included.
     """
 
-    step: int
+    result: str
     layer: str
     m: int
     n: int
@@ -94,30 +94,27 @@ def linear_calls(executor: Executor, leaves: Sequence[Tensor]) -> tuple[LinearCa
         RunError: If the tensors do not fit, or a step fails.
     """
     found: list[LinearCall] = []
-    index = -1
 
     def watch(
         step: Step, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> object:
-        nonlocal index
-        index += 1
         result = function(*args, **kwargs)
         if step.op == LINEAR:
-            found.append(_linear_call(index, step, args, result))
+            found.append(_linear_call(step, args, result))
         return result
 
     executor.run_leaves(leaves, caller=watch)
     return tuple(found)
 
 
-def _linear_call(index: int, step: Step, args: Sequence[Any], result: Tensor) -> LinearCall:
+def _linear_call(step: Step, args: Sequence[Any], result: Tensor) -> LinearCall:
     """Read the arguments of the operator: x, w, bias, x operand, w operand, k."""
     x, _, bias, x_text, w_text, k = args[:6]
     n = result.shape[-1]
     x_operand, w_operand = Operand.parse(x_text) if x_text else None, Operand.parse(w_text)
     dtype = result.dtype if x_operand else x[0].dtype
     return LinearCall(
-        step=index,
+        result=step.outs[0],
         layer=step.layer,
         m=result.numel() // n,
         n=n,

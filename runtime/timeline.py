@@ -11,6 +11,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime.kernels import NATIVE
 from fpcompiler.runtime.operators import QUANTIZERS
 
 GROUPS: Final = (
@@ -37,9 +38,9 @@ class OperatorRow:
     Attributes:
         group: One of :data:`GROUPS`.
         operator: ``fpc.linear``, ``aten.mul.Tensor``.
-        kernel: The backend of an ``fpc`` operator; torch for the others.
+        kernel: What ran them: one of :mod:`fpcompiler.runtime.kernels`.
         layers: Module path with ``*`` for numbers: ``layers.*.q_proj``.
-        calls: Steps in one call of the model.
+        calls: Steps in one call of the model; views take no time in a program and are none.
         seconds: Their time in one call of the model, see :meth:`Timeline.step_seconds`.
         share: That as part of the time of the call.
     """
@@ -53,19 +54,39 @@ class OperatorRow:
     share: float
 
 
+@dataclass(frozen=True)
+class Split:
+    """Parts of the time of a call, which make up 1.
+
+    Attributes:
+        native: In kernels of the native library; where steps run one by one, also in calling them.
+        torch: In all other steps, which torch runs.
+        between_steps: In no step: Python, or a device that waits for it.
+    """
+
+    native: float
+    torch: float
+    between_steps: float
+
+
 @dataclass(frozen=True, eq=False)
 class Timeline:
     """Calls of a model and their steps, in seconds from the start of the first call.
 
     Attributes:
         steps: The steps of a call, in the order in which they ran.
+        kernels: What ran each step: see :mod:`fpcompiler.runtime.kernels`.
         calls: Start and end of each call, ``[calls, 2]``.
-        spans: Start and end of each step of each call, ``[calls, steps, 2]``.
+        spans: Start and end of each step of each call, ``[calls, steps, 2]``. Those of a program
+            have true lengths and lie one after the other from the start of the call on.
+        program: Whether a program ran, and not the steps one by one.
     """
 
     steps: tuple[Step, ...]
+    kernels: tuple[str, ...]
     calls: Tensor
     spans: Tensor
+    program: bool = False
 
     @cached_property
     def quiet(self) -> Tensor:
@@ -88,6 +109,15 @@ class Timeline:
         means: list[float] = (spans[..., 1] - spans[..., 0]).mean(0).tolist()
         return means
 
+    def split(self) -> Split:
+        """Return what a call consists of, from the mean of the faster half of the calls."""
+        total, pairs = self.call_seconds(), zip(self.kernels, self.step_seconds(), strict=True)
+        sums = {True: 0.0, False: 0.0}
+        for kernel, seconds in pairs:
+            sums[kernel == NATIVE] += seconds
+        native, torch = sums[True] / total, sums[False] / total
+        return Split(native, torch, 1 - native - torch)
+
     def rows(self, groups: Mapping[str, str]) -> tuple[OperatorRow, ...]:
         """Return the time by operator and kind of layer, most first.
 
@@ -97,8 +127,7 @@ class Timeline:
         total = self.call_seconds()
         means = self.step_seconds()
         sums: dict[tuple[str, str, str, str], tuple[int, float]] = {}
-        for step, seconds in zip(self.steps, means, strict=True):
-            kernel = (step.kernel or "reference") if step.op.startswith("fpc.") else "torch"
+        for step, kernel, seconds in zip(self.steps, self.kernels, means, strict=True):
             key = groups[step.outs[0]], step.op, kernel, layer_kind(_layer(step))
             calls, spent = sums.get(key, (0, 0.0))
             sums[key] = calls + 1, spent + seconds
@@ -120,8 +149,8 @@ class Timeline:
         inner = (self.spans[:TRACED_CALLS] * 1e9).round().long().tolist()
         for index, (call, spans) in enumerate(zip(nanoseconds, inner, strict=True)):
             events.append(_event(f"call {index}", "call", call, {}))
-            for step, span in zip(self.steps, spans, strict=True):
-                args = {"layer": _layer(step), "kernel": step.kernel, "result": step.outs[0]}
+            for step, kernel, span in zip(self.steps, self.kernels, spans, strict=True):
+                args = {"layer": _layer(step), "kernel": kernel, "result": step.outs[0]}
                 events.append(_event(step.op, groups[step.outs[0]], span, args))
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 

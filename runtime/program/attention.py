@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,23 +51,25 @@ class NativeAttention:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the operator returns, up to the order of sums."""
-        if library() is None or torch.compiler.is_compiling():
-            return self._by_torch(args, kwargs)
-        tensors = [arg for arg in args[:INPUTS] if isinstance(arg, Tensor)]
-        if any(tensor.device.type != "cpu" for tensor in tensors):
-            return self._by_torch(args, kwargs)
-        q, k, v, *mask = (_place(tensor, base) for base, tensor in enumerate(tensors))
-        call = attention_call(q, k, v, mask[0] if mask else None, *args[INPUTS:], **kwargs)
+        call = self.native_call(*args, **kwargs)
         if call is None:
-            return self._by_torch(args, kwargs)
+            result: Tensor = self.reference(*args, **kwargs)
+            return result
+        tensors = _tensors(args)
         batch, heads, queries, _ = args[0].shape
         y: Tensor = args[0].new_empty(batch, queries, heads, args[2].shape[-1]).transpose(1, 2)
         _attend(call, tensors, y)
         return y
 
-    def _by_torch(self, args: Any, kwargs: Any) -> Tensor:
-        result: Tensor = self.reference(*args, **kwargs)
-        return result
+    def native_call(self, *args: Any, **kwargs: Any) -> AttentionCall | None:
+        """Return what the library is told; None if the operator runs for these arguments."""
+        if library() is None or torch.compiler.is_compiling():
+            return None
+        tensors = _tensors(args)
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            return None
+        q, k, v, *mask = (_place(tensor, base) for base, tensor in enumerate(tensors))
+        return attention_call(q, k, v, mask[0] if mask else None, *args[INPUTS:], **kwargs)
 
 
 def attention_call(
@@ -110,6 +113,10 @@ def _spreads(mask: Place, sizes: tuple[int, ...]) -> bool:
     missing = len(sizes) - len(mask.sizes)
     own = zip(mask.sizes, sizes[missing:], strict=True)
     return missing >= 0 and all(a in (1, b) for a, b in own)
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    return [arg for arg in args[:INPUTS] if isinstance(arg, Tensor)]
 
 
 def _place(tensor: Tensor, base: int) -> Place:

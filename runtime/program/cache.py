@@ -63,7 +63,8 @@ class ProgramCache:
 
         Args:
             values: By name.
-            times: Gets the index of the step and the nanoseconds of each native operation.
+            times: Gets the index of the step and the nanoseconds of each native operation and of
+                each step of torch, if a program runs; an empty list.
 
         Returns:
             The program that ran, or None if the steps ran one by one.
@@ -87,11 +88,17 @@ class ProgramCache:
             program.run(values, times)
         except ChangedError:
             self._found[sizes] = None
+            if times is not None:
+                times.clear()
             values.clear()
             values.update(before)
             self._steps(values)
             return None
         return program
+
+    def find(self, inputs: Iterable[Tensor]) -> Program | None:
+        """Return the program for inputs of these sizes, if there is one by now."""
+        return self._found.get(tuple(tensor.shape for tensor in inputs))
 
     def _record(self, values: dict[str, Any]) -> Program | None:
         # Arguments that are one tensor now may be two in another call.

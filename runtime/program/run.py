@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -137,7 +138,8 @@ class Program:
 
         Args:
             values: Tensors by name.
-            times: Gets the index of the step and the nanoseconds of each operation.
+            times: Gets the index of the step and the nanoseconds of each operation and of each
+                step of torch, in the order in which they ran.
 
         Raises:
             ChangedError: If a step of torch gave a result of another form than before.
@@ -167,7 +169,7 @@ class Program:
             if isinstance(item, Segment):
                 self._run_segment(item, run, times)
             else:
-                _run_step(item, run)
+                _run_step(item, run, times)
         for name, place in self.results:
             values[name] = run.view(place)
 
@@ -183,7 +185,7 @@ class Program:
         if status:
             raise self._error(status, segment, stopped.value)
         if times is not None and spent is not None:
-            times.extend(zip(segment.steps, spent, strict=True))
+            times.extend(zip(segment.steps, spent[:], strict=True))
         for buffer in segment.releases:
             run.owners[buffer] = None
 
@@ -200,7 +202,7 @@ class Program:
         return not_finite(linear.kind.operand, str(step.args[-1]))
 
 
-def _run_step(item: TorchStep, run: Run) -> None:
+def _run_step(item: TorchStep, run: Run, times: list[tuple[int, int]] | None) -> None:
     values = run.values
     for name, place in item.views:
         values[name] = run.view(place)
@@ -208,7 +210,12 @@ def _run_step(item: TorchStep, run: Run) -> None:
     try:
         args = operators.fill(instruction.args, values)
         kwargs = {k: operators.fill(v, values) for k, v in instruction.kwargs.items()}
-        result = instruction.function(*args, **kwargs)
+        if times is None:
+            result = instruction.function(*args, **kwargs)
+        else:
+            before = time.perf_counter_ns()
+            result = instruction.function(*args, **kwargs)
+            times.append((item.index, time.perf_counter_ns() - before))
     except FpcompilerError:
         raise
     except STEP_ERRORS as error:

@@ -40,6 +40,7 @@ def test_it_prints_tables_and_writes_a_trace_and_json(capsys) -> None:
         "5 a call", "items/s at the median latency", "p50 ", "p90 ", "p99 ", "over 3 calls",
         "peak ", "reset before each call", "quantized GEMM", "interpreter", "time by operator",
         "more rows take", "roofline of the quantized layers", "5 x 96 x 64", "loading had made",
+        "in native kernels", "between steps (Python); steps run one by one",
     ):  # fmt: skip
         assert words in shown.out
     data = json.loads(Path("result.json").read_text())

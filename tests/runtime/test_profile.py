@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from fpcompiler.runtime.ceilings import Ceilings, measure_ceilings
 from fpcompiler.runtime.clocks import clock_of
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.model import CompiledModel
-from fpcompiler.runtime.profile import profile
+from fpcompiler.runtime.profile import WARM_UP_CALLS, profile
 from fpcompiler.runtime.profile_report import Latency
 from fpcompiler.runtime.timeline import GROUPS, TRACED_CALLS, Timeline, layer_kind, step_groups
 from fpcompiler.tree import LEAF
@@ -111,13 +112,16 @@ def test_interpreter_time_is_what_is_in_no_step():
     spans = torch.tensor(
         [[[1, 4], [4, 9]], [[21, 60], [60, 119]], [[131, 134], [135, 140]]], dtype=torch.float64
     )
-    timeline = Timeline(steps, calls, spans)
+    timeline = Timeline(steps, ("torch", "native"), calls, spans)
     assert (timeline.call_seconds(), timeline.median_call()) == (10, 10)
+    parts = {"native": 0.5, "torch": 0.3, "between_steps": 0.2}
+    assert asdict(timeline.split()) == pytest.approx(parts)
     assert timeline.step_seconds() == [3, 5]
     rows = timeline.rows({"a": "other operators", "b": "other operators"})
-    assert [(row.group, row.calls, row.seconds, row.share) for row in rows] == [
-        ("other operators", 2, 8, 0.8),
-        ("interpreter", 1, 2, 0.2),
+    assert [(row.group, row.kernel, row.calls, row.seconds, row.share) for row in rows] == [
+        ("other operators", "native", 1, 5, 0.5),
+        ("other operators", "torch", 1, 3, 0.3),
+        ("interpreter", "", 1, 2, 0.2),
     ]
 
 
@@ -158,7 +162,7 @@ def test_state_is_reset_before_each_call_and_the_model_keeps_its_own(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Executor, "run_leaves", spy)
         found = profile(executor, [X], iterations=3)
-    assert len(seen) >= 3 + 1 + len(found.timeline.calls)
+    assert len(seen) >= 1 + WARM_UP_CALLS + 3 + 1 + len(found.timeline.calls)
     assert {*seen} == {0.0}
     assert torch.equal(executor._state["calls"], before)
     assert found.state == 1
@@ -207,7 +211,7 @@ def test_packed_weights_are_as_large_as_they_are_stored(operand, n, k):
 def test_the_bound_is_the_longer_of_reading_and_computing(read, operations, bound, limit):
     m, k = (1, 1) if operations == 1 else (2000, 1000)
     n = 1 if operations == 1 else 2
-    call = roofline.LinearCall(0, "fc", m, n, k, Arithmetic.INT8, int(read), 0)
+    call = roofline.LinearCall("y", "fc", m, n, k, Arithmetic.INT8, int(read), 0)
     (row,) = roofline.roofline([call], [8e-3], MACHINE)
     assert row.bound_seconds == pytest.approx(bound)
     assert row.limit == limit
@@ -295,6 +299,10 @@ def test_json_and_text_say_the_same(result):
     text = str(result)
     assert "time by operator" in text
     assert "5 x 96 x 64" in text
+    assert data["program"] is False
+    assert data["split"] == asdict(result.timeline.split())
+    assert "0.0% in native kernels (0 steps)" in text
+    assert "; steps run one by one" in text
     shown = result.tables(top=1)
     assert len(shown) == 4
 
