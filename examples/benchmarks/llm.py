@@ -4,8 +4,8 @@
     python examples/benchmarks/llm.py --quick     # whether everything works
     python examples/benchmarks/llm.py --runtimes fpcompiler llama.cpp-q4_0 --rounds 9
 
-SmolLM2-135M reads a prompt of 512 tokens of an article and generates 128, one after the other, the most likely
-ones. Each runtime is a process of its own, loaded once; they take turns, round after round, and
+SmolLM2-135M reads a prompt of 512 tokens of an article and generates 128, one after the other, the
+most likely ones. Each runtime is a process of its own, loaded once; they take turns, round after round, and
 what is reported of two is the median of their ratios in the same round. llama.cpp runs the weights
 as Q4_0 with a head of 8 bits; ours are w4a6 with a head of 8 bits too (``--scheme``).
 
