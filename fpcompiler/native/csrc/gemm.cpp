@@ -13,6 +13,7 @@ namespace {
 // Below so many products of codes another thread is not worth waking.
 constexpr int64_t kProductsPerThread = 300000;
 constexpr int64_t kRowsAtOnce = 6;  // of the kernels' tiles
+constexpr int64_t kFewRows = 4;
 
 Kernels kernels_for(const Gemm& gemm, int32_t instructions) {
 #if defined(__x86_64__)
@@ -35,7 +36,7 @@ struct Tasks {
         if (blocks < wanted && m >= 96) {
             runs = (wanted + blocks - 1) / blocks;
             if (runs > m / 48) runs = m / 48;
-        } else if (blocks < wanted && !panel) {
+        } else if (blocks < (m <= kFewRows ? 2 * threads : wanted) && !panel) {
             halves = 2;
         }
         run_rows = round_up((m + runs - 1) / runs, kRowsAtOnce);
@@ -98,6 +99,8 @@ int32_t multiply_all(const Product* products, int count, int32_t threads, int32_
         ends[i] = tasks += jobs[i].tasks.count();
         bytes = jobs[i].kernels.scratch > bytes ? jobs[i].kernels.scratch : bytes;
     }
+    // A few rows wait for memory, which is read faster the longer a thread goes on.
+    const int64_t run = products->m <= kFewRows && tasks > 4 * threads ? tasks / (4 * threads) : 1;
     int32_t status = FPC_OK;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(max : status)
     {
@@ -106,7 +109,7 @@ int32_t multiply_all(const Product* products, int count, int32_t threads, int32_
         if (bytes && !scratch) {
             status = FPC_NO_MEMORY;
         } else {
-#pragma omp for schedule(dynamic, 1) nowait
+#pragma omp for schedule(dynamic, run) nowait
             for (int64_t i = 0; i < tasks; i++) {
                 int job = 0;
                 while (i >= ends[job]) job++;
