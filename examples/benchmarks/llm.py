@@ -5,9 +5,9 @@
     python examples/benchmarks/llm.py --runtimes fpcompiler llama.cpp-q4_0 --rounds 9
 
 SmolLM2-135M reads a prompt of 512 tokens of an article and generates 128, one after the other, the
-most likely ones. Each runtime is a process of its own, loaded once; they take turns, round after round, and
-what is reported of two is the median of their ratios in the same round. llama.cpp runs the weights
-as Q4_0 with a head of 8 bits; ours are w4a6 with a head of 8 bits too (``--scheme``).
+most likely ones. Each runtime is a process of its own, loaded once; they take turns, round after
+round, and what is reported of two is the median of their ratios in the same round. llama.cpp runs
+the weights as Q4_0 with a head of 8 bits; ours are w4a6 with a head of 8 bits too (``--scheme``).
 
 Memory is the peak of the resident memory of a process, and how much that is above what it was when
 its libraries were loaded and the model was not. The machine should do nothing else meanwhile.
@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.benchmarks.language_model import worker
 from examples.benchmarks.language_model.problem import Problem
 from examples.benchmarks.language_model.runtimes import RUNTIMES, Runtime
+from examples.benchmarks.language_model.summary import grown, ratio
 from examples.benchmarks.packing import device_name
 from examples.zoo import smollm2
 
@@ -186,18 +187,6 @@ def measure(
     return found
 
 
-def ratio(report: Mapping[str, Any], other: str, key: str) -> float | None:
-    """Return how many times faster ours is: the median over rounds."""
-    pairs = [(r[other][key], r[OURS][key]) for r in report["rounds"] if other in r and OURS in r]
-    return statistics.median(theirs / own for theirs, own in pairs) if pairs else None
-
-
-def grown(report: Mapping[str, Any], name: str) -> int:
-    """Return how far the memory of a process went above what it was before the model came."""
-    own = report["memory"][name]
-    return int(own["after"]["peak"] - own["before"]["resident"])
-
-
 def show(report: Mapping[str, Any], console: Console) -> None:
     """Print the table and what became of the bars."""
     problem = report["problem"]
@@ -215,7 +204,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         table.add_row(name, reason)
     console.print(table)
     for other, key, bar, text in BARS:
-        found = ratio(report, other, key)
+        found = ratio(report, other, OURS, key)
         if found is not None:
             console.print(f"{text}: {found:.2f}x ({'reached' if found >= bar else 'below'} {bar}x)")
     if {OURS, "hf-eager-bf16"} <= set(report["memory"]):

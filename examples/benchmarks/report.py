@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.benchmarks.language_model.summary import grown, ratio
 from examples.benchmarks.rows import MEASURED, PAPER, SHOWN, TOKEN, Rows
 
 COLUMNS = {
@@ -69,6 +70,7 @@ def tables() -> dict[str, str]:
         "paper": methods({PAPER: MEASURED[PAPER]}),
         "all": methods(MEASURED),
         "dit": dit(),
+        "llm": llm(),
     }
 
 
@@ -126,6 +128,24 @@ def dit() -> str:
         cells = [_blocks(row), f"{row['metrics']['psnr_db']:.2f}", more]
         ratio = f"{row['quantized_bytes_ratio_to_bf16']:.3f}"
         lines.append(f"| {row['scheme']} | {row['method']} | {' | '.join(cells)} | {ratio} |")
+    return "\n".join(lines)
+
+
+def llm() -> str:
+    """Return the table of a language model on the CPU, relative to transformers in bf16."""
+    report, base = _read("llm.json"), "hf-eager-bf16"
+    problem = report["problem"]
+    where = f"{report['device']}, {problem['threads']} threads"
+    what = f"prompt of {problem['prompt']} tokens | {problem['tokens']} tokens generated"
+    lines = [
+        f"| {where} | {what} | memory of the model |",
+        "| --- |" + " ---: |" * 3,
+    ]
+    for name in report["memory"]:
+        speeds = [ratio(report, base, name, key) for key in ("prompt_seconds", "token_seconds")]
+        share = grown(report, name) / grown(report, base)
+        cells = [f"{speed:.2f}x" for speed in speeds if speed is not None]
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{share:.2f}x"]) + " |")
     return "\n".join(lines)
 
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+from torch import Tensor
+
 ALIGNMENT: Final = 64
 """Of every value; prepared activations need it, and it is a line of the cache."""
 
@@ -47,3 +50,22 @@ def lay_out(lifetimes: Mapping[int, Lifetime]) -> tuple[dict[int, int], int]:
         placed.sort(key=lambda item: item[0])
         size = max(size, at + nbytes)
     return offsets, size
+
+
+class Arenas:
+    """Memory for the values of programs, one piece for each of those that run at the same time."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, nbytes: int) -> Tensor:
+        """Return memory of at least a size, which is the caller's until it is given back."""
+        try:
+            found = self._free.pop()
+        except IndexError:  # Another thread may have been faster: asking before would not do.
+            return torch.empty(max(nbytes, 1), dtype=torch.uint8)
+        return found if found.nbytes >= nbytes else torch.empty(nbytes, dtype=torch.uint8)
+
+    def give_back(self, arena: Tensor) -> None:
+        """Let another run have it."""
+        self._free.append(arena)

@@ -14,7 +14,7 @@ from fpcompiler.native.linear import Rows
 from fpcompiler.native.program import Operation, View
 from fpcompiler.runtime.instructions import Instruction
 from fpcompiler.runtime.native_producers import make_producer
-from fpcompiler.runtime.program.arena import Lifetime, lay_out
+from fpcompiler.runtime.program.arena import Arenas, Lifetime, lay_out
 from fpcompiler.runtime.program.lowering import Bound, Lowered, Produced, bound, lower
 from fpcompiler.runtime.program.record import (
     Buffer,
@@ -37,6 +37,7 @@ def build_program(
     inputs: Iterable[str],
     results: Iterable[str],
     native: Library,
+    arenas: Arenas,
 ) -> Program | None:
     """Return a program for inputs of the sizes of a recorded run.
 
@@ -47,12 +48,13 @@ def build_program(
         inputs: Names of the arguments.
         results: Names of the values that are read after the last step.
         native: The library.
+        arenas: Memory that programs share.
 
     Returns:
         None if a number depends on the values of a tensor, or if nothing runs natively.
     """
     builder = _Builder(code, recorder, fixed, tuple(inputs), tuple(results))
-    return builder.program(native) if builder.classify() else None
+    return builder.program(native, arenas) if builder.classify() else None
 
 
 @dataclass
@@ -93,7 +95,7 @@ class _Builder:
             self.pieces.append(_Piece(step=index))
         return any(piece.operations for piece in self.pieces) and not self._torch_lacks_values()
 
-    def program(self, native: Library) -> Program:
+    def program(self, native: Library, arenas: Arenas) -> Program:
         """Return the program."""
         exported = {place.buffer for place in self._read_by_torch()}
         written = self._written()
@@ -108,6 +110,7 @@ class _Builder:
             plain={n: known.value for n, known in self.known.items() if isinstance(known, Plain)},
             results=self._as_memory(self.results),
             native=native,
+            arenas=arenas,
         )
 
     def _bound(self, instruction: Instruction) -> Bound:

@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from fpcompiler.native import Library
 from fpcompiler.runtime.instructions import Instruction
+from fpcompiler.runtime.program.arena import Arenas
 from fpcompiler.runtime.program.build import build_program
 from fpcompiler.runtime.program.record import Recorder
 from fpcompiler.runtime.program.run import ChangedError, Program
@@ -52,6 +53,7 @@ class ProgramCache:
         self._inputs = tuple(inputs)
         self._results = tuple(dict.fromkeys(results))
         self._native = native
+        self._arenas = Arenas()
         self._steps = steps
         self._found: dict[_Sizes, Program | None] = {}
         self._seen: dict[_Sizes, None] = {}
@@ -107,7 +109,13 @@ class ProgramCache:
         recorder = Recorder(self._code, self._fixed, inputs)
         self._steps(values, caller=recorder.call)
         return build_program(
-            self._code, recorder, self._fixed, self._inputs, self._results, self._native
+            self._code,
+            recorder,
+            self._fixed,
+            self._inputs,
+            self._results,
+            self._native,
+            self._arenas,
         )
 
 

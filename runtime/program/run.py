@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.runtime import operators
 from fpcompiler.runtime.instructions import STEP_ERRORS, Instruction, step_error
 from fpcompiler.runtime.native import NativeLinear, PreparedInput
+from fpcompiler.runtime.program.arena import Arenas
 from fpcompiler.runtime.program.record import Known, Place, Ready, Several
 
 
@@ -111,6 +112,7 @@ class Program:
         plain: Values that are no tensors.
         results: Values that the plan returns or stores and that are there as memory only.
         native: The library.
+        arenas: Memory that programs share.
     """
 
     items: tuple[Item, ...]
@@ -122,7 +124,7 @@ class Program:
     plain: Mapping[str, Any]
     results: tuple[tuple[str, Place], ...]
     native: Library
-    _arenas: list[Tensor] = field(default_factory=list)
+    arenas: Arenas
 
     @cached_property
     def _start(self) -> Run:
@@ -146,15 +148,11 @@ class Program:
             RunError: If a step fails.
             NumericsError: If a value to quantize is NaN or infinite.
         """
-        # Two threads may run the same program: each takes memory of its own.
-        arena = self._arenas.pop() if self._arenas else self._new_arena()
+        arena = self.arenas.take(self.arena_bytes)
         try:
             self._run(values, arena, times)
         finally:
-            self._arenas.append(arena)
-
-    def _new_arena(self) -> Tensor:
-        return torch.empty(self.arena_bytes + 1, dtype=torch.uint8)
+            self.arenas.give_back(arena)
 
     def _run(
         self, values: dict[str, Any], arena: Tensor, times: list[tuple[int, int]] | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpcompiler.runtime.program.arena import ALIGNMENT, Lifetime, lay_out
+from fpcompiler.runtime.program.arena import ALIGNMENT, Arenas, Lifetime, lay_out
 
 LIVES = st.lists(
     st.tuples(st.integers(0, 5000), st.integers(0, 30), st.integers(0, 30)), max_size=40
@@ -39,3 +39,14 @@ def test_a_chain_takes_two_places() -> None:
 
 def test_nothing_takes_nothing() -> None:
     assert lay_out({}) == ({}, 0)
+
+
+def test_memory_that_was_given_back_is_used_again_if_it_is_large_enough() -> None:
+    arenas = Arenas()
+    first, second = arenas.take(100), arenas.take(50)
+    assert first.data_ptr() != second.data_ptr()
+    arenas.give_back(second)
+    arenas.give_back(first)
+    assert arenas.take(80) is first
+    assert arenas.take(200).nbytes == 200
+    assert arenas.take(10).nbytes >= 10
