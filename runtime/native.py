@@ -326,8 +326,12 @@ class NativeLinear:
         )  # fmt: skip
         return data
 
+    def prepared_bytes(self, rows: int) -> int:
+        """Return the bytes of prepared activations."""
+        return int(self._native.functions.fpc_prepared_bytes(self._weights, rows))
+
     def _memory(self, rows: int) -> tuple[Tensor, int]:
-        size = self._native.functions.fpc_prepared_bytes(self._weights, rows)
+        size = self.prepared_bytes(rows)
         memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         address = memory.data_ptr()
         return memory, address + -address % ALIGNMENT

@@ -29,9 +29,12 @@ SHORT = {PAPER: "4/4/4", TOKEN: "w4a6, token scales"}
 """Schemes without a name, as the table has them."""
 
 
+LAYER_ROWS, LAYER_THREADS = (1, 16, 512), 2
+"""What the table of layers shows of the record."""
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-DOCUMENTS = {"all": HERE / "README.md", "dit": HERE / "README.md"}
+DOCUMENTS = dict.fromkeys(("all", "dit", "layers", "bars"), HERE / "README.md")
 """Where tables are that are not in the README of the project."""
 
 
@@ -71,6 +74,8 @@ def tables() -> dict[str, str]:
         "all": methods(MEASURED),
         "dit": dit(),
         "llm": llm(),
+        "layers": layers(),
+        "bars": bars(),
     }
 
 
@@ -146,6 +151,42 @@ def llm() -> str:
         share = grown(report, name) / grown(report, base)
         cells = [f"{speed:.2f}x" for speed in speeds if speed is not None]
         lines.append(f"| {name} | " + " | ".join([*cells, f"{share:.2f}x"]) + " |")
+    return "\n".join(lines)
+
+
+def layers() -> str:
+    """Return the speeds of single layers on the CPU, relative to torch in bf16."""
+    found: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for row in _read("cpu.json")["results"]:
+        shown = row["rows"] in LAYER_ROWS and row["threads"] == LAYER_THREADS
+        if not shown or "speed_to_torch_bf16" not in row:
+            continue
+        n, k = row["shape"]
+        column = f"{n} x {k}, {row['rows']}"
+        columns[column] = None
+        star = "*" if row["noisy"] else ""
+        found.setdefault(row["peer"], {})[column] = f"{row['speed_to_torch_bf16']:.2f}{star}"
+    lines = [
+        f"| {LAYER_THREADS} threads; layer, rows | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for peer, cells in found.items():
+        lines.append(f"| {peer} | " + " | ".join(cells.get(c, "") for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def bars() -> str:
+    """Return the speeds that were wanted of layers on the CPU, and what was measured."""
+    lines = [
+        "| layer | rows | scheme | against | wanted | measured |",
+        "| --- | ---: | --- | --- | ---: | ---: |",
+    ]
+    for bar in _read("cpu.json")["bars"]:
+        layer = " x ".join(map(str, bar["shape"]))
+        star = "*" if bar["noisy"] else ""
+        cells = [layer, str(bar["rows"]), bar["scheme"], bar["against"], f"{bar['wanted']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {bar['measured']:.2f}{star} |")
     return "\n".join(lines)
 
 

@@ -33,6 +33,7 @@ class Kind(enum.IntEnum):
     PREPARE = 9
     MULTIPLY = 10
     PRODUCE = 11
+    PREPARE_CODES = 12
 
 
 class View(ctypes.Structure):

@@ -115,8 +115,18 @@ class _Builder:
 
     def _bound(self, instruction: Instruction) -> Bound:
         return bound(
-            instruction.step, instruction.function, instruction.args, instruction.kwargs, self.known
+            instruction.step,
+            instruction.function,
+            instruction.args,
+            instruction.kwargs,
+            self.known,
+            self._scratch,
         )
+
+    def _scratch(self, nbytes: int) -> int:
+        """Return a new buffer that only operations use."""
+        self.buffers.append(Buffer(Source.STEP, "", nbytes))
+        return len(self.buffers) - 1
 
     def _has_fixed_vectors(self, item: Lowered) -> bool:
         """Whether the weight and bias of a norm, if there are any, are constants."""

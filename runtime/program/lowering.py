@@ -27,6 +27,10 @@ from fpcompiler.runtime.program.views import (
 )
 from fpcompiler.runtime.state import write_rows
 
+_OUTER: Final = 1
+_BLOCKS: Final = 2
+"""``FpcOperation.flag`` of codes that are prepared: which scales there are."""
+
 _COMPUTED: Final = (torch.float32, torch.bfloat16)
 """What arithmetic is done on."""
 
@@ -80,6 +84,7 @@ class Bound:
         args: Its arguments; values are replaced by what is known of them.
         kwargs: Arguments by name, likewise.
         outs: What is known of its results.
+        scratch: Returns a new buffer of some bytes, for what the operations of the step share.
     """
 
     step: Step
@@ -87,6 +92,7 @@ class Bound:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     outs: tuple[Known, ...]
+    scratch: Callable[[int], int]
 
 
 Lowering: TypeAlias = Callable[[Bound], list[Lowered] | None]
@@ -98,11 +104,12 @@ def bound(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     known: Mapping[str, Known],
+    scratch: Callable[[int], int],
 ) -> Bound:
     """Return a step with its values replaced by what is known of them."""
     outs = tuple(known[name] for name in step.outs)
     filled = {name: _fill(value, known) for name, value in kwargs.items()}
-    return Bound(step, function, [_fill(arg, known) for arg in args], filled, outs)
+    return Bound(step, function, [_fill(arg, known) for arg in args], filled, outs, scratch)
 
 
 def lower(bound: Bound) -> list[Lowered] | None:
@@ -148,15 +155,46 @@ def _is_free(bound: Bound) -> bool:
 
 
 def _layer(bound: Bound) -> list[Lowered] | None:
-    function, (out,) = bound.function, bound.outs
-    x = bound.args[0][0]
-    if not isinstance(function, NativeLayer) or not isinstance(x, Ready):
+    function, (out,), x = bound.function, bound.outs, bound.args[0]
+    if not isinstance(function, NativeLayer) or not isinstance(out, Place):
         return None
-    if not isinstance(out, Place) or not is_contiguous(out) or out.dtype not in TYPES:
+    if not is_contiguous(out) or out.dtype not in TYPES:
         return None
-    linear = function.linear
-    sizes = (x.rows, linear.outputs)
-    return [Lowered(Kind.MULTIPLY, _rows(out, *sizes), (x,), integers=sizes, linear=linear)]
+    linear, before = function.linear, []
+    ready = x[0]
+    if not isinstance(ready, Ready):
+        prepared = _prepared(bound, linear, x, out.dtype)
+        if prepared is None:
+            return None
+        before, ready = [prepared], prepared.y
+        assert isinstance(ready, Ready)
+    sizes = (ready.rows, linear.outputs)
+    rows = _rows(out, *sizes)
+    return [*before, Lowered(Kind.MULTIPLY, rows, (ready,), integers=sizes, linear=linear)]
+
+
+def _prepared(
+    bound: Bound, linear: NativeLinear, x: Sequence[Any], dtype: torch.dtype
+) -> Lowered | None:
+    """Return what makes the input of a layer ready: values, or codes with their scales."""
+    operand, k = linear.kind.operand, linear.kind.k
+    if not all(is_contiguous(part) and part.dtype in TYPES for part in x):
+        return None
+    rows = prod(x[0].sizes) // k
+    if operand is None and x[0].dtype != dtype:
+        return None
+    ready = Ready(bound.scratch(linear.prepared_bytes(rows)), rows)
+    if operand is None:
+        values = _rows(x[0], rows, k)
+        return Lowered(Kind.PREPARE, ready, (values,), integers=(rows, k), linear=linear)
+    outer, block = operand.outer is not None, operand.block is not None
+    scales = [_rows(scale, 1, prod(scale.sizes)) for scale in x[1:]]
+    if outer + block != len(scales):
+        return None
+    # The library has a place for each kind of scales, whether they are there or not.
+    views = (_rows(x[0], rows, k), scales[0] if outer else _rows(x[0], 1, 1), *scales[outer:])
+    flag = _OUTER * outer + _BLOCKS * block
+    return Lowered(Kind.PREPARE_CODES, ready, views, flag=flag, integers=(rows, k), linear=linear)
 
 
 def _quantizer(bound: Bound) -> list[Lowered] | None:

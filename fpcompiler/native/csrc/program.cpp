@@ -44,6 +44,12 @@ int32_t run(const FpcOperation& operation, uint8_t* const* bases, int32_t thread
                                address(operation.x[0], bases), (int32_t)operation.x[0].type,
                                operation.integers[0], operation.integers[1],
                                address(operation.y, bases), threads, instructions);
+        case FPC_DO_PREPARE_CODES:
+            return fpc_prepare_codes(
+                operation.weights, operation.activations, address(operation.x[0], bases),
+                operation.flag & 1 ? (const float*)address(operation.x[1], bases) : nullptr,
+                operation.flag & 2 ? address(operation.x[2], bases) : nullptr,
+                operation.integers[0], address(operation.y, bases), threads, instructions);
         case FPC_DO_PRODUCE: return produce(operation, bases, threads, instructions);
         default: elementwise(operation, bases, threads); return FPC_OK;
     }

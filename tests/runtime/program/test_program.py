@@ -80,6 +80,30 @@ def test_schemes_and_types(scheme: str, dtype: torch.dtype) -> None:
     assert programs_of(first)
 
 
+def by_torch(executor: Executor) -> set[str]:
+    """Return the operators that torch runs in the programs of an executor."""
+    items = [item for program in programs_of(executor) for item in program.items]
+    return {item.instruction.step.op for item in items if isinstance(item, TorchStep)}
+
+
+def test_layers_whose_inputs_are_not_quantized() -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32))
+    first, second = executors(model.eval(), (normal(3, 64),), {}, scheme="w4a16")
+    require_equal(first, second, [normal(3, 64)])
+    assert by_torch(first) == {"aten.tanh.default"}
+
+
+def test_inputs_whose_scales_are_given() -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32)).eval()
+    first, second = executors(
+        model, (normal(3, 64),), {}, scheme="w=f4E2M1FN@row:f32,a=f6E2M3FN@tensor:f32",
+        method="search", calibration=[(normal(16, 64, seed=i),) for i in range(3)],
+    )  # fmt: skip
+    assert any(step.op == "fpc.encode" for step in first.plan.steps)
+    require_equal(first, second, [normal(3, 64)])
+    assert "fpc.linear" not in by_torch(first)
+
+
 def decoder() -> tuple[Executor, Executor]:
     model, args, kwargs = cases()["decoder-llama"].make()
     return executors(model, args, kwargs)
