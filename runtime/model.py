@@ -284,5 +284,5 @@ def load(
         ArtifactError: If the file is no artifact, or is damaged or from another version.
         TargetError: If strict, and layers would run without the kernels of their target.
     """
-    source = Path(path).absolute()
-    return CompiledModel(read(path), device=device, source=source, strict=strict)
+    artifact = read(path)
+    return CompiledModel(artifact, device=device, source=Path(path).absolute(), strict=strict)
