@@ -190,7 +190,7 @@ class _Builder:
         return lay_out(lives)
 
     def _items(self, exported: set[int], arena: Mapping[int, int]) -> Iterable[Item]:
-        pending, forgets, releases = set(exported), self._forgets(), self._releases(exported)
+        pending, forgets, releases = set(exported), self._forgets(), self._releases()
         for number, piece in enumerate(self.pieces):
             if piece.step >= 0:
                 yield self._torch_step(piece.step, forgets[number], releases[number])
@@ -282,7 +282,7 @@ class _Builder:
                 found[number].append(name)
         return {number: tuple(names) for number, names in found.items()}
 
-    def _releases(self, exported: set[int]) -> dict[int, tuple[int, ...]]:
+    def _releases(self) -> dict[int, tuple[int, ...]]:
         """Return, for each piece, the buffers that nothing reads after it."""
         last: dict[int, int] = {}
         for number, piece in enumerate(self.pieces):

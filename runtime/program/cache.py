@@ -15,7 +15,7 @@ from fpcompiler.runtime.program.record import Recorder
 from fpcompiler.runtime.program.run import ChangedError, Program
 
 _MOST: Final = 32
-"""Programs that are kept; the one that was used longest ago goes."""
+"""Programs that are kept; the one that was made first goes."""
 
 _Sizes: TypeAlias = tuple[Size, ...]
 
