@@ -13,6 +13,7 @@ from torch import Tensor
 from fpcompiler.artifact import Artifact, check, read, save, store, tensors
 from fpcompiler.errors import ArtifactError
 from fpcompiler.plan import Plan, Step
+from tests.kernel_files import kernel_files
 from tests.mutations import members
 from tests.plans import Mlp, mlp_artifact, with_golden
 
@@ -25,7 +26,7 @@ def artifact() -> Artifact:
             mlp_artifact(),
             graph="module {}\n",
             recipe={"scheme": "w4a6"},
-            kernels={"gemm.so": b"\x7fELF"},
+            kernels=kernel_files(b"\x7fELF"),
             packages={"torch": "2.13.0"},
         ),
         torch.randn(2, 64),

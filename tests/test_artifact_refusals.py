@@ -16,6 +16,7 @@ from torch import Tensor
 from fpcompiler.artifact import Artifact, read, save, tensors
 from fpcompiler.artifact.manifest import FORMAT_VERSION
 from fpcompiler.errors import ArtifactError
+from tests.kernel_files import kernel_files
 from tests.mutations import members, packed
 from tests.plans import mlp_artifact, with_golden
 
@@ -28,7 +29,7 @@ def artifact() -> Artifact:
             mlp_artifact(),
             graph="module {}\n",
             recipe={"scheme": "w4a6"},
-            kernels={"gemm.so": b"\x7fELF"},
+            kernels=kernel_files(b"\x7fELF"),
             packages={"torch": "2.13.0"},
         ),
         torch.randn(2, 64),

@@ -20,6 +20,7 @@ from fpcompiler.artifact import foreign, jsonfile, tensors
 from fpcompiler.artifact.check import check
 from fpcompiler.artifact.container import Buffer, Entry, Writer, check_layout, read_directory
 from fpcompiler.artifact.damage import DamagedFileError
+from fpcompiler.artifact.kernels import KernelIndex
 from fpcompiler.artifact.manifest import Manifest, Sum, package_versions
 from fpcompiler.artifact.pages import Pages
 from fpcompiler.errors import ArtifactError
@@ -60,7 +61,8 @@ class Artifact:
         golden: Recorded calls, one after the other from the initial state.
         graph: The program as MLIR text, for people; it is never executed.
         recipe: The recipe of the compilation, as JSON values.
-        kernels: Files for targets that need some, by name without folder.
+        kernels: Files for targets that need some, by name without folder; see
+            :mod:`fpcompiler.artifact.kernels`.
         packages: Versions of the packages that compiled it.
         pages: The memory of the file that it was read from.
     """
@@ -238,6 +240,7 @@ def _parse(buffer: mmap.mmap) -> Artifact:
             for name, entry in members.items()
             if name.startswith("kernels/")
         }
+        KernelIndex.of(kernels)
     weights = _tensors(buffer, members["weights.safetensors"])
     _raise_problems("its plan and its tensors do not fit", check(plan, weights))
     return Artifact(
