@@ -170,14 +170,16 @@ def test_what_13_fraction_bits_lose() -> None:
 
 
 def test_the_exponent_of_a_subnormal_is_that_of_its_format() -> None:
-    # 2**-9 of E4M3 is 0.125 * 2**-6: with 1.0 the unit is 2**(-6 - 13), as with 2**-6.
-    tiny, one = 2.0**-9, 1.0
-    chain = [one] + [0.0] * 31 + [tiny]
-    result = tensor_core_gemm(e4m3(*chain), e4m3(*chain), HOPPER_FP8)
-    assert result.item() == 1.0
-    first = tensor_core_gemm(e4m3(tiny, 2.0**-6), e4m3(tiny, 2.0**-6), HOPPER_FP8)
-    # 2**-18 is a multiple of the unit 2**(-12 - 13).
-    assert first.item() == 2.0**-18 + 2.0**-12
+    # 2**-9 of E4M3 is 0.125 * 2**-6. Times 448, 1.75 * 2**8, the unit is 2**(-6 + 8 - 13), and
+    # 2**-12 is below. As a normal number, 1.0 * 2**-9, it would have left a unit of 2**-14.
+    left, right = e4m3(2.0**-9, 2.0**-6), e4m3(448.0, 2.0**-6)
+    assert tensor_core_gemm(left, right, HOPPER_FP8).item() == 0.875
+
+
+def test_a_zero_takes_no_part() -> None:
+    # Otherwise 0 * 448 would have the exponent -6 + 8, and the unit were 2**(2 - 13).
+    left, right = e4m3(0.0, 2.0**-6), e4m3(448.0, 2.0**-6)
+    assert tensor_core_gemm(left, right, HOPPER_FP8).item() == 2.0**-12
 
 
 def test_bf16_keeps_25_bits_and_then_cuts_off_at_23() -> None:
@@ -187,18 +189,24 @@ def test_bf16_keeps_25_bits_and_then_cuts_off_at_23() -> None:
     assert tensor_core_gemm(ones, bf16(one, tiny, tiny), HOPPER_BF16).item() == 1 + 2.0**-23
     assert tensor_core_gemm(ones, bf16(one, tiny, 0.0), HOPPER_BF16).item() == 1.0
     assert tensor_core_gemm(ones, bf16(one, -tiny, 0.0), HOPPER_BF16).item() == 1 - 2.0**-24
+    # What is left when large terms cancel has been cut off at 2**-25.
+    cancel = bf16(one, -one, 1.5 * 2.0**-25)
+    assert tensor_core_gemm(ones, cancel, HOPPER_BF16).item() == 2.0**-25
     # One instruction adds 16 products; the next finds 1.0 in the accumulator.
     split = bf16(one, *[0.0] * 14, tiny, tiny)
     assert tensor_core_gemm(bf16(*[one] * 17), split, HOPPER_BF16).item() == 1.0
 
 
-def test_fp4_sums_are_exact_within_an_instruction() -> None:
+def test_fp4_by_fp4_keeps_35_bits() -> None:
     six, half = E2M1.values.index(6.0), E2M1.values.index(0.5)
-    codes = torch.tensor([[six] * 32 + [half] * 32], dtype=torch.uint8)
+    groups = [six] * 16, [six | 8] * 16, [half] * 3 + [0] * 13, [0] * 16
+    left = torch.tensor([sum(groups, [])], dtype=torch.uint8)
+    right = left & 7
     scales = torch.tensor([[0x7E, 0x7E, 0x01, 0x01]], dtype=torch.uint8)
-    factor = Factor.of_codes(codes, E2M1, scales, E4M3)
-    # 32 * 36 * 448**2 + 32 * 0.25 * 2**-18; the unit is 2**(16 - 35), the result has 24 bits.
-    assert tensor_core_gemm(factor, factor, BLACKWELL_MXF4).item() == 32 * 36 * 448.0**2
+    factors = (Factor.of_codes(codes, E2M1, scales, E4M3) for codes in (left, right))
+    # 448**2 aligns at 2**16, the unit is 2**(16 - 35); 16 * 36 of it come and go. What is left,
+    # 3 * 0.25 * 2**-18, is one and a half units.
+    assert tensor_core_gemm(*factors, BLACKWELL_MXF4).item() == 2.0**-19
 
 
 @pytest.mark.parametrize("instruction", [HOPPER_FP8, BLACKWELL_F8F6F4], ids=lambda i: i.name)
