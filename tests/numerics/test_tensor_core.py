@@ -199,11 +199,11 @@ def test_bf16_keeps_25_bits_and_then_cuts_off_at_23() -> None:
 
 def test_fp4_by_fp4_keeps_35_bits() -> None:
     six, half = E2M1.values.index(6.0), E2M1.values.index(0.5)
-    groups = [six] * 16, [six | 8] * 16, [half] * 3 + [0] * 13, [0] * 16
-    left = torch.tensor([sum(groups, [])], dtype=torch.uint8)
+    codes = [six] * 16 + [six | 8] * 16 + [half] * 3 + [0] * 29
+    left = torch.tensor([codes], dtype=torch.uint8)
     right = left & 7
     scales = torch.tensor([[0x7E, 0x7E, 0x01, 0x01]], dtype=torch.uint8)
-    factors = (Factor.of_codes(codes, E2M1, scales, E4M3) for codes in (left, right))
+    factors = (Factor.of_codes(side, E2M1, scales, E4M3) for side in (left, right))
     # 448**2 aligns at 2**16, the unit is 2**(16 - 35); 16 * 36 of it come and go. What is left,
     # 3 * 0.25 * 2**-18, is one and a half units.
     assert tensor_core_gemm(*factors, BLACKWELL_MXF4).item() == 2.0**-19
