@@ -21,10 +21,11 @@
 namespace {
 
 using Elements = std::tuple<cutlass::float_e2m1_t, cutlass::float_e2m3_t, cutlass::float_e3m2_t,
-                            cutlass::float_e4m3_t, cutlass::float_e5m2_t>;
+                            cutlass::float_e4m3_t>;
 using Types = std::tuple<cutlass::float_e2m1_t, cutlass::float_e2m3_t, cutlass::float_e3m2_t,
                          cutlass::float_e4m3_t, cutlass::float_e5m2_t, cutlass::float_ue8m0_t,
                          cutlass::float_ue4m3_t>;
+constexpr int kUnscaled = -1;
 constexpr int kUE8M0 = 5;
 constexpr int kUE4M3 = 6;
 
@@ -113,19 +114,19 @@ void indices(int rows, int k, bool weights, int64_t* out) {
 
 }  // namespace
 
-// scale_type -1: without scales; UE8M0: per 32 values; UE4M3: per 16, and for E2M1 by E2M1 only.
+// UE8M0: a scale per 32 values; UE4M3: per 16, and for E2M1 by E2M1 only.
 FPC_EXPORT int fpc_gemm(int type_a, int type_b, int scale_type, const Problem* problem) {
   const Problem& p = *problem;
-  if (scale_type == kUE4M3) {
-    if (type_a || type_b) return -1;
+  if (scale_type == kUE4M3 && type_a == 0 && type_b == 0) {
     block_scaled<cutlass::float_e2m1_t, cutlass::float_e2m1_t, cutlass::float_ue4m3_t, 16>(p);
     return 0;
   }
+  if (scale_type != kUE8M0 && scale_type != kUnscaled) return -1;
   return with_elements(type_a, type_b, [&](auto a, auto b) {
     using A = decltype(a);
     using B = decltype(b);
     if (scale_type == kUE8M0) block_scaled<A, B, cutlass::float_ue8m0_t, 32>(p);
-    if (scale_type < 0) unscaled<A, B>(p);
+    if (scale_type == kUnscaled) unscaled<A, B>(p);
   });
 }
 

@@ -241,7 +241,8 @@ def _terms(a: Factor, b: Factor, part: slice, group: int) -> tuple[Tensor, Tenso
     factor = scale * _power(shift.clamp(min=_LEAST_POWER))
     if group > 1:
         # Sums of FP4 products are exact in fp64 in any order.
-        sums = [x @ y.T for x, y in zip(left.split(group, 1), right.split(group, 1), strict=True)]
+        runs = [slice(i, i + group) for i in range(0, left.shape[1], group)]
+        sums = [left[:, run] @ right[:, run].T for run in runs]
         return torch.stack(sums) * factor, shift[None]
     exponents = a.exponents[:, part].T[:, :, None] + b.exponents[:, part].T[:, None, :]
     return left.T[:, :, None] * right.T[:, None, :] * factor, exponents + shift
