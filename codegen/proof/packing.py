@@ -7,6 +7,7 @@ the same is done with bytes that are wrong in one way each: a check that these p
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,9 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fpcompiler.codegen.proof.host_reference import HostReference, Stored
-from fpcompiler.errors import TargetError
-from fpcompiler.formats import FORMATS
-from fpcompiler.numerics import decode, encode, pack
+from fpcompiler.codegen.proof.matrix import Matrix, require_blackwell
+from fpcompiler.numerics import encode, pack
 from fpcompiler.numerics.kernel_layout import (
     K_ALIGNMENT,
     aligned,
@@ -28,14 +28,10 @@ from fpcompiler.numerics.kernel_layout import (
     kernel_scales,
     scale_bytes,
 )
-from fpcompiler.numerics.shift_lowering import Container, container
 from fpcompiler.operand import Operand
 
 N_ALIGNMENT: Final = 8
 """Rows of the weight are filled up to a multiple of it: 16 bytes of a row of bf16 output."""
-
-_HELD_IN: Final = tuple(FORMATS[n] for n in ("f4E2M1FN", "f6E2M3FN", "f6E3M2FN", "f8E4M3FN"))
-"""What the instructions take, the narrowest first."""
 
 
 class Mistake(enum.Enum):
@@ -193,97 +189,68 @@ def prove_packing(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Matrix:
-    """Random codes and scales, one a byte, and how they are held."""
-
-    operand: Operand
-    held: Container
-    codes: Tensor
-    scales: Tensor | None
-
-    @classmethod
-    def random(cls, operand: Operand, rows: int, k: int, generator: torch.Generator) -> _Matrix:
-        spec, block = operand.format, operand.block
-        finite = torch.tensor(spec.values).isfinite()
-        codes = _bytes(rows, k, 0, spec.code_count, generator)
-        codes.masked_fill_(~finite[codes.int()], 0)
-        scales = None
-        if block:
-            # E8M0: 2**-6 to 2**6. E4M3: every positive number.
-            low, high = (121, 134) if block.format == "f8E8M0FNU" else (1, 127)
-            scales = _bytes(rows, -(-k // block.block), low, high, generator)
-        return cls(operand, container(spec, 0, _HELD_IN), codes, scales)
-
-    def values(self) -> Tensor:
-        """Return what the canonical form stands for, without real scales: fp64 ``[rows, K]``."""
-        values = decode(self.codes, self.operand.format, torch.float64)
-        block = self.operand.block
-        if self.scales is None or block is None or block.spec is None:
-            return values
-        scales = decode(self.scales, block.spec, torch.float64)
-        return values * scales.repeat_interleave(block.block, 1)[:, : values.shape[1]]
-
-    def stored(self, row_alignment: int, mistake: Mistake | None = None) -> Stored:
-        """Return the bytes for a kernel, wrong in one way if a mistake is given."""
-        spec, k = self.operand.format, self.codes.shape[1]
-        codes = self.codes
-        if mistake is Mistake.CODES_SWAPPED:
-            codes = codes.view(len(codes), -1, 2).flip(-1).reshape(codes.shape)
-        packed = pack(codes, spec.storage_bits)
-        right = kernel_codes(packed, spec, k, held=self.held, row_alignment=row_alignment)
-        if mistake is Mistake.PADDING_NOT_ZERO:
-            one = int(encode(torch.ones(1), spec))
-            filled = pad(codes, (0, aligned(k, K_ALIGNMENT) - k), value=one)
-            packed = pack(filled, spec.storage_bits)
-            right = kernel_codes(
-                packed, spec, filled.shape[1], held=self.held, row_alignment=row_alignment
-            )
-        if mistake is Mistake.ROWS_NOT_PADDED:
-            dense = kernel_codes(packed, spec, k, held=self.held, k_alignment=4).flatten()
-            right = pad(dense, (0, right.numel() - dense.numel())).view(right.shape)
-        return self._with_scales(right, mistake)
-
-    def _with_scales(self, codes: Tensor, mistake: Mistake | None) -> Stored:
-        block = self.operand.block
-        if self.scales is None or block is None:
-            return Stored(codes, self.held.format)
-        k = self.codes.shape[1]
-        fill = (0, 0, 0, codes.shape[0] - self.scales.shape[0])
-        scales = pad(self.scales, fill)
-        tiles = kernel_scales(scales, block.block, k)
-        if mistake is Mistake.SCALES_IN_ROWS:
-            rows = pad(scales, (0, aligned(k, K_ALIGNMENT) // block.block - scales.shape[1]))
-            tiles = pad(rows.flatten(), (0, tiles.numel() - rows.numel()))
-        return Stored(codes, self.held.format, tiles, block.format)
-
-
 def _prove(reference: HostReference, problem: PackingProblem, seed: int) -> PackingCase:
-    _require_blackwell(problem)
-    generator = torch.Generator().manual_seed(seed)
-    a = _Matrix.random(problem.activation, problem.m, problem.k, generator)
-    b = _Matrix.random(problem.weight, problem.n, problem.k, generator)
+    require_blackwell(problem.weight, problem.activation)
+    a = Matrix.random(problem.activation, problem.m, problem.k, f"{seed} activation")
+    b = Matrix.random(problem.weight, problem.n, problem.k, f"{seed} weight")
     values = a.values(), b.values()
     expected = values[0] @ values[1].T
     bound = values[0].abs() @ values[1].abs().T * (aligned(problem.k, K_ALIGNMENT) * 2.0**-24)
     alpha = 0.5
     factor = a.held.factor * b.held.factor / alpha
 
-    def run(mistake: Mistake | None) -> tuple[float, float]:
-        weight = b.stored(N_ALIGNMENT, mistake)
-        both = mistake if mistake is Mistake.PADDING_NOT_ZERO else None
-        padded = reference.gemm(a.stored(1, both), weight, alpha).double() * factor
+    def run(activation: Stored, weight: Stored) -> tuple[float, float]:
+        padded = reference.gemm(activation, weight, alpha).double() * factor
         result, rest = padded[:, : problem.n], padded[:, problem.n :]
-        if mistake is None and bool(rest.any()):
-            return torch.inf, torch.inf
         error = (result - expected).abs()
-        # Nothing was added where the bound is 0: any error is too large.
+        # Nothing is rounded where the bound is 0, so that any error is too large there.
         parts = torch.where(error == 0, 0.0, error / bound)
+        parts = torch.cat([parts.flatten(), torch.where(rest == 0, 0.0, torch.inf).flatten()])
         return float(error.norm() / expected.norm()), float(parts.max())
 
-    relative, part = run(None)
-    controls = {mistake: run(mistake)[1] for mistake in problem.mistakes()}
+    relative, part = run(a.stored(), b.stored(N_ALIGNMENT))
+    controls = {m: run(*_wrong(a, b, m))[1] for m in problem.mistakes()}
     return PackingCase(problem, b.held.format.name, relative, part, MappingProxyType(controls))
+
+
+def _wrong(a: Matrix, b: Matrix, mistake: Mistake) -> tuple[Stored, Stored]:
+    """Return the bytes of both matrices with a mistake."""
+    right = a.stored(), b.stored(N_ALIGNMENT)
+    if mistake is Mistake.SCALES_IN_ROWS:
+        return right[0], dataclasses.replace(right[1], scales=_scales_in_rows(b, right[1]))
+    if mistake is Mistake.CODES_SWAPPED:
+        swapped = b.codes.view(len(b.codes), -1, 2).flip(-1).reshape(b.codes.shape)
+        return right[0], dataclasses.replace(b, codes=swapped).stored(N_ALIGNMENT)
+    if mistake is Mistake.PADDING_NOT_ZERO:
+        # In both: a zero of the other would hide it.
+        codes = _filled(a), pad(_filled(b), (0, 0, 0, right[1].codes.shape[0] - len(b.codes)))
+        pairs = zip(right, codes, strict=True)
+        first, second = (dataclasses.replace(stored, codes=c) for stored, c in pairs)
+        return first, second
+    dense = kernel_codes(
+        b.packed, b.operand.format, b.codes.shape[1], held=b.held, k_alignment=4
+    ).flatten()
+    size = right[1].codes.numel()
+    codes_in_rows = pad(dense, (0, size - dense.numel())).view(right[1].codes.shape)
+    return right[0], dataclasses.replace(right[1], codes=codes_in_rows)
+
+
+def _scales_in_rows(matrix: Matrix, stored: Stored) -> Tensor:
+    assert matrix.scales is not None
+    assert matrix.operand.block is not None
+    assert stored.scales is not None
+    blocks = stored.k // matrix.operand.block.block
+    rows = pad(matrix.scales, (0, blocks - matrix.scales.shape[1])).flatten()
+    return pad(rows, (0, stored.scales.numel() - rows.numel()))
+
+
+def _filled(matrix: Matrix) -> Tensor:
+    """Return packed rows whose padding holds ones."""
+    spec, k = matrix.operand.format, matrix.codes.shape[1]
+    one = int(encode(torch.ones(1), spec))
+    codes = pad(matrix.codes, (0, aligned(k, K_ALIGNMENT) - k), value=one)
+    packed = pack(codes, spec.storage_bits)
+    return kernel_codes(packed, spec, codes.shape[1], held=matrix.held)
 
 
 def _scales_are_found(reference: HostReference, block: int, rows: int, k: int) -> bool:
@@ -302,19 +269,3 @@ def _scales_are_found(reference: HostReference, block: int, rows: int, k: int) -
         if not torch.equal(tiles[indices].long(), wanted):
             return False
     return True
-
-
-def _bytes(rows: int, columns: int, low: int, high: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(low, high, (rows, columns), dtype=torch.uint8, generator=generator)
-
-
-def _require_blackwell(problem: PackingProblem) -> None:
-    blocks = {
-        (level.block, level.format) if level else None
-        for level in (problem.weight.block, problem.activation.block)
-    }
-    if len(blocks) > 1 or not blocks <= {None, (32, "f8E8M0FNU"), (16, "f8E4M3FN")}:
-        raise TargetError(
-            f"Blackwell multiplies operands of equal blocks, of 32 with E8M0 or of 16 with E4M3, "
-            f"not w={problem.weight},a={problem.activation}."
-        )

@@ -29,6 +29,7 @@ number exactly, on the device of the operands.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -148,21 +149,35 @@ class Factor:
         return _unscaled(wide, _exponent(wide).masked_fill_(wide == 0, _NO_EXPONENT))
 
     @property
+    def scaled(self) -> Tensor:
+        """The values times their block scales, fp64 ``[R, K]``."""
+        return self.values * self._repeated(self.scale_values)
+
+    @property
     def ceiling(self) -> Tensor:
         """Scaled magnitudes in which a subnormal significand counts as 1, fp64 ``[R, K]``."""
         plain = torch.maximum(self.values.abs(), _power(self.exponents.clamp(min=_LEAST_POWER)))
         plain = plain.masked_fill(self.values == 0, 0.0)
-        scales = self.scale_values.clamp(min=1.0) * _power(
-            self.scale_exponents.clamp(min=_LEAST_POWER)
-        )
-        return plain * scales.repeat_interleave(self.block, dim=1)
+        return plain * self._repeated(self.scale_values.clamp(min=1.0))
 
     def rows(self, part: slice) -> Factor:
         """Return some of the rows."""
+        return self._map(lambda tensor: tensor[part])
+
+    def to(self, device: torch.device) -> Factor:
+        """Return the factor on a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Factor:
         return Factor(
-            self.values[part], self.exponents[part], self.scale_values[part],
-            self.scale_exponents[part], self.block,
+            change(self.values), change(self.exponents), change(self.scale_values),
+            change(self.scale_exponents), self.block,
         )  # fmt: skip
+
+    def _repeated(self, significands: Tensor) -> Tensor:
+        """Return scales of significands, one for each value."""
+        scales = significands * _power(self.scale_exponents.clamp(min=_LEAST_POWER))
+        return scales.repeat_interleave(self.block, dim=1)
 
 
 def tensor_core_gemm(a: Factor, b: Factor, instruction: Instruction) -> Tensor:

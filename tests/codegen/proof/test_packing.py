@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from fpcompiler.codegen.proof import packing
+from fpcompiler.codegen.proof import matrix, packing
 from fpcompiler.codegen.proof.host_reference import HostReference
 from fpcompiler.codegen.proof.packing import (
     PAIRS,
@@ -73,7 +73,8 @@ def test_scales_in_another_order_are_noticed(reference, monkeypatch) -> None:
         tiles[:2] = tiles[:2].flip(0)
         return tiles
 
-    monkeypatch.setattr(packing, "kernel_scales", wrong)
+    for module in (packing, matrix):
+        monkeypatch.setattr(module, "kernel_scales", wrong)
     proof = prove_packing(reference, [MX])
     assert not proof.passed
     assert proof.scale_layouts == ()
