@@ -11,6 +11,8 @@ FPC_NATIVE           ``0`` does without the native library, ``require`` refuses 
 FPC_NATIVE_LIBRARY   A file to load in place of the native library that was built with the package,
                      such as one with sanitizers.
 FPC_PROGRESS         ``1`` always shows progress bars, ``0`` never; by default on a terminal only.
+CUDA_HOME            The folder of the CUDA toolkit whose nvcc compiles kernels; by default the
+                     first nvcc on ``PATH``, then that of ``/usr/local/cuda``.
 ===================  ==============================================================================
 """
 
@@ -27,7 +29,7 @@ from typing import Final, TextIO
 
 from fpcompiler.errors import OptionError
 
-__all__ = ["Options", "LOG_LEVELS", "LOG_PARTS", "configure_logging"]
+__all__ = ["Options", "LOG_LEVELS", "LOG_PARTS", "configure_logging", "compiler_environment"]
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 """Levels that ``FPC_LOGS`` knows."""
@@ -41,6 +43,7 @@ LOG_PARTS: Final = (
 _VARIABLES: Final = (
     "FPC_DUMP", "FPC_LOGS", "FPC_CACHE", "FPC_NATIVE", "FPC_NATIVE_LIBRARY", "FPC_PROGRESS",
 )  # fmt: skip
+_NVCC_FLAGS: Final = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 _PROGRESS: Final = {"": None, "auto": None, "1": True, "0": False}
 _NATIVE: Final = {"": None, "auto": None, "1": None, "0": False, "require": True}
 
@@ -56,6 +59,7 @@ class Options:
         native: Whether the native library is used; None: where it is there; True: it must be.
         native_library: The file to load in place of the one that was built with the package.
         progress: Whether progress bars are shown; None: on a terminal only.
+        cuda_home: The folder of the CUDA toolkit, or None to look for one.
     """
 
     dump: Path | None = None
@@ -64,6 +68,7 @@ class Options:
     progress: bool | None = None
     native: bool | None = None
     native_library: Path | None = None
+    cuda_home: Path | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:
@@ -87,7 +92,9 @@ class Options:
         cache = _folder("FPC_CACHE", env.get("FPC_CACHE", "")) or _default_cache(env)
         logs = _parse_logs(env.get("FPC_LOGS", ""))
         named = _file("FPC_NATIVE_LIBRARY", env.get("FPC_NATIVE_LIBRARY", ""))
-        return cls(dump, logs, cache, _PROGRESS[progress], _NATIVE[native], named)
+        # No FPC_ in front: it is what every tool around CUDA reads.
+        cuda = _folder("CUDA_HOME", env.get("CUDA_HOME", ""))
+        return cls(dump, logs, cache, _PROGRESS[progress], _NATIVE[native], named, cuda)
 
     @property
     def debug(self) -> bool:
@@ -149,6 +156,18 @@ def _parse_log(entry: str) -> tuple[str, str]:
                 f"FPC_LOGS: {value!r} is no {what}; {hint}{what.title()}s: {', '.join(known)}."
             )
     return part, level
+
+
+def compiler_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return an environment for nvcc without variables that add flags to its command line.
+
+    What it compiles is found again by its command line, so that nothing else may change it.
+
+    Args:
+        environ: The variables; by default those of this process.
+    """
+    env = os.environ if environ is None else environ
+    return {name: value for name, value in env.items() if name not in _NVCC_FLAGS}
 
 
 class _Handler(logging.StreamHandler[TextIO]):

@@ -1,0 +1,1 @@
+"""GEMMs from CUTLASS's templates: tiles, epilogues, sources."""
