@@ -2,7 +2,7 @@
 
 ``<cache>/kernels/<key>/`` holds ``kernel.so``, ``kernel.o``, ``kernel.cu``, ``build.log`` and
 ``metadata.json``. It is written under another name and renamed, so that a folder with that name is
-complete; what failed is left in ``<cache>/failed/<key>/`` for people to read.
+complete (and locked while it is made); what failed is left in ``<cache>/failed/<key>/`` for people to read.
 """
 
 from __future__ import annotations
@@ -128,26 +128,28 @@ class KernelCache:
         return BuiltKernel(library, metadata, cached=True) if intact else None
 
     def _compile(self, source: KernelSource, key: str) -> BuiltKernel:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # On the same file system as its final place, or renaming would not be atomic.
-        work = Path(tempfile.mkdtemp(prefix="building-", dir=self.folder))
+        # On the same file system as the final place, or renaming would not be atomic.
+        building = self.folder / "building" / key
+        shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
+        building.mkdir(parents=True)
+        # A new name, because a compiler of that process may still write to the old one.
+        work = Path(tempfile.mkdtemp(dir=building))
         try:
             metadata = self._compile_in(work, source, key)
             if metadata is None:
                 raise _failure(source, _move(work, self.folder / "failed" / key))
             final = _move(work, self.folder / "kernels" / key)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(building, ignore_errors=True)
         _LOG.info("%s: compiled in %.1f s of CPU", source.name, metadata["cost"]["seconds"])
         return BuiltKernel(final / "kernel.so", metadata, cached=False)
 
     def _compile_in(self, work: Path, source: KernelSource, key: str) -> dict[str, Any] | None:
         """Compile in a folder; return the metadata, or None if the compiler failed."""
-        file, log = work / "kernel.cu", work / "build.log"
-        file.write_text(source.text, encoding="utf-8")
+        (work / "kernel.cu").write_text(source.text, encoding="utf-8")
         with slot(self.folder / "slots"):
-            compiled = self.nvcc.compile(source, file, work / "kernel.o", log)
-        linked = compiled and self.nvcc.link(work / "kernel.o", work / "kernel.so", log)
+            compiled = self.nvcc.compile(source, work)
+        linked = compiled and self.nvcc.link(work)
         if compiled is None or linked is None:
             return None
         metadata = self._metadata(source, key, work, compiled, linked)
@@ -193,7 +195,7 @@ def _failure(source: KernelSource, folder: Path) -> TargetError:
     return TargetError(
         f"{source.name} does not compile for {source.arch}:\n{shown}\n"
         f"The whole log is {log}, the source {file}. If nvcc was killed, memory was short: one "
-        "takes up to 5.5 GB."
+        "takes up to 6.1 GB."
     )
 
 

@@ -24,10 +24,13 @@ MINIMUM_NVCC: Final = (12, 8)
 
 _FALLBACK: Final = Path("/usr/local/cuda")
 
+# With a seed for the names that nvcc makes up, relative file names, and no symbols of temporary
+# files, the same source gives the same bytes: whoever rebuilds a kernel can compare its hash.
 _FLAGS: Final = (
     "-std=c++17", "-O3", "-DNDEBUG", "-w", "--expt-relaxed-constexpr", "--resource-usage",
-    "-Xcompiler", "-fPIC,-fvisibility=hidden",
+    "-frandom-seed=fpc", "-Xcompiler", "-fPIC,-fvisibility=hidden",
 )  # fmt: skip
+_LINK_FLAGS: Final = ("-shared", "-Xlinker", "--strip-all")
 
 
 @dataclass(frozen=True)
@@ -77,32 +80,34 @@ class Nvcc:
         code = f"-gencode=arch=compute_{suffix},code=[sm_{suffix},compute_{suffix}]"
         return (*_FLAGS, code)
 
-    def compile(self, source: KernelSource, file: Path, result: Path, log: Path) -> Cost | None:
-        """Compile a file to an object; return None if that failed, with the errors in the log."""
-        folders = [f"-I{folder}" for folder in source.include]
-        flags = self.compile_flags(source.arch)
-        return self._run([*flags, *folders, "-c", str(file), "-o", str(result)], log)
+    def compile(self, source: KernelSource, folder: Path) -> Cost | None:
+        """Compile ``kernel.cu`` of a folder to ``kernel.o``; return None if that failed.
 
-    def link(self, file: Path, result: Path, log: Path, runtime: str = "static") -> Cost | None:
-        """Link an object to a shared library; return None if that failed.
+        What the compiler prints goes to the end of ``build.log``.
+        """
+        include = [f"-I{path}" for path in source.include]
+        flags = self.compile_flags(source.arch)
+        return self._run([*flags, *include, "-c", "kernel.cu", "-o", "kernel.o"], folder)
+
+    def link(self, folder: Path, runtime: str = "static", name: str = "kernel.so") -> Cost | None:
+        """Link ``kernel.o`` of a folder to a shared library; return None if that failed.
 
         Args:
-            file: The object.
-            result: The library.
-            log: Gets what the linker prints, at its end.
+            folder: The folder.
             runtime: ``static`` for a library that needs no other, ``shared`` for one that uses the
                 libcudart of its process.
+            name: What the library is called.
         """
-        return self._run(["-shared", "-cudart", runtime, str(file), "-o", str(result)], log)
+        return self._run([*_LINK_FLAGS, "-cudart", runtime, "kernel.o", "-o", name], folder)
 
-    def _run(self, arguments: Sequence[str], log: Path) -> Cost | None:
+    def _run(self, arguments: Sequence[str], folder: Path) -> Cost | None:
         command = [str(self.path), *arguments]
-        with log.open("a", encoding="utf-8") as stream:
+        with (folder / "build.log").open("a", encoding="utf-8") as stream:
             stream.write(" ".join(command) + "\n")
             stream.flush()
             process = subprocess.Popen(
                 command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=compiler_environment(), cwd=log.parent,
+                env=compiler_environment(), cwd=folder,
             )  # fmt: skip
             # Not wait(): only wait4 tells what this one child and its own children took.
             _, status, usage = os.wait4(process.pid, 0)

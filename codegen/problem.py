@@ -62,7 +62,7 @@ class Rows(enum.Enum):
     @property
     def typical(self) -> int:
         """An M to compare kernels at."""
-        return 32 if self is Rows.DECODE else 4096
+        return 32 if self is Rows.DECODE else 2048
 
 
 class Activation(enum.Enum):

@@ -215,6 +215,10 @@ _ROWS: Final = (
                 "mxf8f6f4", _IN_FP8, _IN_FP8, _MX32, 128, "mma.sync m16n8k32 kind::mxf8f6f4",
                 "that of FP8",
             ),
+            GemmKind(
+                "f8f6f4", _IN_FP8, _IN_FP8, _NONE, 128, "mma.sync m16n8k32 kind::f8f6f4",
+                "that of FP8",
+            ),
             *_bf16("mma.sync (bf16)", 8),
         ),
         "FP4 by FP6 or FP8 runs at the rate of FP8; only FP4 by FP4 runs at that of FP4.",

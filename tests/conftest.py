@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files anew")
 
 
+def _without_nvcc() -> str:
+    if importlib.util.find_spec("cutlass_library") is None:
+        return "nvidia-cutlass is not installed"
+    return "" if shutil.which("nvcc") else "there is no nvcc"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {
         "slow": "" if config.getoption("--slow") else "slow: run with --slow",
         "gpu": "" if torch.cuda.is_available() else "there is no CUDA device",
-        "nvcc": "" if shutil.which("nvcc") else "there is no nvcc",
+        "nvcc": _without_nvcc(),
     }
     for item in items:
         for marker, reason in reasons.items():

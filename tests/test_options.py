@@ -27,6 +27,7 @@ def test_every_variable_is_read(tmp_path) -> None:
         "FPC_LOGS": "warning, passes, runtime=info",
         "FPC_CACHE": str(tmp_path),
         "FPC_PROGRESS": "0",
+        "CUDA_HOME": str(tmp_path),
         "HOME": "/nowhere",
     }
     options = Options.from_env(env)
@@ -34,6 +35,7 @@ def test_every_variable_is_read(tmp_path) -> None:
     assert options.logs == {"": "warning", "passes": "debug", "runtime": "info"}
     assert options.cache == tmp_path
     assert options.progress is False
+    assert options.cuda_home == tmp_path
 
 
 def test_the_cache_follows_xdg(tmp_path) -> None:
@@ -60,6 +62,7 @@ def test_progress_follows_the_terminal_unless_set() -> None:
         ({"FPC_LOGS": "passes=loud"}, "'loud' is no level"),
         ({"FPC_DUMP": __file__}, "is a file; it must be a folder"),
         ({"FPC_CACHE": __file__}, "is a file; it must be a folder"),
+        ({"CUDA_HOME": __file__}, "is a file; it must be a folder"),
         ({"FPC_NATIVE_LIBRARY": "/no/such/library.so"}, "is no file; leave it out"),
         ({"FPC_DUMP_DIR": "x"}, "did you mean FPC_DUMP"),
         ({"FPC_LOG": "x"}, "did you mean FPC_LOGS"),

@@ -47,7 +47,7 @@ def test_targets_without_kernels_say_so() -> None:
         ("sm_100a", W4, None, "bf16"),
         ("sm_100a", Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32"), "f8f6f4"),
         ("sm_120a", W4, A6, "mxf8f6f4"),
-        ("sm_120a", Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32"), "bf16"),
+        ("sm_120a", Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32"), "f8f6f4"),
         ("sm_90a", W4, A6, "bf16"),
         ("sm_90a", Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32"), "fp8"),
         ("sm_90a", NV, None, "bf16"),
@@ -95,7 +95,7 @@ def test_fp8_containers_hold_exactly_what_the_rows_claim() -> None:
         for name, spec in FORMATS.items()
         if spec.signed and any(embeds(spec, container) for container in containers)
     }
-    assert len(kinds) == 4
+    assert len(kinds) == 5
     for kind in kinds:
         assert set(kind.weights) == set(kind.activations) == fits
 

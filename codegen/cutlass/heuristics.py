@@ -10,12 +10,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Final, Protocol
 
-from fpcompiler.codegen.arch import ARCHS
 from fpcompiler.codegen.problem import GemmProblem
 
 __all__ = ["Estimator", "MatmulHeuristics", "load", "HEURISTICS_VERSION"]
@@ -47,32 +45,33 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class MatmulHeuristics:
-    """Estimates of ``nvidia-matmul-heuristics`` for one architecture.
+    """Estimates of ``nvidia-matmul-heuristics``.
 
     Attributes:
-        arch: The architecture's name.
         module: The module ``nvMatmulHeuristics``.
+        models: The model of each GPU that was asked for, filled on the way.
     """
 
-    arch: str
     module: ModuleType
+    models: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def seconds(
         self, problem: GemmProblem, tile: tuple[int, int, int], cluster: tuple[int, int]
     ) -> float | None:
         """Return the estimated time of a problem, or None where the library has none."""
-        model, layout = self._model, self.module.NvMatmulHeuristicsMatmulLayout.TN_ROW_MAJOR
+        model = self._model(problem.machine.gpu)
         letters = _FP4 if problem.kind in ("mxf4", "nvf4") else _FP8
-        m = problem.rows.typical
-        gemm = model.makeNvMatmulHeuristicsProblem(m, problem.padded_n, problem.padded_k, layout)
+        layout = self.module.NvMatmulHeuristicsMatmulLayout.TN_ROW_MAJOR
+        sizes = (problem.rows.typical, problem.padded_n, problem.padded_k)
+        gemm = model.makeNvMatmulHeuristicsProblem(*sizes, layout)
         best = model.get(gemm, 1, precision=letters)
         if not best:
             return None
-        # Its own choice has what we do not set: the instruction, warps, stages, order of tiles.
-        kernel = type(best[0]["nvmmhKernelConfiguration"]).from_buffer_copy(
-            best[0]["nvmmhKernelConfiguration"]
-        )
+        # Its own choice has what we do not set: the instruction, stages, order of tiles.
+        config = best[0]["nvmmhKernelConfiguration"]
+        kernel = type(config).from_buffer_copy(config)
         kernel.cta[:], kernel.cluster[:], kernel.splitK = tile, cluster, 1
+        kernel.warp[:] = (min(tile[0], 64), tile[1] // 2, tile[2])
         seconds = model.nvMatmulHeuristicsEstimateRuntime(
             model.handle,
             letters.encode("ascii"),
@@ -83,20 +82,21 @@ class MatmulHeuristics:
         )
         return float(seconds) or None
 
-    @cached_property
-    def _model(self) -> Any:
-        return self.module.NvMatmulHeuristicsInterfaceEx(
-            backend=self.module.NvMatmulHeuristicsTarget.CUTLASS3,
-            flags=self.module.NvMatmulHeuristicsFlags.PERF_MODEL_BASED_AUTO_TUNING,
-            gpu=self.module.NvMatmulHeuristicsNvidiaGpu[ARCHS[self.arch].gpu],
-        )
+    def _model(self, gpu: str) -> Any:
+        if gpu not in self.models:
+            self.models[gpu] = self.module.NvMatmulHeuristicsInterfaceEx(
+                backend=self.module.NvMatmulHeuristicsTarget.CUTLASS3,
+                flags=self.module.NvMatmulHeuristicsFlags.PERF_MODEL_BASED_AUTO_TUNING,
+                gpu=self.module.NvMatmulHeuristicsNvidiaGpu[gpu],
+            )
+        return self.models[gpu]
 
 
-def load(arch: str) -> MatmulHeuristics | None:
-    """Return estimates for an architecture, or None if the package is not there in our version."""
+def load() -> MatmulHeuristics | None:
+    """Return an estimator, or None if the package is not there in our version."""
     try:
         if importlib.metadata.version("nvidia-matmul-heuristics") != HEURISTICS_VERSION:
             return None
-        return MatmulHeuristics(arch, importlib.import_module("nvMatmulHeuristics"))
+        return MatmulHeuristics(importlib.import_module("nvMatmulHeuristics"))
     except ImportError:
         return None

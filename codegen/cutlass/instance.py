@@ -125,7 +125,7 @@ def choose(
 
     Args:
         problems: All GEMMs of a model; one that occurs several times counts as often.
-        estimator: Estimates times, such as :func:`fpcompiler.codegen.cutlass.heuristics.load`.
+        estimator: Estimates times; :func:`fpcompiler.codegen.cutlass.heuristics.load` makes one.
 
     Returns:
         The instance of each problem.

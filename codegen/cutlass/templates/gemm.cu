@@ -8,7 +8,7 @@ namespace fpc {
 using namespace cute;
 namespace fusion = cutlass::epilogue::fusion;
 
-// ---- epilogue: fp32 throughout, rounded once -----------------------------------------------------
+// ---- The epilogue: fp32 throughout, rounded once ------------------------------------------------
 using CtaTile = Shape<$cta_tile>;  // of one SM
 
 template <template <class> class Operation, class Output, class... Children>
@@ -26,13 +26,16 @@ using Scaled = Node<cutlass::multiplies, float, PerRow, RowScaled>;
 $declarations
 using Visitor = $visitor;
 
-// ---- the kernel, as CUTLASS's generator writes it ---------------------------------------------------
+// ---- The kernel, as CUTLASS's generator writes it -----------------------------------------------
 $kernel
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<$name>;
 using Kernel = Gemm::GemmKernel;
 using Mainloop = Kernel::CollectiveMainloop;
 // Vectors would be read from other rows or columns.
 static_assert(cute::is_same_v<CtaTile, Kernel::CollectiveEpilogue::$epilogue_tile>);
+
+constexpr bool has_scales = $has_scales;
+constexpr bool has_residual = $has_residual;
 
 Gemm::Arguments make_arguments(const FpcGemmArguments& args) {
   const auto shape = make_shape(args.m, args.n, args.k, 1);
@@ -76,15 +79,19 @@ bool misaligned(const void* pointer, uintptr_t bytes) {
 }
 
 int32_t check_pointers(const FpcGemmArguments& args) {
-  if (!args.a || !args.b || !args.d || ($has_scales && (!args.a_scales || !args.b_scales)) ||
-      ($has_residual && !args.residual)) {
-    return FPC_NULL_POINTER;
-  }
+  if (!args.a || !args.b || !args.d) return FPC_NULL_POINTER;
+  if (has_scales && (!args.a_scales || !args.b_scales)) return FPC_NULL_POINTER;
+  if (has_residual && !args.residual) return FPC_NULL_POINTER;
   // TMA reads FP4 and FP6 that it unpacks from multiples of 32 bytes, everything else from 16.
-  if (misaligned(args.a, 32) || misaligned(args.b, 32) || misaligned(args.d, 16) ||
-      misaligned(args.a_scales, 16) || misaligned(args.b_scales, 16) ||
-      misaligned(args.residual, 16)) {
-    return FPC_MISALIGNED;
+  for (const void* pointer : {args.a, args.b}) {
+    if (misaligned(pointer, 32)) return FPC_MISALIGNED;
+  }
+  for (const void* pointer : {args.a_scales, args.b_scales, args.residual,
+                              static_cast<const void*>(args.d),
+                              static_cast<const void*>(args.token_scale),
+                              static_cast<const void*>(args.row_scale),
+                              static_cast<const void*>(args.bias)}) {
+    if (misaligned(pointer, 16)) return FPC_MISALIGNED;
   }
   return FPC_OK;
 }

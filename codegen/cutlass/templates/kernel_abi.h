@@ -10,7 +10,7 @@
 enum FpcStatus : int32_t {
   FPC_OK = 0,
   FPC_NULL_POINTER = 1,       // A, B or D, or scales or a residual that this kernel needs
-  FPC_MISALIGNED = 2,         // A or B not at a multiple of 32 bytes, or D, scales, residual of 16
+  FPC_MISALIGNED = 2,         // A or B not at a multiple of 32 bytes, or another one of 16
   FPC_SMALL_WORKSPACE = 3,
   FPC_UNSUPPORTED_SHAPE = 4,  // M, N and K are not multiples of what the kernel needs
   FPC_INITIALIZE = 5,
