@@ -41,4 +41,6 @@ $(READY): pyproject.toml constraints.txt examples/requirements.txt
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps -r examples/requirements.txt
+	# Their other dependencies are for what is not used here: CUDA for Python, plots of graphs.
+	$(PIP) --no-deps nvidia-cutlass nvidia-matmul-heuristics
 	touch $@

@@ -2,7 +2,8 @@
 
 ``<cache>/kernels/<key>/`` holds ``kernel.so``, ``kernel.o``, ``kernel.cu``, ``build.log`` and
 ``metadata.json``. It is written under another name and renamed, so that a folder with that name is
-complete (and locked while it is made); what failed is left in ``<cache>/failed/<key>/`` for people to read.
+complete; a lock keeps two from making it at once. What failed is left in ``<cache>/failed/<key>/``
+for people to read.
 """
 
 from __future__ import annotations

@@ -73,9 +73,7 @@ def legalize(
     )
 
 
-def _with_scales(
-    epilogue: Epilogue, weight: Operand, activation: Operand, shift: int
-) -> Epilogue:
+def _with_scales(epilogue: Epilogue, weight: Operand, activation: Operand, shift: int) -> Epilogue:
     levels = [operand.outer for operand in (weight, activation)]
     tensors = [level for level in levels if level and level.granularity is Granularity.TENSOR]
     # Of a weight a row is what of an activation is a token: all values along K.

@@ -1,4 +1,4 @@
-"""How many compilers run at once: as many as memory holds, over all processes that share a cache."""
+"""How many compilers run at once: as many as memory holds, of all processes with one cache."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ epilogue but CUTLASS's own, so it gets the name of ours (``Visitor``) as the tex
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from importlib import resources
 from string import Template
 from types import ModuleType
@@ -16,11 +15,12 @@ from typing import Any, Final
 from fpcompiler.codegen.cutlass.epilogue import epilogue_steps
 from fpcompiler.codegen.cutlass.instance import Instance
 from fpcompiler.codegen.cutlass.package import Cutlass, find_cutlass
+from fpcompiler.codegen.cutlass.record import describe
 from fpcompiler.codegen.kernel import KernelSource
 from fpcompiler.codegen.problem import BlockScale, OutputType
 from fpcompiler.formats import FORMATS
 
-__all__ = ["emit", "describe"]
+__all__ = ["emit"]
 
 _INCLUDES: Final = (
     "cute/tensor.hpp",
@@ -69,19 +69,7 @@ def emit(instance: Instance, cutlass: Cutlass | None = None) -> KernelSource:
     }
     text = Template(_template("gemm.cu")).substitute(values)
     headers = f"nvidia-cutlass {cutlass.version}"
-    return KernelSource(
-        name, text, instance.arch, cutlass.include, headers, description
-    )
-
-
-def describe(instance: Instance) -> dict[str, Any]:
-    """Return an instance as JSON values."""
-    return {
-        **asdict(instance),
-        "scale": instance.scale.value,
-        "output": instance.output.value,
-        "activation": instance.activation.value,
-    }
+    return KernelSource(name, text, instance.arch, cutlass.include, headers, description)
 
 
 def _scale_values(instance: Instance) -> dict[str, str]:

@@ -66,4 +66,6 @@ def find_cutlass() -> Cutlass:
     if not (root / "include" / "cutlass" / "cutlass.h").is_file():
         raise DependencyError(f"nvidia-cutlass has no headers in {root}. {_INSTALL}")
     library = importlib.import_module("cutlass_library.library")
-    return Cutlass(version, root, library, importlib.import_module("cutlass_library.gemm_operation"))
+    return Cutlass(
+        version, root, library, importlib.import_module("cutlass_library.gemm_operation")
+    )

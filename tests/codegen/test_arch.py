@@ -13,7 +13,10 @@ def test_every_gpu_target_has_an_architecture_of_its_own_name() -> None:
 
 
 def test_a_family_covers_the_capabilities_of_its_members() -> None:
-    for family, members in (("sm_100f", ("sm_100a", "sm_103a")), ("sm_120f", ("sm_120a", "sm_121a"))):
+    for family, members in (
+        ("sm_100f", ("sm_100a", "sm_103a")),
+        ("sm_120f", ("sm_120a", "sm_121a")),
+    ):
         covered = {c for name in members for c in arch(name).capabilities}
         assert set(arch(family).capabilities) == covered
         assert {arch(name).target for name in members} == {arch(family).target}

@@ -162,7 +162,9 @@ def test_as_many_run_at_once_as_memory_holds(tmp_path, monkeypatch, fit) -> None
     assert most_at_once(tmp_path / "cuda") == fit
 
 
-def test_one_failure_of_many_is_raised_and_the_rest_not_started(cache, tmp_path, monkeypatch) -> None:
+def test_one_failure_of_many_is_raised_and_the_rest_not_started(
+    cache, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr(build.os, "cpu_count", lambda: 1)
     sources = [source("int broken;"), *(source(f"int n{index};") for index in range(5))]
     with pytest.raises(TargetError, match="broken"):

@@ -45,7 +45,9 @@ def outcome(weight: str, activation: str | None, levels: tuple[str, str], arch: 
 def test_the_whole_table(golden) -> None:
     lines = ["Rows: weights; columns: activations, in the same order; last: 16 bits."]
     lines += [f"{letter}: {kind}" for kind, letter in LETTERS.items()] + [".: a reason"]
-    for target, (name, levels) in itertools.product(("sm_90a", "sm_100a", "sm_120a"), LEVELS.items()):
+    for target, (name, levels) in itertools.product(
+        ("sm_90a", "sm_100a", "sm_120a"), LEVELS.items()
+    ):
         columns = [*SIGNED, None]
         rows = {w: "".join(outcome(w, a, levels, target) for a in columns) for w in SIGNED}
         some = any(set(row) != {"."} for row in rows.values())
@@ -80,9 +82,7 @@ def test_a_shift_of_a_container_goes_into_alpha() -> None:
 def test_what_the_graph_asks_of_the_epilogue_stays() -> None:
     wanted = Epilogue(alpha=True, bias=True, activation=Activation.SILU, residual=True)
     found = problem(W4A6, "sm_100a", epilogue=wanted).epilogue
-    assert found == Epilogue(
-        row_scale=True, bias=True, activation=Activation.SILU, residual=True
-    )
+    assert found == Epilogue(row_scale=True, bias=True, activation=Activation.SILU, residual=True)
 
 
 @pytest.mark.parametrize(
