@@ -35,12 +35,12 @@ $(LIBRARY): setup.py $(wildcard fpcompiler/native/csrc/*) | $(READY)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 # torch comes first and alone: once it is there, nothing that follows asks for another build of it.
+# nvidia-cutlass is used without what it depends on (CUDA for Python, SciPy, plots of graphs).
 $(READY): pyproject.toml constraints.txt examples/requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 is needed")'
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps -r examples/requirements.txt
-	# Their other dependencies are for what is not used here: CUDA for Python, plots of graphs.
 	$(PIP) --no-deps nvidia-cutlass nvidia-matmul-heuristics
 	touch $@
