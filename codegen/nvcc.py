@@ -143,11 +143,9 @@ def find_nvcc(options: Options) -> Nvcc:
 
 
 def _find(home: Path | None) -> Path | None:
-    if home is not None:
-        path = home / "bin" / "nvcc"
-        return path if path.is_file() else None
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(_FALLBACK / "bin"))
-    return Path(found) if found else None
+    places = [str(home / "bin")] if home else [None, str(_FALLBACK / "bin")]
+    found = (shutil.which("nvcc", path=place) for place in places)
+    return next((Path(path) for path in found if path), None)
 
 
 def _host_compiler() -> str:

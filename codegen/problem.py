@@ -50,9 +50,9 @@ class Rows(enum.Enum):
     """The range of M that a kernel is made for. It computes every M; only its speed differs."""
 
     DECODE = "decode"
-    """At most 128 rows, that is one tile: weights are read once and bound the speed."""
+    """At most 128 rows, one tile or two: reading the weights bounds the speed."""
     PREFILL = "prefill"
-    """More than 128 rows: the tensor cores bound the speed."""
+    """More than 128 rows: multiplying bounds the speed."""
 
     @classmethod
     def of(cls, m: int) -> Rows:
@@ -76,7 +76,7 @@ class Activation(enum.Enum):
 
 
 class OutputType(enum.Enum):
-    """Element types of D, the bias's neighbour in memory being fp32 always."""
+    """Element types of D and of the residual. Scales and the bias are fp32."""
 
     BF16 = "bf16"
     F16 = "f16"
