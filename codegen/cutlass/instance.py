@@ -29,7 +29,7 @@ from fpcompiler.codegen.cutlass.heuristics import Estimator
 from fpcompiler.codegen.problem import Activation, BlockScale, GemmProblem, OutputType, Rows
 from fpcompiler.formats import FORMATS
 
-__all__ = ["Instance", "Tile", "tiles", "default_instance", "choose"]
+__all__ = ["Instance", "Tile", "tiles", "instances", "choose"]
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,22 @@ class Instance:
         return f"gemm_{self.arch}_{types}{act}{residual}_{self.tile}"
 
 
-def tiles(problem: GemmProblem) -> tuple[Tile, ...]:
-    """Return the tiles that a problem may have, the default first."""
-    k = 256 if problem.kind in ("mxf4", "nvf4") else 128
-    return _TILES[problem.machine.collectives, problem.rows](k)
+def tiles(arch: str, kind: str, rows: Rows) -> tuple[Tile, ...]:
+    """Return the tiles that a kernel may have, the default first.
+
+    Args:
+        arch: The architecture's name.
+        kind: The kind of instruction.
+        rows: The range of M.
+    """
+    k = 256 if kind in ("mxf4", "nvf4") else 128
+    return _TILES[ARCHS[arch].collectives, rows](k)
 
 
-def default_instance(problem: GemmProblem) -> Instance:
-    """Return a problem's instance with the tile that the rule puts first."""
-    return _instance(problem, tiles(problem)[0])
+def instances(problem: GemmProblem) -> tuple[Instance, ...]:
+    """Return the instances that compute a problem, one for each tile, the default first."""
+    found = tiles(problem.arch, problem.kind, problem.rows)
+    return tuple(_instance(problem, tile) for tile in found)
 
 
 def choose(
@@ -130,22 +137,23 @@ def choose(
     Returns:
         The instance of each problem.
     """
-    groups: dict[tuple[Instance, Rows], list[GemmProblem]] = {}
+    groups: dict[tuple[Instance, ...], list[GemmProblem]] = {}
     for problem in problems:
-        groups.setdefault((default_instance(problem), problem.rows), []).append(problem)
+        groups.setdefault(instances(problem), []).append(problem)
     chosen: dict[GemmProblem, Instance] = {}
-    for group in groups.values():
-        tile = _best_tile(group, estimator)
-        chosen.update((problem, _instance(problem, tile)) for problem in group)
+    for candidates, group in groups.items():
+        best = _best(candidates, group, estimator)
+        chosen.update((problem, best) for problem in group)
     return chosen
 
 
-def _best_tile(group: list[GemmProblem], estimator: Estimator | None) -> Tile:
-    candidates = tiles(group[0])
+def _best(
+    candidates: tuple[Instance, ...], group: list[GemmProblem], estimator: Estimator | None
+) -> Instance:
     if estimator is None:
         return candidates[0]
     times: list[float] = []
-    for tile in candidates:
+    for tile in (candidate.tile for candidate in candidates):
         found = [estimator.seconds(each, tile.of_one_sm, tile.cluster) for each in group]
         known = [seconds for seconds in found if seconds is not None]
         if len(known) < len(found):

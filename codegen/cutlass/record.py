@@ -7,14 +7,13 @@ from typing import Any, Final
 
 from fpcompiler.codegen.arch import ARCHS
 from fpcompiler.codegen.container import NATIVE
-from fpcompiler.codegen.cutlass.instance import Instance, Tile
-from fpcompiler.codegen.problem import Activation, BlockScale, OutputType
+from fpcompiler.codegen.cutlass.instance import Instance, Tile, tiles
+from fpcompiler.codegen.problem import Activation, BlockScale, OutputType, Rows
 from fpcompiler.errors import ArtifactError
 
 __all__ = ["describe", "parse_instance"]
 
 _ENUMS: Final = {"scale": BlockScale, "output": OutputType, "activation": Activation}
-_SIZES: Final = range(1, 1025)
 
 
 def describe(instance: Instance) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def describe(instance: Instance) -> dict[str, Any]:
 def parse_instance(values: object) -> Instance:
     """Return the instance that :func:`describe` described.
 
-    Every value is looked up or is a small number, so that no text of a file gets into a source.
+    Only what this version generates is accepted: no text of a file gets into a source.
 
     Raises:
         ArtifactError: If it is none.
@@ -43,26 +42,31 @@ def parse_instance(values: object) -> Instance:
 
 def _instance(values: object) -> Instance:
     found = _exactly(values, Instance)
-    kind, arch = found["kind"], found["arch"]
-    if arch not in ARCHS or not {found["a"], found["b"]} <= set(NATIVE[kind]):
-        raise ValueError(f"{found['a']} x {found['b']} by {kind} on {arch}")
-    if type(found["residual"]) is not bool:
-        raise TypeError("residual is no truth value")
     enums = {name: kind(found[name]) for name, kind in _ENUMS.items()}
-    return Instance(**{**found, **enums, "tile": _tile(found["tile"])})
+    instance = Instance(**{**found, **enums, "tile": _tile(found["tile"])})
+    if type(instance.residual) is not bool:
+        raise TypeError("residual is no truth value")
+    if not {instance.a, instance.b} <= set(NATIVE[instance.kind]):
+        raise ValueError(f"{instance.kind} multiplies no {instance.a} by {instance.b}")
+    scales = {kind.name: kind.blocks for kind in ARCHS[instance.arch].facts.kinds}
+    wanted = "" if instance.scale is BlockScale.NONE else instance.scale.value
+    if wanted not in scales[instance.kind]:
+        raise ValueError(f"{instance.kind} on {instance.arch} takes no scales {wanted!r}")
+    if not any(instance.tile in tiles(instance.arch, instance.kind, rows) for rows in Rows):
+        raise ValueError(f"no kernel has the tile {instance.tile}")
+    return instance
 
 
 def _tile(values: object) -> Tile:
     found = _exactly(values, Tile)
-    cluster = found["cluster"]
-    if type(cluster) is not list or len(cluster) != 2:
-        raise TypeError("a cluster is two numbers")
-    sizes = (found["m"], found["n"], found["k"], found["sms"], *cluster)
-    if not all(type(size) is int and size in _SIZES for size in sizes):
-        raise TypeError("the sizes of a tile are small positive numbers")
+    m, n, k, sms = (found[name] for name in ("m", "n", "k", "sms"))
+    cluster_m, cluster_n = found["cluster"]
+    # True == 1, but it is no size.
+    if any(type(size) is not int for size in (m, n, k, sms, cluster_m, cluster_n)):
+        raise TypeError("the sizes of a tile are numbers")
     if type(found["pingpong"]) is not bool:
         raise TypeError("pingpong is no truth value")
-    return Tile(**{**found, "cluster": (cluster[0], cluster[1])})
+    return Tile(m, n, k, (cluster_m, cluster_n), sms, found["pingpong"])
 
 
 def _exactly(values: object, kind: type[Instance] | type[Tile]) -> dict[str, Any]:

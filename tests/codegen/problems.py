@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fpcompiler.codegen.cutlass.instance import Instance, instances
 from fpcompiler.codegen.legalize import legalize
 from fpcompiler.codegen.problem import Epilogue, GemmProblem, OutputType, Rows
 from fpcompiler.operand import Operand
@@ -27,3 +28,8 @@ def problem(
     return legalize(
         "mlp.up", weight, activation, shape, arch, rows=rows, epilogue=epilogue, output=output
     )
+
+
+def instance_of(layer: GemmProblem) -> Instance:
+    """Return the instance of a problem with the rule's first tile."""
+    return instances(layer)[0]

@@ -1,6 +1,6 @@
 """Sources of GEMMs: golden files, and what holds for all of them."""
 
-import importlib
+import importlib.util
 import itertools
 import json
 import re
@@ -10,10 +10,10 @@ import pytest
 from fpcompiler.codegen.cutlass import package
 from fpcompiler.codegen.cutlass.emit import emit
 from fpcompiler.codegen.cutlass.epilogue import epilogue_steps
-from fpcompiler.codegen.cutlass.instance import Instance, default_instance, tiles
+from fpcompiler.codegen.cutlass.instance import Instance, instances
 from fpcompiler.codegen.problem import Activation, Epilogue, OutputType, Rows
 from fpcompiler.errors import DependencyError
-from tests.codegen.problems import E3M0, MXFP4, NVFP4, W4A6, W4A6_ROW, W4A8, problem
+from tests.codegen.problems import E3M0, MXFP4, NVFP4, W4A6, W4A6_ROW, W4A8, instance_of, problem
 
 needs_cutlass = pytest.mark.skipif(
     importlib.util.find_spec("cutlass_library") is None, reason="nvidia-cutlass is not installed"
@@ -31,9 +31,9 @@ GOLDEN = [
 
 
 @needs_cutlass
-@pytest.mark.parametrize("layer", GOLDEN, ids=lambda layer: default_instance(layer).name)
+@pytest.mark.parametrize("layer", GOLDEN, ids=lambda layer: instance_of(layer).name)
 def test_the_source(layer, golden) -> None:
-    instance = default_instance(layer)
+    instance = instance_of(layer)
     golden(f"{instance.name}.cu", emit(instance).text)
 
 
@@ -46,13 +46,8 @@ def all_instances() -> list[Instance]:
     ):
         epilogue = Epilogue(activation=function, residual=function is not Activation.NONE)
         layer = problem(pair, arch, rows, epilogue)
-        found += [_with_tile(layer, tile) for tile in tiles(layer)]
+        found += instances(layer)
     return list(dict.fromkeys(found))
-
-
-def _with_tile(layer, tile) -> Instance:
-    first = default_instance(layer)
-    return Instance(**{**vars(first), "tile": tile})
 
 
 @needs_cutlass
@@ -69,14 +64,14 @@ def test_every_instance_has_a_source_of_its_own() -> None:
 @needs_cutlass
 def test_hopper_sums_without_the_fast_mode() -> None:
     for rows in Rows:
-        text = emit(default_instance(problem(W4A6_ROW, "sm_90a", rows))).text
+        text = emit(instance_of(problem(W4A6_ROW, "sm_90a", rows))).text
         assert "KernelTmaWarpSpecialized" in text
         assert "FastAccum" not in text
 
 
 @needs_cutlass
 def test_the_description_stands_in_the_source() -> None:
-    source = emit(default_instance(problem(W4A6, "sm_100a")))
+    source = emit(instance_of(problem(W4A6, "sm_100a")))
     text = re.search(r'R"json\((.*)\)json"', source.text)
     assert text is not None
     assert json.loads(text[1]) == source.description
@@ -85,7 +80,7 @@ def test_the_description_stands_in_the_source() -> None:
 
 
 def test_only_the_last_step_rounds() -> None:
-    steps = epilogue_steps(default_instance(GOLDEN[2]))
+    steps = epilogue_steps(instance_of(GOLDEN[2]))
     assert [step.output for step in steps] == ["float", "float", "cutlass::half_t"]
     assert [step.alias for step in steps] == ["Biased", "Activated", "Added"]
 

@@ -4,9 +4,9 @@ import pytest
 
 from fpcompiler.codegen.arch import ARCHS
 from fpcompiler.codegen.cutlass.heuristics import load
-from fpcompiler.codegen.cutlass.instance import Tile, choose, default_instance, tiles
+from fpcompiler.codegen.cutlass.instance import Tile, choose, instances
 from fpcompiler.codegen.problem import Activation, Epilogue, OutputType, Rows
-from tests.codegen.problems import MXFP4, NVFP4, W4A6, W4A6_ROW, W4A8, problem
+from tests.codegen.problems import MXFP4, NVFP4, W4A6, W4A6_ROW, W4A8, instance_of, problem
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
 
@@ -22,7 +22,7 @@ def test_scales_and_bias_need_no_instance_of_their_own() -> None:
         problem(("e2m1@tensor:f32", "e2m3@token:f32"), "sm_100a"),
         problem(W4A6_ROW, "sm_100a", epilogue=Epilogue(bias=True)),
     ]
-    assert {default_instance(other) for other in others} == {default_instance(plain)}
+    assert {instance_of(other) for other in others} == {instance_of(plain)}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_scales_and_bias_need_no_instance_of_their_own() -> None:
     ],
 )
 def test_types_functions_and_ranges_need_their_own(other) -> None:
-    first, second = default_instance(problem(W4A6, "sm_100a")), default_instance(other)
+    first, second = instance_of(problem(W4A6, "sm_100a")), instance_of(other)
     assert first != second
     assert first.name != second.name
 
@@ -48,7 +48,8 @@ def test_types_functions_and_ranges_need_their_own(other) -> None:
 def test_tiles_are_ones_that_the_hardware_has(arch, rows) -> None:
     collectives = ARCHS[arch].collectives
     pairs = [W4A6_ROW] if collectives == 90 else [NVFP4, MXFP4, W4A6, W4A6_ROW]
-    for tile in [tile for pair in pairs for tile in tiles(problem(pair, arch, rows))]:
+    for instance in [each for pair in pairs for each in instances(problem(pair, arch, rows))]:
+        tile = instance.tile
         m, n, k = tile.of_one_sm
         assert tile.cluster[0] % tile.sms == 0
         assert tile.pingpong <= (collectives == 90)
@@ -91,7 +92,8 @@ def test_the_heuristics_of_nvidia_estimate_every_tile() -> None:
     for arch, pair in (("sm_90a", W4A6_ROW), ("sm_100a", W4A6), ("sm_103a", NVFP4)):
         for rows in Rows:
             layer = problem(pair, arch, rows)
-            times = [estimator.seconds(layer, t.of_one_sm, t.cluster) for t in tiles(layer)]
+            tiles = [instance.tile for instance in instances(layer)]
+            times = [estimator.seconds(layer, tile.of_one_sm, tile.cluster) for tile in tiles]
             # A GEMM of 4096 x 4096 x 4096 at most takes milliseconds on each of these GPUs.
             assert all(seconds is not None and 1e-6 < seconds < 1e-2 for seconds in times)
 
@@ -101,5 +103,5 @@ def test_names_say_what_is_inside() -> None:
         W4A6, "sm_100a", epilogue=Epilogue(activation=Activation.GELU_TANH, residual=True)
     )
     name = "gemm_sm_100a_mxf8f6f4_e2m3_e2m1_bf16_gelu_tanh_residual_256x128x128c2x1"
-    assert default_instance(layer).name == name
-    assert default_instance(problem(W4A6_ROW, "sm_90a", Rows.DECODE)).name.endswith("64x64x128pp")
+    assert instance_of(layer).name == name
+    assert instance_of(problem(W4A6_ROW, "sm_90a", Rows.DECODE)).name.endswith("64x64x128pp")

@@ -10,12 +10,11 @@ import pytest
 
 from fpcompiler.codegen.build import KernelCache
 from fpcompiler.codegen.cutlass import GemmLibrary, emit, parse_instance
-from fpcompiler.codegen.cutlass.instance import default_instance
 from fpcompiler.codegen.kernel import BuiltKernel
 from fpcompiler.codegen.problem import K_PADDING, Activation, Epilogue, GemmProblem, Rows
 from fpcompiler.errors import TargetError
 from fpcompiler.options import Options
-from tests.codegen.problems import E3M0, MXFP4, NVFP4, W4A6, W4A6_ROW, W4A8, problem
+from tests.codegen.problems import E3M0, MXFP4, NVFP4, W4A6, W4A6_ROW, W4A8, instance_of, problem
 
 DATA_CENTRE = problem(W4A6, "sm_100a", Rows.DECODE)
 RTX = problem(NVFP4, "sm_120a")
@@ -30,7 +29,7 @@ Built = Callable[[GemmProblem], BuiltKernel]
 @pytest.fixture(scope="module")
 def built() -> Built:
     cache = KernelCache.from_options(Options.from_env())
-    return lambda layer: cache.build(emit(default_instance(layer)))
+    return lambda layer: cache.build(emit(instance_of(layer)))
 
 
 def scale_index(row: int, column: int, columns: int) -> int:
@@ -91,7 +90,7 @@ def test_scales_lie_where_the_formula_says(built, layer, m, n, k) -> None:
 def test_it_knows_what_it_is(built, layer) -> None:
     kernel = built(layer)
     found = GemmLibrary(kernel.path).description
-    assert parse_instance(found) == default_instance(layer)
+    assert parse_instance(found) == instance_of(layer)
     assert found == kernel.metadata["description"]
 
 
@@ -130,7 +129,7 @@ GELU_RESIDUAL = Epilogue(bias=True, activation=Activation.GELU, residual=True)
         problem(W4A6_ROW, "sm_120a"),
         problem(NVFP4, "sm_121a"),
     ],
-    ids=lambda layer: default_instance(layer).name,
+    ids=lambda layer: instance_of(layer).name,
 )
 def test_every_family_compiles_without_spills(built, layer) -> None:
     kernel = built(layer)
@@ -143,6 +142,6 @@ def test_every_family_compiles_without_spills(built, layer) -> None:
 @pytest.mark.nvcc
 @pytest.mark.slow
 def test_the_same_source_gives_the_same_bytes(built, tmp_path) -> None:
-    source = emit(default_instance(DATA_CENTRE))
+    source = emit(instance_of(DATA_CENTRE))
     again = KernelCache(tmp_path, KernelCache.from_options(Options.from_env()).nvcc).build(source)
     assert again.metadata["sha256"] == built(DATA_CENTRE).metadata["sha256"]

@@ -5,16 +5,15 @@ import json
 
 import pytest
 
-from fpcompiler.codegen.cutlass.instance import default_instance
 from fpcompiler.codegen.cutlass.record import describe, parse_instance
 from fpcompiler.codegen.problem import Activation, Epilogue, OutputType, Rows
 from fpcompiler.errors import ArtifactError
-from tests.codegen.problems import NVFP4, W4A6_ROW, problem
+from tests.codegen.problems import NVFP4, W4A6_ROW, instance_of, problem
 
 INSTANCES = [
-    default_instance(problem(NVFP4, "sm_100a", Rows.DECODE)),
-    default_instance(problem(W4A6_ROW, "sm_90a", output=OutputType.F32)),
-    default_instance(
+    instance_of(problem(NVFP4, "sm_100a", Rows.DECODE)),
+    instance_of(problem(W4A6_ROW, "sm_90a", output=OutputType.F32)),
+    instance_of(
         problem(W4A6_ROW, "sm_120f", epilogue=Epilogue(activation=Activation.RELU, residual=True))
     ),
 ]
@@ -47,6 +46,10 @@ def test_there_and_back(instance) -> None:
         (("tile", "k"), 2**40),
         (("tile", "cluster"), [1, 1, 1]),
         (("tile", "cluster"), ["1", 1]),
+        (("tile", "n"), 96),
+        (("tile", "sms"), 2),
+        (("tile", "sms"), True),
+        (("scale",), "none"),
         (("tile", "pingpong"), 0),
         (("tile", "more"), 1),
         (("more",), 1),
