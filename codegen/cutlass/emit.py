@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 from importlib import resources
 from string import Template
-from types import ModuleType
-from typing import Any, Final
+from typing import Final
 
 from fpcompiler.codegen.cutlass.epilogue import epilogue_steps
 from fpcompiler.codegen.cutlass.instance import Instance
+from fpcompiler.codegen.cutlass.operation import gemm_operation
 from fpcompiler.codegen.cutlass.package import Cutlass, find_cutlass
 from fpcompiler.codegen.cutlass.record import describe
 from fpcompiler.codegen.kernel import KernelSource
-from fpcompiler.codegen.problem import BlockScale, OutputType
-from fpcompiler.formats import FORMATS
+from fpcompiler.codegen.problem import BlockScale
 
 __all__ = ["emit"]
 
@@ -44,37 +43,49 @@ def emit(instance: Instance, cutlass: Cutlass | None = None) -> KernelSource:
         DependencyError: If CUTLASS is not installed, or in another version.
     """
     cutlass = cutlass or find_cutlass()
-    name, machine = instance.name, instance.machine.collectives
-    operation = _operation(instance, cutlass)
-    emitter = cutlass.gemm.EmitGemmUniversal3xInstance()
-    emitter.builtin_epilogue_functor_template = "Visitor"
-    if machine == 100 and instance.tile.n == 256:
-        # Left to itself, CUTLASS takes 64 columns at a time for tiles this wide, and vectors over N
-        # then need so many registers that they spill; 32 is what it takes for other tiles.
-        narrow = "cute::Shape<cute::_128, cute::_32>"
-        emitter.gemm_template = emitter.gemm_template.replace("${epi_tile_mn}", narrow)
-    includes = dict.fromkeys((*emitter.includes, *_INCLUDES))
-    steps = epilogue_steps(instance)
     description = describe(instance)
     values = {
-        "name": name,
-        "includes": "\n".join(f'#include "{name}"' for name in includes),
+        "name": instance.name,
         "abi": _template("kernel_abi.h").replace("#pragma once\n", ""),
-        "cta_tile": ", ".join(f"_{size}" for size in instance.tile.of_one_sm),
-        "declarations": "\n".join(step.declaration for step in steps),
-        "initializers": "\n".join(f"  const {step.initializer}" for step in steps),
-        "visitor": steps[-1].alias,
-        "visitor_value": steps[-1].alias.lower(),
-        # The name in profilers: CUTLASS's own is longer and leaves out the epilogue.
-        "kernel": _tidy(emitter.emit(operation)).replace(operation.procedural_name(), name),
-        "epilogue_tile": "CtaTileShape" if machine == 100 else "CtaTileMNK",
         "description": json.dumps(description, sort_keys=True),
+        **_kernel_values(instance, cutlass),
+        **_epilogue_values(instance),
         **_scale_values(instance),
         **_residual_values(instance),
     }
     text = Template(_template("gemm.cu")).substitute(values)
     headers = f"nvidia-cutlass {cutlass.version}"
-    return KernelSource(name, text, instance.arch, cutlass.include, headers, description)
+    return KernelSource(instance.name, text, instance.arch, cutlass.include, headers, description)
+
+
+def _kernel_values(instance: Instance, cutlass: Cutlass) -> dict[str, str]:
+    operation = gemm_operation(instance, cutlass)
+    emitter = cutlass.gemm.EmitGemmUniversal3xInstance()
+    emitter.builtin_epilogue_functor_template = "Visitor"
+    if instance.machine.collectives == 100 and instance.tile.n == 256:
+        # Left to itself, CUTLASS takes 64 columns at a time for tiles this wide, and vectors over N
+        # then need so many registers that they spill; 32 is what it takes for other tiles.
+        narrow = "cute::Shape<cute::_128, cute::_32>"
+        emitter.gemm_template = emitter.gemm_template.replace("${epi_tile_mn}", narrow)
+    includes = dict.fromkeys((*emitter.includes, *_INCLUDES))
+    text = emitter.emit(operation)
+    return {
+        "includes": "\n".join(f'#include "{name}"' for name in includes),
+        # The name in profilers: CUTLASS's own is longer and leaves out the epilogue.
+        "kernel": _tidy(text).replace(operation.procedural_name(), instance.name),
+    }
+
+
+def _epilogue_values(instance: Instance) -> dict[str, str]:
+    steps = epilogue_steps(instance)
+    return {
+        "cta_tile": ", ".join(f"_{size}" for size in instance.tile.of_one_sm),
+        "epilogue_tile": "CtaTileShape" if instance.machine.collectives == 100 else "CtaTileMNK",
+        "declarations": "\n".join(step.declaration for step in steps),
+        "initializers": "\n".join(f"  const {step.initializer}" for step in steps),
+        "visitor": steps[-1].alias,
+        "visitor_value": steps[-1].alias.lower(),
+    }
 
 
 def _scale_values(instance: Instance) -> dict[str, str]:
@@ -96,88 +107,6 @@ def _residual_values(instance: Instance) -> dict[str, str]:
         return {"has_residual": "false", "residual_value": "nullptr", "residual_stride": "{}"}
     value = "static_cast<decltype(out.epilogue.ptr_C)>(args.residual)"
     return {"has_residual": "true", "residual_value": value, "residual_stride": "stride_d"}
-
-
-def _operation(instance: Instance, cutlass: Cutlass) -> Any:
-    """Return the ``GemmOperation`` that describes an instance to CUTLASS's emitter."""
-    lib = cutlass.library
-    scaled = instance.scale is not BlockScale.NONE
-    tile = instance.tile
-    opcode = lib.OpcodeClass.BlockScaledTensorOp if scaled else lib.OpcodeClass.TensorOp
-    scale = _scale_type(instance, lib)
-    math = lib.MathInstruction(
-        [tile.m, tile.n, tile.k // 4],
-        _element(instance.a, lib),
-        _element(instance.b, lib),
-        lib.DataType.f32,
-        opcode,
-        lib.MathOperation.multiply_add,
-        scale,
-    )
-    machine = instance.machine.collectives
-    shape = lib.TileDescription(
-        [tile.m, tile.n, tile.k], 0, [4, 1, 1], math, machine, machine, [*tile.cluster, 1]
-    )
-    out = getattr(lib.DataType, instance.output.value)
-    kernel, epilogue = _schedules(instance, lib)
-    return cutlass.gemm.GemmOperation(
-        lib.GemmKind.BlockScaledUniversal3x if scaled else lib.GemmKind.Universal3x,
-        machine,
-        shape,
-        _tensor(lib, instance, instance.a, lib.LayoutType.RowMajor),
-        _tensor(lib, instance, instance.b, lib.LayoutType.ColumnMajor),
-        _output(lib, instance, out if instance.residual else lib.DataType.void),
-        lib.DataType.f32,
-        D=_output(lib, instance, out),
-        kernel_schedule=kernel,
-        epilogue_schedule=epilogue,
-        **_scale_factors(instance, lib, scale),
-    )
-
-
-def _scale_factors(instance: Instance, lib: ModuleType, scale: Any) -> dict[str, Any]:
-    if scale is None:
-        return {}
-    none = lib.TensorDescription(lib.DataType.void, lib.LayoutType.RowMajor, 1)
-    factors = {"tensor": none, "vector_size": instance.scale.block}
-    return {"ScaleFactorA": scale, "ScaleFactorB": scale, "ScaleFactorD": factors}
-
-
-def _schedules(instance: Instance, lib: ModuleType) -> tuple[Any, Any]:
-    kernels, epilogues = lib.KernelScheduleType, lib.EpilogueScheduleType
-    collectives = instance.machine.collectives
-    if collectives == 90:
-        # Not FP8FastAccum: its sums keep 13 fraction bits over all of K, these over one tile.
-        name = f"TmaWarpSpecialized{'Pingpong' if instance.tile.pingpong else 'Cooperative'}"
-        epilogue = name if not instance.tile.pingpong else "TmaWarpSpecialized"
-        return kernels[name], epilogues[epilogue]
-    prefix = {"mxf4": "Mxf4", "nvf4": "Nvf4", "mxf8f6f4": "Mxf8f6f4", "f8f6f4": ""}[instance.kind]
-    if collectives == 120:
-        name = f"{prefix}TmaWarpSpecializedCooperative{'Sm120' if prefix else ''}"
-        return kernels[name], epilogues.ScheduleAuto
-    sms = f"{instance.tile.sms}Sm"
-    return kernels[f"{prefix}TmaWarpSpecialized{sms}Sm100"], epilogues[f"TmaWarpSpecialized{sms}"]
-
-
-def _element(name: str, lib: ModuleType) -> Any:
-    return getattr(lib.DataType, FORMATS[name].short.lower())
-
-
-def _scale_type(instance: Instance, lib: ModuleType) -> Any:
-    kinds = {BlockScale.MX32: lib.DataType.ue8m0, BlockScale.NV16: lib.DataType.ue4m3}
-    return kinds.get(instance.scale)
-
-
-def _tensor(lib: ModuleType, instance: Instance, element: str, layout: Any) -> Any:
-    """Describe A or B; the alignment is in elements along K."""
-    bits = FORMATS[element].storage_bits
-    unpacked = instance.kind in ("mxf8f6f4", "f8f6f4") and bits < 8
-    return lib.TensorDescription(_element(element, lib), layout, 128 if unpacked else 128 // bits)
-
-
-def _output(lib: ModuleType, instance: Instance, element: Any) -> Any:
-    alignment = 4 if instance.output is OutputType.F32 else 8
-    return lib.TensorDescription(element, lib.LayoutType.RowMajor, alignment)
 
 
 def _tidy(text: str) -> str:

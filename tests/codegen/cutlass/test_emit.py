@@ -99,3 +99,11 @@ def test_another_version_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(package.importlib.metadata, "version", lambda _: "3.8.0.0")
     with pytest.raises(DependencyError, match=r"nvidia-cutlass 3\.8\.0\.0 is installed"):
         package.find_cutlass()
+
+
+@needs_cutlass
+def test_wide_tiles_finish_32_columns_at_a_time() -> None:
+    normal, wide = (emit(each).text for each in instances(problem(NVFP4, "sm_100a")))
+    assert "cute::Shape<cute::_128, cute::_32>" in wide
+    assert "EpilogueTileAuto" not in wide
+    assert "EpilogueTileAuto" in normal
