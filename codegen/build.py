@@ -24,7 +24,7 @@ from typing import Any, Final
 from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
 from fpcompiler.codegen.nvcc import Cost, Nvcc, find_nvcc
 from fpcompiler.codegen.slots import available_memory, locked, slot, slot_count
-from fpcompiler.errors import TargetError
+from fpcompiler.errors import OptionError, TargetError
 from fpcompiler.options import Options
 
 __all__ = ["KernelCache", "Progress"]
@@ -77,11 +77,13 @@ class KernelCache:
         Raises:
             TargetError: If it does not compile, with the first errors and the files to look at, or
                 the compiler does not know the architecture.
+            OptionError: If the folder cannot be written.
         """
         key = self._key(source)
         found = self._read(key)
         if found is not None:
             return found
+        self._make_folder()
         with locked(self.folder / "locks" / key):
             # Whoever held the lock before may have built it.
             return self._read(key) or self._compile(source, key)
@@ -99,6 +101,7 @@ class KernelCache:
 
         Raises:
             TargetError: As :meth:`build`.
+            OptionError: As :meth:`build`.
         """
 
         def one(source: KernelSource) -> BuiltKernel:
@@ -115,6 +118,16 @@ class KernelCache:
             finally:
                 pool.shutdown(cancel_futures=True)
 
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise OptionError(
+                f"compiled kernels cannot be kept in {self.folder}: {error.strerror}. Point "
+                "FPC_CACHE to a folder that can be written."
+            ) from error
+
     def _key(self, source: KernelSource) -> str:
         return source.key(self.nvcc.compile_flags(source.arch), self.nvcc.toolchain)
 
@@ -124,8 +137,8 @@ class KernelCache:
         try:
             metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
             intact = metadata["sha256"] == _sha256(library)
-        except (FileNotFoundError, json.JSONDecodeError, KeyError):
-            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # not there, or damaged
         return BuiltKernel(library, metadata, cached=True) if intact else None
 
     def _compile(self, source: KernelSource, key: str) -> BuiltKernel:

@@ -11,7 +11,7 @@ import pytest
 
 from fpcompiler.codegen import build, slots
 from fpcompiler.codegen.build import KernelCache
-from fpcompiler.errors import TargetError
+from fpcompiler.errors import OptionError, TargetError
 from fpcompiler.options import Options
 from tests.codegen.fake_nvcc import compilations, fake_nvcc, fake_toolkit, most_at_once, source
 from tests.forks import exit_code
@@ -101,11 +101,13 @@ def test_a_failure_leaves_no_kernel_and_shows_the_error(cache, tmp_path) -> None
 
 
 @pytest.mark.parametrize("name", ["kernel.so", "metadata.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
 def test_a_damaged_kernel_is_built_again(cache, tmp_path, name, damage) -> None:
     file = cache.build(source()).folder / name
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-3])
+    elif damage == "other":
+        file.write_bytes(b"[1]")
     else:
         file.unlink()
     assert cache.find(source()) is None
@@ -170,6 +172,13 @@ def test_one_failure_of_many_is_raised_and_the_rest_not_started(
     with pytest.raises(TargetError, match="broken"):
         cache.build_all(sources)
     assert compilations(tmp_path / "cuda") <= 2  # the next may have started in the meantime
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    cache = KernelCache(tmp_path / "file" / "cache", fake_nvcc(tmp_path / "cuda"))
+    with pytest.raises(OptionError, match=r"kept in .*cache: Not a directory.*FPC_CACHE"):
+        cache.build(source())
 
 
 def test_the_cache_of_the_options(tmp_path) -> None:

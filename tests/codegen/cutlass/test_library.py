@@ -4,12 +4,15 @@ They stay in the user's cache of kernels, so that only the first run compiles.
 """
 
 import itertools
+import re
 from collections.abc import Callable
+from importlib import resources
 
 import pytest
 
 from fpcompiler.codegen.build import KernelCache
 from fpcompiler.codegen.cutlass import GemmLibrary, emit, parse_instance
+from fpcompiler.codegen.cutlass.library import GEMM_ABI
 from fpcompiler.codegen.kernel import BuiltKernel
 from fpcompiler.codegen.problem import K_PADDING, Activation, Epilogue, GemmProblem, Rows
 from fpcompiler.errors import TargetError
@@ -145,3 +148,10 @@ def test_the_same_source_gives_the_same_bytes(built, tmp_path) -> None:
     source = emit(instance_of(DATA_CENTRE))
     again = KernelCache(tmp_path, KernelCache.from_options(Options.from_env()).nvcc).build(source)
     assert again.metadata["sha256"] == built(DATA_CENTRE).metadata["sha256"]
+
+
+def test_the_header_and_the_loader_agree_on_the_version() -> None:
+    header = resources.files("fpcompiler.codegen.cutlass") / "templates" / "kernel_abi.h"
+    found = re.search(r"#define FPC_GEMM_ABI (\d+)", header.read_text(encoding="utf-8"))
+    assert found is not None
+    assert int(found[1]) == GEMM_ABI
