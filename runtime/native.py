@@ -71,7 +71,7 @@ def arithmetic_for(
         dtype: Of the activations; it counts only if they are not quantized.
         instructions: What the processor has, an index of ``INSTRUCTION_SETS``.
     """
-    floats = Arithmetic.BF16 if instructions >= BF16_INSTRUCTIONS else Arithmetic.FLOAT32
+    floats = Arithmetic.BF16 if instructions == BF16_INSTRUCTIONS else Arithmetic.FLOAT32
     if x_operand is None:
         return floats if dtype == torch.bfloat16 else Arithmetic.FLOAT32
     w, x = integers_of(w_operand.format), integers_of(x_operand.format)

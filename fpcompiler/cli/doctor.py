@@ -117,7 +117,9 @@ def _native() -> Check:
     found = None if problem else native.library()
     if found is None:
         return Check(name, False, str(problem).partition(":")[0], enables, fix)
-    return Check(name, True, native.INSTRUCTION_SETS[found.instructions], enables, fix)
+    instructions = native.INSTRUCTION_SETS[found.instructions]
+    note = ", run under emulation only so far" if instructions in native.EMULATED else ""
+    return Check(name, True, instructions + note, enables, fix)
 
 
 def _onednn() -> Check:

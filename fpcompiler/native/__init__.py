@@ -4,6 +4,7 @@ Everything works without it, more slowly: who calls asks :func:`library` and has
 """
 
 from fpcompiler.native.loading import (
+    EMULATED,
     INSTRUCTION_SETS,
     PATH,
     Library,
@@ -12,4 +13,4 @@ from fpcompiler.native.loading import (
     why_missing,
 )
 
-__all__ = ["INSTRUCTION_SETS", "PATH", "Library", "library", "load", "why_missing"]
+__all__ = ["EMULATED", "INSTRUCTION_SETS", "PATH", "Library", "library", "load", "why_missing"]

@@ -19,10 +19,14 @@ PATH: Final = Path(__file__).parent / "libfpc.so"
 
 INSTRUCTION_SETS: Final = (
     "baseline", "AVX2", "AVX2 VNNI", "AVX-512", "AVX-512 VNNI", "AVX-512 BF16",
+    "NEON dot product",
 )  # fmt: skip
-"""What kernels are compiled for, in the order of ``FpcInstructions``."""
+"""What kernels are compiled for, in the order of ``FpcInstructions``. That of ARM is the last one."""
 
-_ABI: Final = 4
+EMULATED: Final = frozenset({"NEON dot product"})
+"""Those whose kernels were run under emulation only, never on such a processor."""
+
+_ABI: Final = 5
 _LOG: Final = logging.getLogger("fpcompiler.numerics")
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpcompiler.native import library
+from fpcompiler.native import INSTRUCTION_SETS, library
 from fpcompiler.numerics import quantize, quantize_packed
 from fpcompiler.numerics.compiled import INPUTS, operand_struct
 from fpcompiler.operand import Operand
@@ -23,7 +23,9 @@ from tests.runtime.test_native import WEIGHTS as W_OPERANDS
 
 NATIVE = library()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the native library was not built")
-LEVELS = st.integers(0, 0 if NATIVE is None else NATIVE.instructions)
+LEVELS = st.sampled_from(
+    [level for level in range(len(INSTRUCTION_SETS)) if NATIVE and NATIVE.has(level)] or [0]
+)
 DTYPES = st.sampled_from(list(INPUTS))
 LINE = 64  # bytes that weights and prepared activations are aligned to
 OTHERS = ("e3m2@token:f32/block32:e8m0", "e4m3@block128:f32", "e2m3", "e5m2@row:f32/block16:e4m3")

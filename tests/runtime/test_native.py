@@ -237,6 +237,10 @@ def test_the_arithmetic_follows_formats_and_processor() -> None:
     assert arithmetic_for(a8, w, 64, torch.float32, bf16) is Arithmetic.BF16
     assert arithmetic_for(a8, w, 64, torch.float32, bf16 - 1) is Arithmetic.FLOAT32
     assert arithmetic_for(None, w, 64, torch.bfloat16, bf16) is Arithmetic.BF16
+    neon = INSTRUCTION_SETS.index("NEON dot product")
+    assert arithmetic_for(a8, w, 64, torch.float32, neon) is Arithmetic.FLOAT32
+    assert arithmetic_for(None, w, 64, torch.bfloat16, neon) is Arithmetic.FLOAT32
+    assert arithmetic_for(a6, w, 64, torch.float32, neon) is Arithmetic.INT8
     assert arithmetic_for(None, w, 64, torch.float32, bf16) is Arithmetic.FLOAT32
     real_blocks = Operand.parse("e4m3@block32:f32")
     assert arithmetic_for(real_blocks, w, 64, torch.float32, bf16) is Arithmetic.FLOAT32

@@ -20,6 +20,8 @@ Kernels kernels_for(const Gemm& gemm, int32_t instructions) {
     if (instructions >= FPC_AVX512_VNNI) return kernels_avx512(gemm);
     if (instructions >= FPC_AVX2 && gemm.weights.code_bits == 4)
         return kernels_avx2(gemm, instructions > FPC_AVX2 ? vnni256() : Vnni256::kNone);
+#elif defined(__aarch64__)
+    if (instructions == FPC_NEON_DOT) return kernels_neon(gemm);
 #endif
     (void)instructions;
     return kernels_portable(gemm);

@@ -58,6 +58,7 @@ Kernels kernels_avx512(const Gemm& gemm);
 Kernels kernels_avx512_int8(const Gemm& gemm);
 Kernels kernels_avx512_bf16(const Gemm& gemm);
 Kernels kernels_avx512_f32(const Gemm& gemm);
+Kernels kernels_neon(const Gemm& gemm);
 Kernels kernels_portable(const Gemm& gemm);
 
 #endif

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define FPC_ABI 4
+#define FPC_ABI 5
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus
@@ -33,7 +33,9 @@ enum FpcInstructions {
     FPC_AVX2_VNNI = 2,    // and VNNI of 256 bits: AVX-VNNI, or AVX-512 VL and VNNI
     FPC_AVX512 = 3,       // F, BW, DQ, VL; FPC_AVX2_VNNI may be missing
     FPC_AVX512_VNNI = 4,  // and VBMI, VNNI
-    FPC_AVX512_BF16 = 5   // and BF16
+    FPC_AVX512_BF16 = 5,  // and BF16
+    // Of ARM, where none of those above exist.
+    FPC_NEON_DOT = 6      // ARMv8.2 with dot products of integers (FEAT_DotProd)
 };
 enum FpcStatus { FPC_OK = 0, FPC_NOT_FINITE = 1, FPC_NO_MEMORY = 2 };
 

@@ -4,6 +4,11 @@
 
 #include "native.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #if defined(__x86_64__)
 namespace {
 
@@ -32,6 +37,20 @@ Vnni256 vnni256() {
         return Vnni256::kEvex;
     return Vnni256::kNone;
 }
+#elif defined(__aarch64__)
+namespace {
+
+bool has_neon_dot() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+    return true;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
 #endif
 
 extern "C" int32_t fpc_abi(void) { return FPC_ABI; }
@@ -48,12 +67,14 @@ extern "C" int32_t fpc_has_instructions(int32_t instructions) {
             return has_avx2() && has_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
         default: break;
     }
+#elif defined(__aarch64__)
+    if (instructions == FPC_NEON_DOT) return has_neon_dot();
 #endif
     return instructions == FPC_BASELINE;
 }
 
 extern "C" int32_t fpc_instructions(void) {
-    for (int32_t i = FPC_AVX512_BF16; i > FPC_BASELINE; i--)
+    for (int32_t i = FPC_NEON_DOT; i > FPC_BASELINE; i--)
         if (fpc_has_instructions(i)) return i;
     return FPC_BASELINE;
 }

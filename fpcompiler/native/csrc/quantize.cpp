@@ -86,5 +86,6 @@ extern "C" int32_t fpc_quantize(const FpcOperand* operand, const void* x, int32_
     if (instructions >= FPC_AVX512) return quantize<avx512::Row>(job);
     if (instructions >= FPC_AVX2) return quantize<avx2::Row>(job);
 #endif
+    (void)instructions;
     return quantize<baseline::Row>(job);
 }

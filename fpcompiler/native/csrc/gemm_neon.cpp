@@ -1,0 +1,39 @@
+// Kernels for ARM processors with dot products of integers (FEAT_DotProd, an option from ARMv8.2 on).
+//
+// They were run under emulation only: sizes of tiles and of chunks follow from the number of
+// registers and from the size of usual caches, not from measured times.
+
+#include "gemm.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#include <string.h>
+
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+
+#define FPC_INLINE static inline __attribute__((always_inline))
+#define FPC_INLINE_MEMBER inline __attribute__((always_inline))
+#define FPC_UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+typedef int32x4_t I;
+typedef float32x4_t F;
+
+#include "tiles.h"
+
+#include "neon_common.h"
+
+#include "neon_int8.h"
+
+}  // namespace
+
+Kernels kernels_neon(const Gemm& gemm) {
+    // Products of fp32 are left to the compiler.
+    if (gemm.weights.arithmetic != FPC_INT8) return kernels_portable(gemm);
+    return int8_kernels(gemm);
+}
+
+#pragma GCC pop_options
+#endif
