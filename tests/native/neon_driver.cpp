@@ -71,6 +71,21 @@ class Files {
 
 int64_t size_of(int64_t type) { return type == FPC_INPUT_F32 ? 4 : 2; }
 
+// Prepare what each head computes of the values, and write it.
+void produce(Files& files, const Shape& shape, const FpcWeights& weights,
+             const FpcActivations& activations, const uint8_t* x) {
+    const int64_t bytes = fpc_prepared_bytes(&weights, shape.m);
+    for (int32_t head = FPC_RMS_NORM; head <= FPC_RELU; head++) {
+        const FpcProducer producer{head, FPC_NO_TAIL, 1e-5f, 0, 0, nullptr, nullptr};
+        Guarded prepared(bytes, 64);
+        if (fpc_prepare_produced(&weights, &activations, &producer, nullptr, nullptr, x,
+                                 (int32_t)shape.input, shape.m, weights.k, prepared.data,
+                                 (int32_t)shape.threads, fpc_instructions()))
+            fail("fpc_prepare_produced");
+        files.write(prepared.data, bytes);
+    }
+}
+
 // Repack weights, prepare activations, multiply; write what was prepared and the result.
 void multiply(Files& files, const Shape& shape, FpcWeights weights,
               const FpcActivations& activations) {
@@ -102,6 +117,15 @@ void multiply(Files& files, const Shape& shape, FpcWeights weights,
         fail("fpc_multiply");
     files.write(prepared.data, prepared_bytes);
     files.write(y.data, y_bytes);
+    produce(files, shape, weights, activations, x.data);
+}
+
+// Write how many operations the loops do that measure the machine.
+void peaks(Files& files) {
+    for (int32_t arithmetic = FPC_INT8; arithmetic <= FPC_FLOAT32; arithmetic++) {
+        const int64_t operations = fpc_peak(arithmetic, 1, 1);
+        files.write(&operations, sizeof operations);
+    }
 }
 
 // exp, erf and tanh of the values at the beginning of the file.
@@ -123,6 +147,7 @@ int main(int count, char** arguments) {
     Files files(arguments[1], arguments[2]);
     const int32_t instructions = fpc_instructions();
     files.write(&instructions, sizeof instructions);
+    peaks(files);
     evaluate(files);
     Shape shape;
     FpcWeights weights;

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fpcompiler.native import INSTRUCTION_SETS, library
-from fpcompiler.native.linear import Arithmetic
+from fpcompiler.native.linear import Arithmetic, Producer
 from fpcompiler.numerics import quantize_packed
 from fpcompiler.numerics.compiled import INPUTS
 from fpcompiler.operand import Operand
@@ -39,6 +39,7 @@ pytestmark = [
 NEON = INSTRUCTION_SETS.index("NEON dot product")
 # What the library here runs the same layers with; ARM has no arithmetic in bf16.
 HERE = min(NATIVE.instructions, INSTRUCTION_SETS.index("AVX-512 VNNI")) if NATIVE else 0
+HEADS = 7  # FpcHead
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLAGS = """
 import json, setuptools
@@ -89,7 +90,7 @@ class Call:
     layer: Layer
     native: NativeLinear
     message: bytes = field(repr=False)
-    prepared: bytes = field(repr=False)
+    prepared: list[bytes] = field(repr=False)
     result: Tensor = field(repr=False)
     expected: Tensor = field(repr=False)
     bound: Tensor = field(repr=False)
@@ -134,13 +135,7 @@ def call_of(layer: Layer) -> Call:
     w = w * 2.0**layer.power
     bias = torch.linspace(-1, 1, layer.n) if layer.bias else None
     native, result, expected, bound = both(w, x, weight, inputs, HERE, bias)
-    prepared = Guarded(native.prepared_bytes(layer.m), True, 64)
-    ctypes.memset(prepared.address, 0, native.prepared_bytes(layer.m))
-    status = native._prepare(
-        native._weights, native._activations, x.data_ptr(), INPUTS[x.dtype], layer.m, layer.k,
-        prepared.address, 1, HERE,
-    )  # fmt: skip
-    assert status == 0
+    prepared = [prepare(native, x, head) for head in (None, *range(HEADS))]
     packed, scales = quantize_packed(w, weight)
     parts = [packed, scales[-1] if weight.block else torch.empty(0), native._scale]
     parts += [torch.zeros_like(native._scale) if native._bias is None else native._bias, x]
@@ -152,7 +147,21 @@ def call_of(layer: Layer) -> Call:
     )  # fmt: skip
     structures = [bytes(structure) for structure in native.structures]
     message = b"".join([shape, *structures, *map(raw, parts)])
-    return Call(layer, native, message, prepared.read(), result, expected, bound)
+    return Call(layer, native, message, prepared, result, expected, bound)
+
+
+def prepare(native: NativeLinear, x: Tensor, head: int | None) -> bytes:
+    """Return activations as the library here prepares them, or what a head computes of them."""
+    rows, k = x.shape
+    memory = Guarded(native.prepared_bytes(rows), True, 64)
+    ctypes.memset(memory.address, 0, native.prepared_bytes(rows))
+    producer = None if head is None else ctypes.byref(Producer(head=head, eps=1e-5))
+    status = native._prepare_produced(
+        native._weights, native._activations, producer, None, None, x.data_ptr(),
+        INPUTS[x.dtype], rows, k, memory.address, 1, HERE,
+    )  # fmt: skip
+    assert status == 0
+    return memory.read()
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -210,7 +219,9 @@ def emulate(driver: Path, processor: str, calls: list[Call]) -> Results:
     return Results(results.read_bytes())
 
 
-def check_functions(results: Results) -> None:
+def check_beginning(results: Results, level: int, operations: tuple[int, int, int]) -> None:
+    """Check the instruction set, the loops that measure the machine, and functions."""
+    assert results.take(28) == struct.pack("=i3q", level, *operations)
     x = numpy.ascontiguousarray(sweep()[::97])
     for function in range(3):
         assert results.take(x.nbytes) == evaluate(function, x, 0).tobytes()
@@ -218,7 +229,8 @@ def check_functions(results: Results) -> None:
 
 def check(call: Call, results: Results, fused: bool) -> None:
     """Compare prepared activations bit for bit, and products as exactly as they are defined."""
-    assert results.take(len(call.prepared)) == call.prepared
+    plain, *produced = call.prepared
+    assert results.take(len(plain)) == plain
     buffer = bytearray(results.take(call.result.nbytes))
     result = torch.frombuffer(buffer, dtype=call.layer.dtype).view_as(call.result)
     if call.exact:
@@ -226,12 +238,13 @@ def check(call: Call, results: Results, fused: bool) -> None:
     if fused:
         assert torch.equal(result, call.result)
     assert bool(((result.double() - call.expected.double()).abs() <= call.bound).all())
+    for prepared in produced:
+        assert results.take(len(prepared)) == prepared
 
 
 def test_kernels_for_neon_give_the_bits_of_the_others(driver: Path, calls: list[Call]) -> None:
     results = emulate(driver, "max", calls)
-    assert results.take(4) == struct.pack("=i", NEON)
-    check_functions(results)
+    check_beginning(results, NEON, (12 * 32, 12 * 8, 12 * 8))
     for call in calls:
         check(call, results, call.fused)
     assert results.ended()
@@ -242,8 +255,7 @@ def test_a_processor_without_dot_products_runs_the_portable_kernels(
 ) -> None:
     few = [call for call in calls if call.layer.m in {1, 4} and call.layer.k < 1000]
     results = emulate(driver, "cortex-a72", few)
-    assert results.take(4) == struct.pack("=i", 0)
-    check_functions(results)
+    check_beginning(results, 0, (12 * 8, 12 * 8, 12 * 8))
     for call in few:
         check(call, results, fused=False)
     assert results.ended()

@@ -95,7 +95,6 @@ void multiply_plain(int64_t iterations) {
 typedef float Floats4 __attribute__((vector_size(16)));
 typedef int32_t Ints4 __attribute__((vector_size(16)));
 
-#if defined(__x86_64__)
 // A loop over kChains sums in registers. Assembly: gcc copies the sums of the intrinsics around.
 #define FPC_CHAINS(INSTRUCTIONS, VECTOR, FACTOR)                                              \
     VECTOR x = FACTOR, a = x, b = x, c = x, d = x, e = x, f = x, g = x, h = x, i = x, j = x,  \
@@ -106,6 +105,7 @@ typedef int32_t Ints4 __attribute__((vector_size(16)));
         INSTRUCTIONS(i) INSTRUCTIONS(j) INSTRUCTIONS(k) INSTRUCTIONS(l)                       \
     }
 
+#if defined(__x86_64__)
 #define FPC_DPBUSD(s) asm volatile("vpdpbusd %1, %1, %0" : "+v"(s) : "v"(x));
 #define FPC_DPBF16(s) asm volatile("vdpbf16ps %1, %1, %0" : "+v"(s) : "v"(x));
 #define FPC_FMA(s) asm volatile("vfmadd231ps %1, %1, %0" : "+v"(s) : "v"(x));
@@ -147,6 +147,15 @@ __attribute__((target("avx2"))) void int8_vex(int64_t iterations) {
 __attribute__((target("avx2"))) void int8_avx2(int64_t iterations) {
     FPC_CHAINS(FPC_MADD, __m256i, _mm256_set1_epi32(0x01010101))
 }
+#elif defined(__aarch64__)
+#define FPC_SDOT(s) asm volatile("sdot %0.4s, %1.16b, %1.16b" : "+w"(s) : "w"(x));
+#define FPC_FMLA(s) asm volatile("fmla %0.4s, %1.4s, %1.4s" : "+w"(s) : "w"(x));
+
+__attribute__((target("arch=armv8.2-a+dotprod"))) void int8_neon(int64_t iterations) {
+    FPC_CHAINS(FPC_SDOT, Ints4, Ints4{} + 0x01010101)
+}
+
+void fp32_neon(int64_t iterations) { FPC_CHAINS(FPC_FMLA, Floats4, Floats4{} + 1) }
 #endif
 
 // A loop and what one round of one of its chains computes, a product and a sum being two.
@@ -177,6 +186,13 @@ Peak bf16_peak() {
         return {bf16_avx512, 64};
     return fp32_peak();
 }
+#elif defined(__aarch64__)
+Peak int8_peak() {
+    if (fpc_has_instructions(FPC_NEON_DOT)) return {int8_neon, 32};
+    return {multiply_plain<Ints4>, 8};
+}
+Peak fp32_peak() { return {fp32_neon, 8}; }
+Peak bf16_peak() { return fp32_peak(); }
 #else
 Peak int8_peak() { return {multiply_plain<Ints4>, 8}; }
 Peak fp32_peak() { return {multiply_plain<Floats4>, 8}; }

@@ -27,12 +27,15 @@ typedef float32x4_t F;
 
 #include "neon_int8.h"
 
+#include "neon_f32.h"
+
 }  // namespace
 
 Kernels kernels_neon(const Gemm& gemm) {
-    // Products of fp32 are left to the compiler.
-    if (gemm.weights.arithmetic != FPC_INT8) return kernels_portable(gemm);
-    return int8_kernels(gemm);
+    const FpcWeights& weights = gemm.weights;
+    if (weights.arithmetic == FPC_INT8) return int8_kernels(weights);
+    // Values of wider codes would take tables of more than two registers.
+    return weights.code_bits == 4 ? f32_kernels() : kernels_portable(gemm);
 }
 
 #pragma GCC pop_options

@@ -36,20 +36,10 @@ struct FromBytes {
     }
 };
 
-template <int kM>
-struct Activations {
-    const int8_t* row[kM];
-
-    FPC_INLINE_MEMBER Activations(const Gemm& gemm, int64_t m) {
-        FPC_UNROLL for (int i = 0; i < kM; i++)
-            row[i] = (const int8_t*)gemm.activations.a + (m + i) * gemm.activations.stride;
-    }
-};
-
 // Eight inputs of a tile. Two vectors of weights are decoded, then multiplied with one row after the
 // other: with six rows that have totals too, no register is left for more.
 template <int kM, int kV, class Source>
-FPC_INLINE void add_octet(const Source& source, const uint8_t* at, const Activations<kM>& a,
+FPC_INLINE void add_octet(const Source& source, const uint8_t* at, const Rows<int8_t, kM>& a,
                           int64_t input, I (&sum)[kM][kV]) {
     int8x8_t inputs = vld1_s8(a.row[0] + input);
     FPC_UNROLL for (int v = 0; v < kV; v += 2) {
@@ -61,12 +51,12 @@ FPC_INLINE void add_octet(const Source& source, const uint8_t* at, const Activat
             sum[i][v] = vdotq_lane_s32(sum[i][v], one.high, inputs, 1);
             sum[i][v + 1] = vdotq_lane_s32(sum[i][v + 1], two.high, inputs, 1);
         }
-        if (kV == 16) asm volatile("" ::: "memory");
+        keep_order<kV == 16>();
     }
 }
 
 template <int kM, int kV, class Source>
-FPC_INLINE void add_octets(const Source& source, const uint8_t* at, const Activations<kM>& a,
+FPC_INLINE void add_octets(const Source& source, const uint8_t* at, const Rows<int8_t, kM>& a,
                            int64_t input, int64_t octets, I (&sum)[kM][kV]) {
     const int64_t end = input + 8 * octets;
     do {
@@ -77,9 +67,10 @@ FPC_INLINE void add_octets(const Source& source, const uint8_t* at, const Activa
 
 // Add a chunk to the sums of rows from `m` on, for kV vectors from output `n` of the block on.
 template <int kM, int kV, class Source>
-void row_tile(const Gemm& gemm, const Source source, const Chunk& chunk, int64_t m, int64_t n,
-              int32_t* sums) {
-    const Activations<kM> a(gemm, m);
+void row_tile(const Tiles& at, const Source source, int64_t m, int64_t n) {
+    const Chunk& chunk = at.chunk;
+    const Rows<int8_t, kM> a(at.gemm, m);
+    int32_t* sums = at.sums_of(m, n);
     I sum[kM][kV];
     FPC_UNROLL for (int i = 0; i < kM; i++)
         FPC_UNROLL for (int v = 0; v < kV; v++) sum[i][v] = vld1q_s32(sums + kBlock * i + 4 * v);
@@ -88,50 +79,44 @@ void row_tile(const Gemm& gemm, const Source source, const Chunk& chunk, int64_t
         FPC_UNROLL for (int v = 0; v < kV; v++) vst1q_s32(sums + kBlock * i + 4 * v, sum[i][v]);
 }
 
-// The same with scales of groups: `sums` are the bits of fp32, and kS vectors are summed at a time.
-template <int kM, int kV, int kS, bool kScaled, class Source>
-void group_tile(const Gemm& gemm, const Source source, const Chunk& chunk, int64_t m, int64_t n,
-                int32_t* sums) {
-    const Activations<kM> a(gemm, m);
-    const Prepared& prepared = gemm.activations;
+// The same with scales of groups: sums are the bits of fp32. Scales are multiplied and products added
+// as the kernels for AVX2 and AVX-512 do it.
+template <int kM, int kV, bool kScaled, class Source>
+void group_tile(const Tiles& at, const Source source, int64_t m, int64_t n) {
+    const Chunk& chunk = at.chunk;
+    const Prepared& prepared = at.gemm.activations;
+    const Rows<int8_t, kM> a(at.gemm, m);
     const float* group_scale = prepared.group_scale + chunk.group * prepared.m + m;
+    const float* scales = at.scales + n;
     const uint8_t* codes = chunk.codes + 4 * n;
-    const uint8_t* scales = chunk.scales;
+    int32_t* sums = at.sums_of(m, n);
+    const int64_t next_codes = at.gemm.layout.group_bytes, next_scale = prepared.m;
+    const int64_t inputs = 8 * chunk.octets;
     int64_t input = chunk.input;
-    F total[kM][kV];
-    FPC_UNROLL for (int i = 0; i < kM; i++)
-        FPC_UNROLL for (int v = 0; v < kV; v++)
-            total[i][v] = vreinterpretq_f32_s32(vld1q_s32(sums + kBlock * i + 4 * v));
-    for (int64_t g = 0; g < chunk.groups; g++) {
-        FPC_UNROLL for (int v = 0; v < kV; v += kS) {
-            I sum[kM][kS] = {};
-            add_octets<kM, kS>(source, codes + 16 * v, a, input, chunk.octets, sum);
-            const Scales<kS> scale(scales, chunk.scale_format, n + 4 * v);
-            FPC_UNROLL for (int i = 0; i < kM; i++)
-                FPC_UNROLL for (int s = 0; s < kS; s++) {
-                    const F both = kScaled ? vmulq_n_f32(scale.of[s], group_scale[i]) : scale.of[s];
-                    total[i][v + s] = vfmaq_f32(total[i][v + s], vcvtq_f32_s32(sum[i][s]), both);
-                }
+    for (int64_t g = chunk.groups; g > 0; g--) {
+        I sum[kM][kV] = {};
+        add_octets<kM, kV>(source, codes, a, input, chunk.octets, sum);
+        constexpr int kAtOnce = kV < 4 ? kV : 4;
+        FPC_UNROLL for (int v = 0; v < kV; v += kAtOnce) FPC_UNROLL for (int i = 0; i < kM; i++) {
+            F real[kAtOnce], scale[kAtOnce];
+            FPC_UNROLL for (int j = 0; j < kAtOnce; j++) {
+                real[j] = vcvtq_f32_s32(sum[i][v + j]);
+                scale[j] = vld1q_f32(scales + 4 * (v + j));
+                if (kScaled) scale[j] = vmulq_n_f32(scale[j], group_scale[i]);
+            }
+            add_scaled<kAtOnce>(sums + kBlock * i + 4 * v, real, scale);
         }
-        codes += gemm.layout.group_bytes, scales += chunk.scale_stride;
-        input += 8 * chunk.octets, group_scale += prepared.m;
+        codes += next_codes, scales += kBlock, input += inputs, group_scale += next_scale;
     }
-    FPC_UNROLL for (int i = 0; i < kM; i++)
-        FPC_UNROLL for (int v = 0; v < kV; v++)
-            vst1q_s32(sums + kBlock * i + 4 * v, vreinterpretq_s32_f32(total[i][v]));
 }
 
 enum Scaling { kRowsOnly, kWeights, kProducts };  // of sums: see Scaling in gemm_avx512_int8.cpp
 
-// Tiles of a chunk: all outputs of a task for some rows, then all for the next ones.
-template <Scaling kScaling, class Source>
-struct Int8Tiles {
-    const Gemm& gemm;
+template <Scaling kScaling, class From>
+struct Int8Tiles : Tiles {
+    static constexpr bool kIntegers = kScaling == kRowsOnly;
+    typedef From Source;
     const Source& source;
-    const Chunk& chunk;
-    const int64_t begin;     // row
-    int32_t* const sums;     // of that row
-    const int64_t from, to;  // outputs of the block
 
     template <int kM>
     void run(int64_t m) const {
@@ -144,52 +129,21 @@ struct Int8Tiles {
 
     template <int kM, int kV>
     void tile(int64_t m, int64_t n) const {
-        int32_t* own = sums + (m - begin) * kBlock + n;
-        if constexpr (kScaling == kRowsOnly)
-            row_tile<kM, kV>(gemm, source, chunk, m, n, own);
+        if constexpr (kIntegers)
+            row_tile<kM, kV>(*this, source, m, n);
         else
-            group_tile<kM, kV, (kV < 4 ? kV : 4), kScaling == kProducts>(gemm, source, chunk, m, n,
-                                                                         own);
+            group_tile<kM, kV, kScaling == kProducts>(*this, source, m, n);
     }
 };
 
-template <Scaling kScaling>
-void finish_rows(const Gemm& gemm, const Task& task, int64_t begin, int64_t end,
-                 const int32_t* sums) {
-    const float unit = gemm.weights.unit * scale_unit(gemm.weights);
-    for (int64_t m = begin; m < end; m++, sums += kBlock)
-        for (int64_t n = 16 * task.first; n < 16 * (task.first + task.count); n += 4) {
-            const I sum = vld1q_s32(sums + n);
-            const F value = kScaling == kRowsOnly ? vcvtq_f32_s32(sum) : vreinterpretq_f32_s32(sum);
-            finish(gemm, m, task.block * kBlock + n, vmulq_n_f32(value, unit));
-        }
-}
-
-template <Scaling kScaling, class Source>
-void int8_task(const Gemm& gemm, const Task& task, uint8_t*) {
-    const Source source(gemm.weights);
-    for (int64_t begin = task.begin; begin < task.end; begin += kMostRows) {
-        const int64_t end = begin + kMostRows < task.end ? begin + kMostRows : task.end;
-        alignas(64) int32_t sums[kMostRows * kBlock];
-        memset(sums, 0, (end - begin) * kBlock * sizeof *sums);
-        for_chunks(gemm, task.block, [&](const Chunk& chunk) {
-            for_tiles<kRows>(begin, end, Int8Tiles<kScaling, Source>{
-                                 gemm, source, chunk, begin, sums, 16 * task.first,
-                                 16 * (task.first + task.count)});
-        });
-        finish_rows<kScaling>(gemm, task, begin, end, sums);
-    }
-}
-
 template <class Source>
-RunTask int8_task_of(const FpcWeights& weights) {
-    if (!weights.group) return int8_task<kRowsOnly, Source>;
-    return weights.scaled_inputs == FPC_NO_SCALES ? int8_task<kWeights, Source>
-                                                  : int8_task<kProducts, Source>;
+RunTask int8_task(const FpcWeights& weights) {
+    if (!weights.group) return run_task<Int8Tiles<kRowsOnly, Source>>;
+    return weights.scaled_inputs == FPC_NO_SCALES ? run_task<Int8Tiles<kWeights, Source>>
+                                                  : run_task<Int8Tiles<kProducts, Source>>;
 }
 
-Kernels int8_kernels(const Gemm& gemm) {
-    const bool nibbles = gemm.weights.code_bits == 4;
-    return {nibbles ? int8_task_of<FromNibbles>(gemm.weights) : int8_task_of<FromBytes>(gemm.weights),
+Kernels int8_kernels(const FpcWeights& weights) {
+    return {weights.code_bits == 4 ? int8_task<FromNibbles>(weights) : int8_task<FromBytes>(weights),
             0};
 }
