@@ -163,10 +163,10 @@ _ROWS: Final = (
     ),
     Target(
         "cpu",
-        "x86-64; fastest with AVX-512 VNNI",
+        "x86-64; fastest with AVX-512 VNNI. ARM64 under emulation only",
         Status.EXECUTED,
         (
-            GemmKind("int8", _IN_INT8, _IN_INT8, _ANY, 8, "vpdpbusd", "4x that of fp32"),
+            GemmKind("int8", _IN_INT8, _IN_INT8, _ANY, 8, "vpdpbusd or sdot", "4x that of fp32"),
             GemmKind("bf16", _ALL, (), _ANY, 8, "vdpbf16ps or FMA", _BF16_RATE),
             GemmKind("bf16", _ALL, _ALL, _ANY, 8, "vdpbf16ps or FMA", _BF16_RATE),
         ),
