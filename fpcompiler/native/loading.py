@@ -21,7 +21,7 @@ INSTRUCTION_SETS: Final = (
     "baseline", "AVX2", "AVX2 VNNI", "AVX-512", "AVX-512 VNNI", "AVX-512 BF16",
     "NEON dot product",
 )  # fmt: skip
-"""What kernels are compiled for, in the order of ``FpcInstructions``. That of ARM is the last one."""
+"""What kernels are compiled for, in the order of ``FpcInstructions``; the last one is of ARM."""
 
 EMULATED: Final = frozenset({"NEON dot product"})
 """Those whose kernels were run under emulation only, never on such a processor."""

@@ -1,11 +1,13 @@
 """``fpcompiler doctor``: honest about what is there, and helpful about what is not."""
 
+import ctypes
 import importlib.metadata
 import json
 import platform
 
 import pytest
 
+from fpcompiler import native
 from fpcompiler.cli import doctor
 from fpcompiler.cli.main import main
 from fpcompiler.native import loading
@@ -53,6 +55,17 @@ def test_it_says_what_runs_layers_without_the_native_library(checks, monkeypatch
     assert code == 0, "doctor tells what is missing; it does not fail for it"
     assert rows["native library"]["found"] == "the native library was not built"
     assert "install g++" in rows["native library"]["fix"]
+
+
+@pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
+def test_it_says_which_kernels_ran_under_emulation_only(checks, monkeypatch, name) -> None:
+    level = native.INSTRUCTION_SETS.index(name)
+    monkeypatch.setattr(native, "why_missing", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: native.Library(ctypes.CDLL(None), level))
+    code, rows = checks()
+    assert code == 0
+    emulated = ", run under emulation only so far" if name == "NEON dot product" else ""
+    assert rows["native library"]["found"] == name + emulated
 
 
 @pytest.mark.parametrize("version", ["", "2.10.1", "nightly"])

@@ -37,7 +37,7 @@ struct FromBytes {
 };
 
 // Eight inputs of a tile. Two vectors of weights are decoded, then multiplied with one row after the
-// other: with six rows that have totals too, no register is left for more.
+// other: a tile of five rows and four vectors of sums leaves no registers for more.
 template <int kM, int kV, class Source>
 FPC_INLINE void add_octet(const Source& source, const uint8_t* at, const Rows<int8_t, kM>& a,
                           int64_t input, I (&sum)[kM][kV]) {
@@ -120,10 +120,11 @@ struct Int8Tiles : Tiles {
 
     template <int kM>
     void run(int64_t m) const {
-        // One row: a whole block at a time, so that memory is read in order.
+        // One row: a whole block at a time, so that memory is read in order. Wider tiles of six rows
+        // take more instructions: registers are too few for them.
         if constexpr (kM == 1)
             if (to - from == kBlock) return tile<1, 16>(m, from);
-        constexpr int kV = kM == 1 ? 8 : kM <= 3 ? 4 : 2;
+        constexpr int kV = kM <= 2 ? 8 : kM <= 5 ? 4 : 2;
         for (int64_t n = from; n < to; n += 4 * kV) tile<kM, kV>(m, n);
     }
 
