@@ -133,3 +133,20 @@ def add_note(layer: ir.Operation, text: str) -> None:
 def has_no_uses(op: ir.Operation) -> bool:
     """Return whether nothing reads the results of an operation."""
     return all(next(iter(result.uses), None) is None for result in op.results)
+
+
+def is_read_once(value: ir.Value) -> bool:
+    """Return whether one operand of one operation is all that reads a value."""
+    return len(list(value.uses)) == 1
+
+
+def erase_unused(program: Program, values: Iterable[ir.Value]) -> None:
+    """Erase what computes some values and is read by nothing, and what then is read by nothing."""
+    unused = {value.owner.operation for value in values}
+    for op in reversed(program.operations()):
+        if op not in unused or not has_no_uses(op):
+            continue
+        owners = (value.owner for value in op.operands)
+        unused |= {owner.operation for owner in owners if not isinstance(owner, ir.Block)}
+        unused.remove(op)
+        op.erase()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from torch_mlir import ir
 from fpcompiler.ir.build import constant
 from fpcompiler.ir.fused_quantize import FusedQuantizeOp
 from fpcompiler.ir.program import Program, Stage
-from fpcompiler.passes.base import Pass, PassContext, has_no_uses, rewrite
+from fpcompiler.passes.base import Pass, PassContext, erase_unused, is_read_once, rewrite
 from fpcompiler.passes.producers import Found, find_producer
 
 
@@ -37,7 +37,7 @@ class FuseQuantize(Pass):
         """Rewrite each quantize whose result only layers read."""
         fuser = _Fuser(program, context)
         rewrite(program, ("fpq.quantize",), fuser.quantize)
-        _erase_unused(program, fuser.replaced)
+        erase_unused(program, fuser.replaced)
 
 
 class _Fuser:
@@ -54,7 +54,7 @@ class _Fuser:
         if found is None:
             self.context.count("left: neither a norm nor an activation")
             return None
-        if not all(map(_is_read_once, (*found.inner, op.operands[0]))):
+        if not all(map(is_read_once, (*found.inner, op.operands[0]))):
             self.context.count("left: the value has other uses")
             return None
         self.context.count(f"{found.producer.name} fused")
@@ -80,19 +80,3 @@ def _feeds_layers(op: ir.Operation) -> bool:
     """Whether a quantized value is the input of layers, and nothing else."""
     uses = [(use.owner.name, use.operand_number) for use in op.results[0].uses]
     return bool(uses) and set(uses) == {("fpq.scaled_gemm", 0)}
-
-
-def _is_read_once(value: ir.Value) -> bool:
-    return len(list(value.uses)) == 1
-
-
-def _erase_unused(program: Program, values: Iterable[ir.Value]) -> None:
-    """Erase what computes some values and is read by nothing, and what then is read by nothing."""
-    unused = {value.owner.operation for value in values}
-    for op in reversed(program.operations()):
-        if op not in unused or not has_no_uses(op):
-            continue
-        owners = (value.owner for value in op.operands)
-        unused |= {owner.operation for owner in owners if not isinstance(owner, ir.Block)}
-        unused.remove(op)
-        op.erase()

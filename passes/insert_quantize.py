@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from torch_mlir import ir
 
-from fpcompiler.ir.dialect import LinearOp, QuantizeOp
+from fpcompiler.ir.dialect import QuantizeOp
+from fpcompiler.ir.linear import LinearOp
 from fpcompiler.ir.locations import renamed
 from fpcompiler.ir.program import Program, Stage
 from fpcompiler.ir.torch_ops import operator_name

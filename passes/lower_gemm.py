@@ -10,7 +10,7 @@ from torch_mlir import ir
 
 from fpcompiler import target as targets
 from fpcompiler.errors import TargetError, describe_layer
-from fpcompiler.ir.dialect import ScaledGemmOp
+from fpcompiler.ir.linear import ScaledGemmOp
 from fpcompiler.ir.locations import place_of
 from fpcompiler.ir.program import Program, Stage
 from fpcompiler.ir.torch_ops import text_of

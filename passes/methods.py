@@ -13,6 +13,7 @@ from fpcompiler.passes.attention_option import attention_passes
 from fpcompiler.passes.base import Pass
 from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
+from fpcompiler.passes.fuse_epilogue import FuseEpilogue
 from fpcompiler.passes.fuse_quantize import FuseQuantize
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.group_heads import GroupHeads
@@ -155,6 +156,7 @@ def default_pipeline(
         Canonicalize(),
         GroupHeads(),
         FuseQuantize(),
+        FuseEpilogue(),
         SymbolDce(),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fpcompiler.ir.program import Program
 from fpcompiler.ir.raise_to_fx import raise_to_fx
 from fpcompiler.numerics import metrics
+from fpcompiler.runtime import fused
 
 
 class Probe:
@@ -40,9 +41,9 @@ class Probe:
                 "after": name,
                 "outputs_sqnr_db": [_sqnr(reference, value) for reference, value in pairs],
                 "layers_sqnr_db": {
-                    layer: _sqnr(self._layers[layer], value)
-                    for layer, value in layers.items()
-                    if layer in self._layers and self._layers[layer].shape == value.shape
+                    name: _sqnr(fused.activate(self._layers[name].value, layer.activation), layer.value)
+                    for name, layer in layers.items()
+                    if name in self._layers and self._layers[name].value.shape == layer.value.shape
                 },
             }
         )
@@ -62,23 +63,30 @@ def _sqnr(reference: Tensor, value: Tensor) -> float | None:
     return round(metrics.sqnr_db(reference, value), 3)
 
 
+class _Layer(NamedTuple):
+    """The output of a layer, or what is computed of it in the same operation."""
+
+    value: Tensor
+    activation: str
+
+
 class _Recorder(fx.Interpreter):
     """Executes a graph and keeps the output of each layer (of its last call)."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.layers: dict[str, Tensor] = {}
+        self.layers: dict[str, _Layer] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if "layer" in node.meta and isinstance(result, Tensor):
-            self.layers[node.meta["layer"]] = result
+            self.layers[node.meta["layer"]] = _Layer(result, node.meta.get("activation", ""))
         return result
 
 
 def _execute(
     program: Program, inputs: tuple[Tensor, ...]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+) -> tuple[list[Tensor], dict[str, _Layer]]:
     """Run a program from its initial state, which is left unchanged."""
     module = raise_to_fx(program)
     for name, buffer in list(module.named_buffers()):

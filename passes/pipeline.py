@@ -17,6 +17,7 @@ from fpcompiler.errors import PassError
 from fpcompiler.passes.base import Pass, pass_text
 from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
+from fpcompiler.passes.fuse_epilogue import FuseEpilogue
 from fpcompiler.passes.fuse_quantize import FuseQuantize
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.group_heads import GroupHeads
@@ -52,6 +53,7 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     LowerGemm,
     GroupHeads,
     FuseQuantize,
+    FuseEpilogue,
     Cse,
     Canonicalize,
     SymbolDce,

@@ -1,4 +1,4 @@
-"""What computes a value, if it is a norm or an activation: the patterns of ``fuse-quantize``.
+"""What computes a value, if it is a norm or an activation: the patterns of the fusing passes.
 
 They find the operations as torch.export leaves them, in the very order and types of the formulas
 in :mod:`fpcompiler.runtime.fused`; anything else is no match, however close it may be.
@@ -13,10 +13,11 @@ from typing import Any, Final
 import torch
 from torch_mlir import ir
 
-from fpcompiler.ir.fused_quantize import FLOATS, broadcasts
+from fpcompiler.ir.dialect import FLOATS
+from fpcompiler.ir.fused_quantize import broadcasts
 from fpcompiler.ir.torch_ops import constant_value, operator_name
 from fpcompiler.ir.types import tensor_type
-from fpcompiler.runtime.fused import Producer
+from fpcompiler.runtime.fused import ACTIVATIONS, Producer
 
 _ATEN: Final = "torch.aten."
 _ACTIVATIONS: Final = ("silu", "relu")
@@ -56,6 +57,14 @@ def find_producer(value: ir.Value) -> Found | None:
     """Return what computes a value, or None if it is nothing of what can be fused."""
     found = _head(value) or _modulated(value) or _product(value) or _sum(value)
     return found if found is not None and _fits(found) else None
+
+
+def find_activation(value: ir.Value) -> Found | None:
+    """Return what computes a value if it is an activation of another one, and nothing else."""
+    found = _head(value)
+    if found is None or found.producer.name not in ACTIVATIONS:
+        return None
+    return found if _fits(found) else None
 
 
 def _fits(found: Found) -> bool:

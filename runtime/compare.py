@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from fpcompiler.errors import OptionError, RunError
 from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime import fused
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.operators import QUANTIZERS
+from fpcompiler.runtime.ops import LinearArguments
 from fpcompiler.runtime.tables import CompareRow, CompareTable, PlanTable
 from fpcompiler.tree import Spec, describe, leaf_paths
 
@@ -119,6 +121,8 @@ class _Rows:
 
 def compare(executor: Executor, model: nn.Module, batches: Iterable[Batch]) -> CompareTable:
     """Run both models on every batch and compare what their layers and they give.
+
+    A layer that computes its activation too is compared behind that.
 
     Args:
         executor: The compiled model; it runs from its initial state, with a state of its own.
@@ -268,9 +272,16 @@ def _observer(
     def observe(step: Step, value: Tensor) -> None:
         name = owners.get(step.outs[0])
         if name is not None:
-            layers.add(name, recorded[name].popleft(), value)
+            layers.add(name, _activated(recorded[name].popleft(), step), value)
 
     return observe
+
+
+def _activated(result: object, step: Step) -> object:
+    """Return a layer's result in the model as the step computes it: a layer may have two in one."""
+    if step.op != "fpc.linear" or not isinstance(result, Tensor):
+        return result
+    return fused.activate(result, LinearArguments(*step.args).activation)
 
 
 def _leaves(spec: Spec, value: Any) -> list[Any]:

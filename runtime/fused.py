@@ -1,4 +1,7 @@
-"""What ``fpc::fused_quantize`` computes before it quantizes: norms and activations, step by step.
+"""What fused operations compute beside their own: norms and activations, step by step.
+
+``fpc::fused_quantize`` quantizes what a producer computes. ``fpc::linear`` computes a head alone, of
+its result in the type that it returns: an activation (:func:`activate`).
 
 A producer is a head, and mostly a tail: ``silu_mul`` is the head ``silu`` with the tail ``mul``.
 It is what the model computed in single operations, so each formula says where a result is rounded.
@@ -97,6 +100,9 @@ HEADS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 """The slots that each head may read; it can do without them."""
 
+ACTIVATIONS: Final = tuple(name for name, slots in HEADS.items() if not slots)
+"""The heads that make each value of one alone."""
+
 TAILS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = MappingProxyType(
     {
         "": ((), ()),
@@ -152,6 +158,16 @@ def produce(
     if scale is not None:
         h = h * (1 + scale if found.tail == "modulate" else scale)
     return h if shift is None else h + shift
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Return an activation of values, in their type: that of a linear layer's results.
+
+    Args:
+        x: The values.
+        activation: One of :data:`ACTIVATIONS`, or empty, which gives ``x`` itself.
+    """
+    return _FUNCTIONS[activation](x, None, None, 0.0) if activation else x
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:

@@ -28,7 +28,7 @@ from fpcompiler.numerics.compiled import BLOCK_SCALES, INPUTS, NO_MEMORY, operan
 from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
 from fpcompiler.runtime.aligned import ALIGNMENT, aligned_memory
-from fpcompiler.runtime.native_producers import Produced
+from fpcompiler.runtime.native_producers import Produced, activation_code
 
 BF16_INSTRUCTIONS: Final = INSTRUCTION_SETS.index("AVX-512 BF16")
 """What bf16 arithmetic needs."""
@@ -140,6 +140,7 @@ class NativeLinear:
         dtype: Of the activations.
         layer: For messages.
         instructions: What to use of the processor; by default all that it has.
+        activation: What is computed of the results, one of ``fused.ACTIVATIONS``; empty: nothing.
 
     Raises:
         NumericsError: If there is no native library, or it does not take such weights.
@@ -155,6 +156,7 @@ class NativeLinear:
         dtype: torch.dtype = torch.float32,
         layer: str = "",
         instructions: int | None = None,
+        activation: str = "",
     ) -> None:
         native = library()
         n = w[0].shape[0]
@@ -175,6 +177,7 @@ class NativeLinear:
         self._struct = self._describe(x_operand, w_operand, n, _exponents(w, w_operand))
         self._data = self._repack(w, w_operand)
         self._struct.data = self._data.data_ptr()
+        self._struct.activation = activation_code(activation)
         self._weights = ctypes.byref(self._struct)
         self._activations = ctypes.byref(_activations(x_operand, arithmetic))
         # Looking functions up takes longer than a small layer.
@@ -245,7 +248,7 @@ class NativeLinear:
         return PreparedInput(self.kind, codes.shape[:-1], count, memory, address)
 
     def multiply(self, x: PreparedInput, dtype: torch.dtype) -> Tensor:
-        """Return ``x @ w.T + bias``, ``[..., N]``, in fp32, bf16 or fp16.
+        """Return ``x @ w.T + bias``, ``[..., N]``, or its activation, in fp32, bf16 or fp16.
 
         Raises:
             NumericsError: If the input was prepared for another kind of layer.
@@ -394,7 +397,4 @@ def _activations(operand: Operand | None, arithmetic: Arithmetic) -> Activations
     return result
 
 
-__all__ = [
-    "InputKind", "NativeLinear", "PreparedInput", "arithmetic_for", "integers_of",
-    "takes",
-]  # fmt: skip
+__all__ = ["InputKind", "NativeLinear", "PreparedInput", "arithmetic_for", "integers_of", "takes"]

@@ -207,6 +207,11 @@ def _is_known(name: str, slots: tuple[bool, ...]) -> bool:
     return name in PRODUCERS and not PRODUCERS[name].problem(given)
 
 
+def activation_code(name: str) -> int:
+    """Return the ``FpcHead`` of an activation; -1 for an empty name."""
+    return _HEADS.index(name) if name else -1
+
+
 @lru_cache(maxsize=1024)
 def make_producer(
     name: str, eps: float, types: tuple[int, int], weight: int, bias: int

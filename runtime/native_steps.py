@@ -22,11 +22,9 @@ from fpcompiler.runtime.native import NativeLinear, PreparedInput, takes
 from fpcompiler.runtime.native_producers import describe
 from fpcompiler.runtime.onednn import OneDnnLayer, OneDnnLinear
 from fpcompiler.runtime.operators import QUANTIZERS, resolve
+from fpcompiler.runtime.ops import LinearArguments
 
 Function: TypeAlias = Callable[..., Any]
-
-_X, _W, _BIAS, _X_OPERAND, _W_OPERAND, _K, _DTYPE, _LAYER = range(8)
-"""Positions of the arguments of ``fpc.linear``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,26 +39,18 @@ class NativeLayer:
     linear: NativeLinear
     reference: Function
 
-    def __call__(
-        self,
-        x: Sequence[Any],
-        w: Sequence[Tensor],
-        bias: Tensor | None,
-        x_operand: str,
-        w_operand: str,
-        k: int,
-        dtype: torch.dtype,
-        layer: str,
-    ) -> Tensor:
+    def __call__(self, *args: Any) -> Tensor:
         """Return what the operator returns."""
         if torch.compiler.is_compiling():
-            return self.reference(x, w, bias, x_operand, w_operand, k, dtype, layer)  # type: ignore[no-any-return]
+            return self.reference(*args)  # type: ignore[no-any-return]
+        given = LinearArguments(*args)
+        x, dtype = given.x, given.dtype
         if isinstance(x[0], PreparedInput):
             return self.linear.multiply(x[0], dtype)
-        if x_operand:
+        if given.x_operand:
             return self.linear.multiply(self.linear.prepare_codes(*x), dtype)
         if x[0].dtype != dtype:
-            return self.reference(x, w, bias, x_operand, w_operand, k, dtype, layer)  # type: ignore[no-any-return]
+            return self.reference(*args)  # type: ignore[no-any-return]
         return self.linear(x[0], dtype)
 
 
@@ -104,6 +94,7 @@ class _Layer(NamedTuple):
     k: int
     dtype: torch.dtype
     name: str
+    activation: str
 
 
 def bind_layer(step: Step, constants: Mapping[str, Tensor]) -> NativeLayer | OneDnnLayer | None:
@@ -115,7 +106,8 @@ def bind_layer(step: Step, constants: Mapping[str, Tensor]) -> NativeLayer | One
         return _bind_onednn(layer, resolve(step.op))
     if not takes(layer.w_operand, layer.w[0].shape[0], layer.k):
         return None
-    return NativeLayer(NativeLinear(*layer), resolve(step.op))
+    linear = NativeLinear(*layer[:-1], activation=layer.activation)
+    return NativeLayer(linear, resolve(step.op))
 
 
 def refusal(step: Step, constants: Mapping[str, Tensor]) -> str | None:
@@ -130,21 +122,31 @@ def refusal(step: Step, constants: Mapping[str, Tensor]) -> str | None:
 
 def _read(step: Step, constants: Mapping[str, Tensor]) -> _Layer | str:
     """Return a layer's arguments, or why nothing can be prepared from them."""
-    if step.kwargs:
-        return "its arguments are named"
-    args = step.args
-    w = [constants[item["v"]] for item in args[_W] if item["v"] in constants]
-    bias = None if args[_BIAS] is None else constants.get(args[_BIAS]["v"])
-    dtype = getattr(torch, args[_DTYPE]["dtype"])
-    if len(w) < len(args[_W]) or (args[_BIAS] is not None and bias is None):
+    given = _arguments(step)
+    if given is None:
+        return "its arguments are named, or not as many as it has"
+    w = [constants[item["v"]] for item in given.w if item["v"] in constants]
+    bias = None if given.bias is None else constants.get(given.bias["v"])
+    dtype = getattr(torch, given.dtype["dtype"])
+    if len(w) < len(given.w) or (given.bias is not None and bias is None):
         return "its weights or its bias are computed at each call"
     if any(part.device.type != "cpu" for part in w):
         return f"it runs on {w[0].device}"
     if dtype not in INPUTS:
         return f"its results are {dtype}"
-    x_operand = Operand.parse(args[_X_OPERAND]) if args[_X_OPERAND] else None
-    w_operand = Operand.parse(args[_W_OPERAND])
-    return _Layer(w, bias, x_operand, w_operand, args[_K], dtype, args[_LAYER])
+    if given.activation and given.activation not in fused.ACTIVATIONS:
+        return f"there is no activation {given.activation!r}"
+    x_operand = Operand.parse(given.x_operand) if given.x_operand else None
+    w_operand = Operand.parse(given.w_operand)
+    return _Layer(w, bias, x_operand, w_operand, given.k, dtype, given.layer, given.activation)
+
+
+def _arguments(step: Step) -> LinearArguments | None:
+    """Return the arguments of a layer as they stand in the plan; None if they are not in order."""
+    most, optional = len(LinearArguments._fields), len(LinearArguments._field_defaults)
+    if step.kwargs or not most - optional <= len(step.args) <= most:
+        return None
+    return LinearArguments(*step.args)
 
 
 def _bind_onednn(layer: _Layer, operator: Function) -> OneDnnLayer | None:
@@ -194,5 +196,5 @@ def _native_reader(step: Step, function: Function, quantizer: Step) -> NativeLay
         return None
     outs = [{"v": name} for name in quantizer.outs]
     operand = quantizer.args[-2]
-    fits = list(step.args[_X]) == outs and step.args[_X_OPERAND] == operand
-    return function if fits else None
+    given = LinearArguments(*step.args)
+    return function if list(given.x) == outs and given.x_operand == operand else None

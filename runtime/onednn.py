@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fpcompiler.operand import Operand
-from fpcompiler.runtime import reference
+from fpcompiler.runtime import fused, reference
 from fpcompiler.runtime.native import integers_of
+from fpcompiler.runtime.ops import LinearArguments
 
 _LOG: Final = logging.getLogger("fpcompiler.runtime")
 _EXACT: Final = 1 << 24
@@ -189,21 +190,12 @@ class OneDnnLayer:
     linear: OneDnnLinear
     reference: Callable[..., Any]
 
-    def __call__(
-        self,
-        x: Sequence[Tensor],
-        w: Sequence[Tensor],
-        bias: Tensor | None,
-        x_operand: str,
-        w_operand: str,
-        k: int,
-        dtype: torch.dtype,
-        layer: str,
-    ) -> Tensor:
+    def __call__(self, *args: Any) -> Tensor:
         """Return what the operator returns."""
         if torch.compiler.is_compiling():
-            return self.reference(x, w, bias, x_operand, w_operand, k, dtype, layer)  # type: ignore[no-any-return]
-        return self.linear(*x, dtype=dtype)
+            return self.reference(*args)  # type: ignore[no-any-return]
+        given = LinearArguments(*args)
+        return fused.activate(self.linear(*given.x, dtype=given.dtype), given.activation)
 
 
 __all__ = ["OneDnnLayer", "OneDnnLinear", "fits", "product_problem", "usable"]

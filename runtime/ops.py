@@ -8,7 +8,7 @@ to its arguments, and none returns a view of them. Operands travel as text (see
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,9 +44,24 @@ DEQUANTIZE: Final = "(Tensor[] value, str operand, ScalarType dtype) -> Tensor"
 
 LINEAR: Final = (
     "(Tensor[] x, Tensor[] w, Tensor? bias, str x_operand, str w_operand, int k, "
-    "ScalarType dtype, str layer) -> Tensor"
+    "ScalarType dtype, str layer, str activation='') -> Tensor"
 )
 """See :func:`fpcompiler.runtime.reference.linear`; ``x_operand`` is empty if not quantized."""
+
+
+class LinearArguments(NamedTuple):
+    """The arguments of :data:`LINEAR` as a call or a step of a plan has them."""
+
+    x: Sequence[Any]
+    w: Sequence[Any]
+    bias: Any
+    x_operand: str
+    w_operand: str
+    k: int
+    dtype: Any
+    layer: str
+    activation: str = ""
+
 
 FOLD: Final = (
     "(Tensor codes, Tensor[] scales, Tensor powers, str source, str target, int shift) -> Tensor[]"
@@ -131,44 +146,31 @@ def _fake_dequantize(value: Sequence[Tensor], operand: str, dtype: torch.dtype) 
     return value[0].new_empty(value[0].shape, dtype=dtype)
 
 
-def _linear(
-    x: Sequence[Tensor],
-    w: Sequence[Tensor],
-    bias: Tensor | None,
-    x_operand: str,
-    w_operand: str,
-    k: int,
-    dtype: torch.dtype,
-    layer: str,
-) -> Tensor:
-    activation = Operand.parse(x_operand) if x_operand else None
-    weight = Operand.parse(w_operand)
-    _check_linear(x, w, activation, weight, k, layer)
-    return reference.linear(x, w, bias, activation, weight, k, dtype)
+def _linear(*args: Any) -> Tensor:
+    x, w, bias, x_text, w_text, k, dtype, layer, activation = LinearArguments(*args)
+    x_operand, w_operand = Operand.parse(x_text) if x_text else None, Operand.parse(w_text)
+    _check_linear(x, w, x_operand, w_operand, k, layer)
+    if activation and activation not in fused.ACTIVATIONS:
+        raise NumericsError(f"{describe_layer(layer)}: there is no activation {activation!r}.")
+    return reference.linear(x, w, bias, x_operand, w_operand, k, dtype, activation)
 
 
-def _fake_linear(
-    x: Sequence[Tensor],
-    w: Sequence[Tensor],
-    bias: Tensor | None,
-    x_operand: str,
-    w_operand: str,
-    k: int,
-    dtype: torch.dtype,
-    layer: str,
-) -> Tensor:
-    return x[0].new_empty((*x[0].shape[:-1], w[0].shape[0]), dtype=dtype)
+def _fake_linear(*args: Any) -> Tensor:
+    given = LinearArguments(*args)
+    shape = (*given.x[0].shape[:-1], given.w[0].shape[0])
+    result: Tensor = given.x[0].new_empty(shape, dtype=given.dtype)
+    return result
 
 
 def _check_linear(
     x: Sequence[Tensor],
     w: Sequence[Tensor],
-    activation: Operand | None,
+    x_operand: Operand | None,
     weight: Operand,
     k: int,
     layer: str,
 ) -> None:
-    levels = len(activation.levels) if activation else 0
+    levels = len(x_operand.levels) if x_operand else 0
     if x[0].shape[-1] != k or len(x) != 1 + levels:
         raise NumericsError(
             f"{describe_layer(layer)}: expected activations [..., {k}] with {levels} scales, "

@@ -7,6 +7,9 @@ With ``x = decode(x codes) * x block scale`` and ``w`` likewise, both fp32::
 where the outer scale is the real one over the tensor, token or row. It stays outside of the sum
 because hardware applies it there, in the epilogue; and because the products of codes alone are
 integers times a power of two, whose sum is exact in fp32 whatever the order of the additions.
+``y`` is rounded to the type of the result, and where the layer computes an activation too, it is
+torch's own of that (:func:`fpcompiler.runtime.fused.activate`): the same bits as in two operations.
+
 Every other backend is checked against this one. It takes torch's fp32 product as it is by default:
 ``torch.set_float32_matmul_precision`` must be left at ``highest``.
 """
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from fpcompiler.numerics import dequantize, dequantize_packed
 from fpcompiler.operand import Operand
+from fpcompiler.runtime import fused
 
 CHUNK_VALUES = 1 << 20
 """Weight values that are expanded to fp32 at a time; what stays of a layer is its result."""
@@ -33,8 +37,9 @@ def linear(
     w_operand: Operand,
     k: int,
     dtype: torch.dtype,
+    activation: str = "",
 ) -> Tensor:
-    """Return ``x @ w.T + bias`` of quantized operands.
+    """Return ``x @ w.T + bias`` of quantized operands, or an activation of it.
 
     Args:
         x: ``[values [..., K]]`` of a floating-point dtype, or ``[codes [..., K], *scales]``.
@@ -45,6 +50,7 @@ def linear(
         w_operand: What ``w`` is.
         k: Length of a row.
         dtype: Of the result.
+        activation: One of ``fused.ACTIVATIONS``; empty for none.
 
     Returns:
         ``[..., N]``, contiguous.
@@ -59,7 +65,7 @@ def linear(
                 if scale is not None:
                     part.mul_(scale)
             y[:, rows] = part if bias is None else part.add_(bias[rows])
-    return y.view(*x[0].shape[:-1], w[0].shape[0])
+    return fused.activate(y, activation).view(*x[0].shape[:-1], w[0].shape[0])
 
 
 def elements(operand: Operand) -> Operand:

@@ -14,7 +14,9 @@ from fpcompiler.numerics import packed_bytes
 from fpcompiler.operand import Granularity, Operand, ScaleLevel
 from fpcompiler.plan import Plan, Step, used_values
 
-_LINEAR: Final = ("x", "w", "bias", "x_operand", "w_operand", "k", "dtype", "layer")
+_LINEAR: Final = (
+    "x", "w", "bias", "x_operand", "w_operand", "k", "dtype", "layer", "activation",
+)  # fmt: skip
 _DEQUANTIZE: Final = ("value", "operand", "dtype")
 _QUANTIZE: Final = ("x", "operand", "layer")
 _FUSED_QUANTIZE: Final = (

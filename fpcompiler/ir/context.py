@@ -43,7 +43,8 @@ def new_context() -> ir.Context:
     from torch_mlir.dialects import torch as torch_dialect
     from torch_mlir.passmanager import PassManager
 
-    import fpcompiler.ir.fused_quantize  # noqa: F401  (an operation of the dialect)
+    import fpcompiler.ir.fused_quantize
+    import fpcompiler.ir.linear  # noqa: F401  (operations of the dialect)
     from fpcompiler.ir.dialect import Fpq
 
     _declare_bindings("torch_c", "fpq")

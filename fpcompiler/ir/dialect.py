@@ -10,7 +10,8 @@
 ``fpq.fold``            quantized -> quantized; columns divided by powers of two, exactly
 ``fpq.hadamard``        tensor -> tensor; the Hadamard transform of blocks of the last axis
 ``fpq.linear``          ``x @ w.T + bias``; x is a tensor or quantized, w quantized
-``fpq.scaled_gemm``     an ``fpq.linear`` for which a target and a kernel have been chosen
+``fpq.scaled_gemm``     an ``fpq.linear`` for which a target and a kernel have been chosen, and
+                        which may compute an activation of its result
 ======================  ==========================================================================
 
 Every shape, format and scale is checked by the verifiers after each pass.
@@ -58,6 +59,10 @@ class Quantized(Fpq.Type, name="quantized"):
     scales: ir.StringAttr
 
 
+FLOATS: Final = ("f32", "f16", "bf16")
+"""Element types of what norms and activations read."""
+
+
 class VerifyError(Exception):
     """Raised inside a verifier; its message becomes the diagnostic."""
 
@@ -72,21 +77,24 @@ def check_operation(op: ir.OpView, check: Any) -> bool:
     return True
 
 
-def _tensor(value: ir.Value, what: str) -> TensorType:
+def need_tensor(value: ir.Value, what: str) -> TensorType:
+    """Return the type of a value; anything but a ranked tensor of torch is a :class:`VerifyError`."""
     found = tensor_type(value)
     if found is None:
         raise VerifyError(f"{what} must be a ranked !torch.vtensor, not {value.type}")
     return found
 
 
-def _quantized(value: ir.Value, what: str) -> QuantizedType:
+def need_quantized(value: ir.Value, what: str) -> QuantizedType:
+    """Return the type of a value; anything but a quantized one is a :class:`VerifyError`."""
     found = quantized_type(value)
     if found is None:
         raise VerifyError(f"{what} must be !fpq.quantized, not {value.type}")
     return found
 
 
-def _same_shape(a: Shape, b: Shape, what: str) -> None:
+def need_same_shape(a: Shape, b: Shape, what: str) -> None:
+    """Check that two shapes are equal where both are known; else it is a :class:`VerifyError`."""
     fits = len(a) == len(b) and all(x == y or None in (x, y) for x, y in zip(a, b, strict=True))
     if not fits:
         raise VerifyError(f"{what}: shape {shape_text(a)} is not {shape_text(b)}")
@@ -137,19 +145,19 @@ def check_quantize(op: ir.Operation) -> None:
     Raises:
         VerifyError: If it cannot.
     """
-    source = _tensor(op.operands[0], "input")
-    result = _quantized(op.results[0], "result")
+    source = need_tensor(op.operands[0], "input")
+    result = need_quantized(op.results[0], "result")
     if not source.shape:
         raise VerifyError("input has no axis to quantize along")
     if source.element not in ("f64", "f32", "f16", "bf16"):
         raise VerifyError(f"input must hold floating-point values, not {source.element}")
-    _same_shape(result.shape, source.shape, "result")
+    need_same_shape(result.shape, source.shape, "result")
     scale_shapes(result)
 
 
 def _check_encode(op: ir.Operation) -> None:
     check_quantize(op)
-    result = _quantized(op.results[0], "result")
+    result = need_quantized(op.results[0], "result")
     _check_types(list(op.operands)[1:], _slot_types(result), "scales")
 
 
@@ -193,12 +201,12 @@ def _check_types(values: Any, expected: tuple[str, ...], what: str) -> None:
 
 
 def _check_dequantize(op: ir.Operation) -> None:
-    source = _quantized(op.operands[0], "input")
-    _same_shape(_tensor(op.results[0], "result").shape, source.shape, "result")
+    source = need_quantized(op.operands[0], "input")
+    need_same_shape(need_tensor(op.results[0], "result").shape, source.shape, "result")
 
 
 def _check_assemble(op: ir.Operation) -> None:
-    result = _quantized(op.results[0], "result")
+    result = need_quantized(op.results[0], "result")
     if tensor_type(op.operands[0]) is not None:
         _check_types(op.operands, part_texts(result), "operands")
         return
@@ -206,14 +214,14 @@ def _check_assemble(op: ir.Operation) -> None:
 
 
 def _check_disassemble(op: ir.Operation) -> None:
-    _check_types(op.results, part_texts(_quantized(op.operands[0], "input")), "results")
+    _check_types(op.results, part_texts(need_quantized(op.operands[0], "input")), "results")
 
 
 def _check_fold(op: ir.Operation) -> None:
-    source, result = _quantized(op.operands[0], "input"), _quantized(op.results[0], "result")
-    _same_shape(result.shape, source.shape, "result")
-    powers = _tensor(op.operands[1], "powers")
-    _same_shape(powers.shape, source.shape[-1:], "powers")
+    source, result = need_quantized(op.operands[0], "input"), need_quantized(op.results[0], "result")
+    need_same_shape(result.shape, source.shape, "result")
+    powers = need_tensor(op.operands[1], "powers")
+    need_same_shape(powers.shape, source.shape[-1:], "powers")
     before, after = source.operand, result.operand
     if before.levels != after.levels or not before.levels:
         raise VerifyError(f"the scale levels of {before} and {after} differ, or there are none")
@@ -226,37 +234,11 @@ def _check_fold(op: ir.Operation) -> None:
 
 
 def _check_hadamard(op: ir.Operation) -> None:
-    source, result = _tensor(op.operands[0], "input"), _tensor(op.results[0], "result")
-    _same_shape(result.shape, source.shape, "result")
+    source, result = need_tensor(op.operands[0], "input"), need_tensor(op.results[0], "result")
+    need_same_shape(result.shape, source.shape, "result")
     block = ir.IntegerAttr(op.attributes["block"]).value
     if block not in HADAMARD_BLOCKS or not source.shape or (source.shape[-1] or 1) % block:
         raise VerifyError(f"blocks of {block} do not fit an input {shape_text(source.shape)}")
-
-
-def _check_linear(op: ir.Operation) -> None:
-    weight = _quantized(op.operands[1], "weight")
-    x = quantized_type(op.operands[0]) or _tensor(op.operands[0], "input")
-    result = _tensor(op.results[0], "result")
-    if len(weight.shape) != 2 or None in weight.shape:
-        raise VerifyError(f"weight must be [N, K] with known sizes, not {shape_text(weight.shape)}")
-    if not x.shape or x.shape[-1] != weight.shape[1]:
-        raise VerifyError(
-            f"the contracted axes differ: input {shape_text(x.shape)}, "
-            f"weight {shape_text(weight.shape)}"
-        )
-    _same_shape(result.shape, (*x.shape[:-1], weight.shape[0]), "result")
-    bias = tensor_type(op.operands[2])
-    if bias is not None:
-        _same_shape(bias.shape, (weight.shape[0],), "bias")
-    if isinstance(x, QuantizedType):
-        _check_granularities(x, weight)
-
-
-def _check_granularities(x: QuantizedType, weight: QuantizedType) -> None:
-    for kind, wrong, what in ((x, Granularity.ROW, "input"), (weight, Granularity.TOKEN, "weight")):
-        for level in kind.operand.levels:
-            if level.granularity is wrong:
-                raise VerifyError(f"{what} cannot have a scale per {wrong.value}: {kind.operand}")
 
 
 class QuantizeOp(Fpq.Operation, name="quantize", traits=[Pure]):
@@ -366,35 +348,3 @@ class HadamardOp(Fpq.Operation, name="hadamard", traits=[Pure]):
     def verify_invariants(op: ir.OpView) -> bool:
         """Check that blocks fit the last axis."""
         return check_operation(op, _check_hadamard)
-
-
-class LinearOp(Fpq.Operation, name="linear", traits=[Pure]):
-    """``fpq.linear``: ``x @ w.T + bias``, the name of the layer as an attribute."""
-
-    input: Operand[Any]
-    weight: Operand[Quantized]
-    bias: Operand[Any]
-    layer: ir.StringAttr
-    result: Result[Any]
-
-    @staticmethod
-    def verify_invariants(op: ir.OpView) -> bool:
-        """Check the contracted axis, the result and the bias."""
-        return check_operation(op, _check_linear)
-
-
-class ScaledGemmOp(Fpq.Operation, name="scaled_gemm", traits=[Pure]):
-    """``fpq.scaled_gemm``: a linear layer with the kernel that runs it, and why that one."""
-
-    input: Operand[Any]
-    weight: Operand[Quantized]
-    bias: Operand[Any]
-    layer: ir.StringAttr
-    kernel: ir.StringAttr
-    reason: ir.StringAttr
-    result: Result[Any]
-
-    @staticmethod
-    def verify_invariants(op: ir.OpView) -> bool:
-        """Check the contracted axis, the result and the bias."""
-        return check_operation(op, _check_linear)

@@ -12,6 +12,7 @@ from torch_mlir import ir
 from torch_mlir.dialects.ext import Operand, Pure, Result
 
 from fpcompiler.ir.dialect import (
+    FLOATS,
     Fpq,
     Quantized,
     VerifyError,
@@ -20,9 +21,6 @@ from fpcompiler.ir.dialect import (
 )
 from fpcompiler.ir.types import TensorType, shape_text, tensor_type
 from fpcompiler.runtime.fused import PRODUCERS, SLOTS
-
-FLOATS: Final = ("f32", "f16", "bf16")
-"""Element types of what is read."""
 
 
 class FusedQuantizeOp(Fpq.Operation, name="fused_quantize", traits=[Pure]):

@@ -17,6 +17,7 @@ from torch_mlir import ir
 import fpcompiler.runtime.ops  # noqa: F401  (registers the fpc:: operators)
 from fpcompiler.ir.build import symbol_name
 from fpcompiler.ir.dialect import SCALE_SLOTS, scale_slots
+from fpcompiler.ir.linear import activation_of
 from fpcompiler.ir.locations import place_of
 from fpcompiler.ir.program import Program
 from fpcompiler.ir.torch_ops import constant_value, literal_value, resolve, text_of
@@ -31,7 +32,8 @@ def raise_to_fx(program: Program) -> fx.GraphModule:
     """Return the program as a GraphModule whose placeholders are the program's inputs.
 
     A node that holds the output of a layer has the layer's name as ``meta["layer"]``, one that runs
-    a chosen kernel has it as ``meta["kernel"]``; ``meta["place"]`` is where in the model a node
+    a chosen kernel has it as ``meta["kernel"]``, and as ``meta["activation"]`` what it computes of the
+    layer's output, or an empty text; ``meta["place"]`` is where in the model a node
     comes from, in words, and ``meta["module"]`` the path of the module that ran it.
     ``meta["globals"]`` of the module maps its attributes to the names of globals. Mutable globals
     are updated in place, at the end.
@@ -132,6 +134,7 @@ class Raiser:
             last.meta["layer"] = text_of(attributes["fpq.layer"])
         if "kernel" in attributes:
             last.meta["kernel"] = text_of(attributes["kernel"])
+            last.meta["activation"] = activation_of(op)
 
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
         return self.graph.call_function(function, args, kwargs or {})
@@ -238,8 +241,10 @@ class Raiser:
         packed = self._packed(op.operands[1], weight, w_kind)
         inputs = [x] if x_kind is None else x
         texts = ("" if x_kind is None else str(x_kind.operand), str(w_kind.operand))
-        layer = text_of(op.attributes["layer"])
+        layer, activation = text_of(op.attributes["layer"]), activation_of(op)
         args_out = (inputs, packed, bias, *texts, w_kind.shape[1], result.dtype, layer)
+        # Left out where there is none, so that plans stay as they were before it existed.
+        args_out += (activation,) if activation else ()
         return self._call(torch.ops.fpc.linear.default, args_out)
 
     def _packed(self, value: ir.Value, parts: list[fx.Node], kind: QuantizedType) -> list[fx.Node]:

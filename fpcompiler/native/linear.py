@@ -43,6 +43,7 @@ class Weights(ctypes.Structure):
         ("values", ctypes.c_float * 256),
         ("row_scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("activation", ctypes.c_int32),
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from fpcompiler import ir
 from fpcompiler.errors import IRError
+from fpcompiler.runtime.fused import ACTIVATIONS
 
 F32 = "!torch.vtensor<[2,64],f32>"
 W4 = '!fpq.quantized<tensor<8x64xf4E2M1FN>, "row:f32/block32:f8E8M0FNU">'
@@ -33,6 +34,11 @@ def linear(x: str = A6, w: str = W4, bias: str = NONE, result: str = OUT) -> str
 K64 = "!torch.vtensor<[64],f32>"
 ROWS = '!fpq.quantized<tensor<8x64xf4E2M1FN>, "row:f32">'
 WIDE = '!fpq.quantized<tensor<8x64xf6E3M2FN>, "row:f32">'
+
+
+def gemm(activation: str, result: str = OUT) -> str:
+    attributes = f'layer = "fc", kernel = "reference", reason = "r", activation = {activation}'
+    return program("scaled_gemm", (A6, W4, NONE), result, f"{{{attributes}}}")
 
 
 def fold(before: str = ROWS, after: str = WIDE, powers: str = K64, shift: int = 0) -> str:
@@ -93,6 +99,8 @@ GOOD = {
         OUT,
         '{layer = "fc", kernel = "reference", reason = "because"}',
     ),
+    **{f"scaled-gemm-{name}": gemm(f'"{name}"') for name in ACTIVATIONS},
+    "scaled-gemm-bf16": gemm('"gelu"', "!torch.vtensor<[2,8],bf16>"),
 }
 
 
@@ -244,6 +252,24 @@ BAD = {
             '{layer = "fc", kernel = "reference", reason = "because"}',
         ),
         "'fpq.scaled_gemm' op the contracted axes differ: input [2, 32], weight [8, 64]",
+    ),
+    "gemm-unknown-activation": (
+        gemm('"swish"'),
+        "'fpq.scaled_gemm' op there is no activation \"swish\"; there are silu, gelu, gelu_tanh, "
+        "relu",
+    ),
+    "gemm-activation-that-is-no-text": (
+        gemm("1 : i64"),
+        "'fpq.scaled_gemm' op there is no activation 1 : i64; there are silu, gelu, gelu_tanh, relu",
+    ),
+    "gemm-activation-that-is-a-norm": (
+        gemm('"rms_norm"'),
+        "'fpq.scaled_gemm' op there is no activation \"rms_norm\"; there are silu, gelu, "
+        "gelu_tanh, relu",
+    ),
+    "gemm-activation-of-fp64": (
+        gemm('"gelu"', "!torch.vtensor<[2,8],f64>"),
+        "'fpq.scaled_gemm' op an activation is computed of f32, f16, bf16, not f64",
     ),
 }
 

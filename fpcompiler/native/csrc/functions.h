@@ -43,10 +43,6 @@ static inline F exp_of(F x) {
     return parts.value * power_of_two(half) * power_of_two(parts.power - half);
 }
 
-static inline F with_sign_of(F size, F sign) {
-    return (F)(((I)size & 0x7FFFFFFF) | ((I)sign & (int32_t)0x80000000));
-}
-
 // Below 15/16 an odd polynomial, above it 1 - exp(-t + t q(t)). Both were fitted for this file, so
 // that the largest error is least (Lawson's algorithm): 0.009 and 0.05 units in the last place, to
 // which roundings add the rest.

@@ -70,6 +70,7 @@ struct Job {
     const Gemm gemm;
     const Kernels kernels;
     const Tasks tasks;
+    const int32_t instructions;
 
     Job(const Product& product, const Layout& layout, int32_t threads, int32_t instructions)
         : gemm{*product.weights, layout,
@@ -77,11 +78,14 @@ struct Job {
                (uint8_t*)product.y, product.output,
                product.stride * (product.output == FPC_INPUT_F32 ? 4 : 2)},
           kernels(kernels_for(gemm, instructions)),
-          tasks(gemm, threads, kernels.scratch > 0) {}
+          tasks(gemm, threads, kernels.scratch > 0),
+          instructions(instructions) {}
 
     void run(int64_t index, uint8_t* scratch) const {
         const Task task = tasks[index];
-        if (!tasks.empty(task)) kernels.run(gemm, task, scratch);
+        if (tasks.empty(task)) return;
+        kernels.run(gemm, task, scratch);
+        if (gemm.weights.activation >= 0) activate(gemm, task, instructions);
     }
 };
 

@@ -52,6 +52,9 @@ static constexpr int kProductsAtOnce = 8;
 // Some products, at most kProductsAtOnce, whose tasks threads share: they wait for each other once.
 int32_t multiply_all(const Product* products, int count, int32_t threads, int32_t instructions);
 
+// Replace the results of a task, which kernels have written, by their activation.
+void activate(const Gemm& gemm, const Task& task, int32_t instructions);
+
 // One for each instruction set.
 Kernels kernels_avx2(const Gemm& gemm, Vnni256 vnni);
 Kernels kernels_avx512(const Gemm& gemm);

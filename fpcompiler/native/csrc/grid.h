@@ -1,7 +1,5 @@
 // Rounding to the values of a format. Included once per instruction set, after vectors.h.
 
-static constexpr int32_t kExponentMask = 0x7F800000;
-
 // A format as what rounding needs.
 struct Grid {
     int mantissa_bits;

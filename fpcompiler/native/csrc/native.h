@@ -96,6 +96,8 @@ typedef struct {
     float values[256];     // the value of each code
     const float* row_scale;  // [n rounded up to 64]
     const float* bias;       // [n rounded up to 64], or null
+    int32_t activation;      // what is computed of each result once it is rounded: FpcHead of an
+                             // activation, or -1 for nothing
 } FpcWeights;
 
 // Activations: how values are quantized, and what the codes stand for.
@@ -176,7 +178,7 @@ int32_t fpc_prepare_codes(const FpcWeights* weights, const FpcActivations* activ
                           const uint8_t* codes, const float* outer_scale, const void* block_scale,
                           int64_t m, uint8_t* prepared, int32_t threads, int32_t instructions);
 
-// Write `m` rows of results, `stride` values apart.
+// Write `m` rows of results, or of their activation, `stride` values apart.
 // Returns an FpcStatus.
 int32_t fpc_multiply(const FpcWeights* weights, const uint8_t* prepared, int64_t m, void* y,
                      int32_t output, int64_t stride, int32_t threads, int32_t instructions);

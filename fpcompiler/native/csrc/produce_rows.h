@@ -6,24 +6,7 @@
 // before: loops are short and know one type. Sums are fp64 in one order for all instruction sets,
 // so these give the same bits.
 
-#include "functions.h"
-
-// --- rounding ---------------------------------------------------------------------------------
-
-static inline F rounded_to_bf16(F value) {
-    const U bits = (U)value, nearest = bits + 0x7FFF + (bits >> 16 & 1);
-    return value == value ? (F)(nearest & 0xFFFF0000) : value;
-}
-
-static inline F rounded_to_f16(F value) {
-    const I size = magnitude(value), exponent = larger(size & kExponentMask, splat(113 << 23));
-    // See Rounded in quantize_rows.h; the exponent of infinity runs over, and is not used.
-    const F big = (F)((U)exponent + ((13 << 23) | 0x400000));
-    const F infinite = splat(__builtin_inff()), nearest = ((F)size + big) - big;
-    const F finite = nearest > 65504.0f ? infinite : nearest;
-    const F special = value == value ? infinite : value;
-    return with_sign_of((F)size < 65536.0f ? finite : special, value);
-}
+#include "activations.h"
 
 // --- rows -------------------------------------------------------------------------------------
 
@@ -130,22 +113,11 @@ struct Producer {
             case FPC_RMS_NORM: return rms_norm(x, to);
             case FPC_RMS_NORM_WIDE: rms_norm_wide(x, to); break;
             case FPC_LAYER_NORM: layer_norm(x, to); break;
-            case FPC_SILU: each(x, to, count, silu); break;
-            case FPC_GELU: each(x, to, count, gelu); break;
-            case FPC_GELU_TANH: each(x, to, count, gelu_tanh); break;
-            default: each(x, to, count, relu); break;
+            default: with_activation(is.head, [=](auto of) { each(x, to, count, of); }); break;
         }
         round_row(to, count, values.input);
         return values.input;
     }
-
-    static F silu(F x) { return x / (exp_of(-x) + 1.0f); }
-    static F gelu(F x) { return x * 0.5f * (erf_of(x * 0.707106781186547524f) + 1.0f); }
-    static F gelu_tanh(F x) {
-        const F inner = (x + x * x * x * 0.044715f) * 0.797884560802865356f;
-        return x * 0.5f * (tanh_of(inner) + 1.0f);
-    }
-    static F relu(F x) { return x < 0.0f ? F{} : x; }
 
     float inverse_root(float square_sum) const {
         return 1.0f / __builtin_sqrtf(square_sum / (float)k + is.eps);

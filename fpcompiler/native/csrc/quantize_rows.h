@@ -5,21 +5,11 @@
 
 #include "grid.h"
 
+#include "halves.h"
+
 static constexpr float kSmallest = 0x1p-126f;
 
 // --- input ------------------------------------------------------------------------------------
-
-static inline F widen(const uint16_t* from, int32_t input) {
-    typedef uint16_t H __attribute__((vector_size(2 * FPC_LANES)));
-    U bits = __builtin_convertvector(load<H>(from), U);
-    if (input == FPC_INPUT_BF16) return (F)(bits << 16);
-    // fp16: shifted to the place of an fp32, the exponent is off by 112, which a product with a
-    // power of two puts right for subnormal numbers as well; infinity and NaN keep their exponent.
-    U sign = (bits & 0x8000) << 16, rest = (bits & 0x7FFF) << 13;
-    F scaled = (F)rest * 0x1p112f;
-    U special = rest | 0x7F800000;
-    return (F)(sign | (rest >= 0x0F800000 ? special : (U)scaled));
-}
 
 // Return the row as fp32, filled up with zeros to `padded` values.
 static const float* load_row(const void* row, int32_t input, int64_t k, int64_t padded,

@@ -31,6 +31,12 @@ static inline I magnitude(F value) { return (I)value & 0x7FFFFFFF; }
 static inline I larger(I a, I b) { return a > b ? a : b; }
 static inline I smaller(I a, I b) { return a < b ? a : b; }
 
+static constexpr int32_t kExponentMask = 0x7F800000;
+
+static inline F with_sign_of(F size, F sign) {
+    return (F)(((I)size & 0x7FFFFFFF) | ((I)sign & (int32_t)0x80000000));
+}
+
 // Store the low byte of each lane.
 static inline void store_bytes(uint8_t* to, I values) {
 #if FPC_LANES == 16
