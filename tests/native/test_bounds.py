@@ -16,6 +16,7 @@ from fpcompiler.native import INSTRUCTION_SETS, library
 from fpcompiler.numerics import quantize, quantize_packed
 from fpcompiler.numerics.compiled import INPUTS, operand_struct
 from fpcompiler.operand import Operand
+from fpcompiler.runtime.fused import ACTIVATIONS
 from fpcompiler.runtime.native import NativeLinear
 from tests.native.guarded import Guarded, survives
 from tests.runtime.test_native import INPUTS as X_OPERANDS
@@ -45,6 +46,7 @@ class Layer:
     gap: int
     at_end: bool
     bias: bool
+    activation: str
 
 
 layers = st.builds(
@@ -59,6 +61,7 @@ layers = st.builds(
     gap=st.sampled_from([0, 0, 1, 5]),
     at_end=st.booleans(),
     bias=st.booleans(),
+    activation=st.sampled_from(["", *ACTIVATIONS]),
 )
 
 
@@ -72,7 +75,7 @@ def multiply(case: Layer) -> None:
     packed, scales = quantize_packed(torch.randn(case.n, case.k, generator=generator), weight)
     bias = torch.randn(case.n, generator=generator) if case.bias else None
     linear = NativeLinear(
-        [packed, *scales], bias, inputs, weight, case.k, case.dtype, "", case.level
+        [packed, *scales], bias, inputs, weight, case.k, case.dtype, "", case.level, case.activation
     )
     x = torch.randn(case.m, case.k + case.gap, generator=generator).to(case.dtype)
     expected = linear(x[:, : case.k], case.dtype)

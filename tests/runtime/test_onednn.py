@@ -151,6 +151,27 @@ def test_it_runs_layers_where_there_is_no_native_library(without_library, caplog
     ]
 
 
+@needs_product
+def test_a_layer_computes_its_activation(without_library) -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.gate = nn.Linear(64, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.silu(self.gate(x)) * 2
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, network = X.to(dtype), Gate().eval().to(dtype)
+        model = fpcompiler.compile(network, "w4a6-row", example_inputs=(x,))
+        plain = fpcompiler.compile(network, "w4a6-row", example_inputs=(x,), target="reference")
+        (layer,) = layers(model)
+        assert isinstance(layer, OneDnnLayer)
+        assert "aten.silu.default" not in [step.op for step in model.artifact.plan.steps]
+        assert torch.equal(model(x), plain(x))
+
+
 class NoOperators:
     """A torch without the private operators."""
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fpcompiler.errors import FormatError, NumericsError
 from fpcompiler.numerics import dequantize, pack, quantize, unpack
 from fpcompiler.operand import Operand
-from fpcompiler.runtime import ops, reference
+from fpcompiler.runtime import fused, ops, reference
 
 W4 = "f4E2M1FN@row:f32/block32:f8E8M0FNU"
 WEIGHTS = (
@@ -97,6 +97,33 @@ def test_the_result_is_rounded_once_to_its_dtype(dtype):
     run = torch.ops.fpc.linear
     y = run([x], stored, bias, "", W4, 64, dtype, "")
     assert torch.equal(y, run([x.float()], stored, bias, "", W4, 64, torch.float32, "").to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", fused.ACTIVATIONS)
+def test_an_activation_is_that_of_the_result_in_its_type(activation, dtype):
+    stored, _ = packed(torch.randn(40, 64), W4)
+    parts, _ = quantized(torch.randn(2, 3, 64), ACTIVATIONS[1])
+    arguments = (parts, stored, torch.randn(40), ACTIVATIONS[1], W4, 64, dtype, "l")
+    y = torch.ops.fpc.linear(*arguments)
+    functions = {
+        "silu": torch.ops.aten.silu,
+        "relu": torch.ops.aten.relu,
+        "gelu": torch.ops.aten.gelu,
+        "gelu_tanh": lambda x: torch.ops.aten.gelu(x, approximate="tanh"),
+    }
+    result = torch.ops.fpc.linear(*arguments, activation)
+    assert torch.equal(result, functions[activation](y))
+    assert not torch.equal(result, y)
+    assert torch.equal(torch.ops.fpc.linear(*arguments, ""), y)
+    torch.library.opcheck(torch.ops.fpc.linear.default, (*arguments, activation))
+
+
+def test_an_activation_that_does_not_exist_is_refused_with_the_layer():
+    stored, _ = packed(torch.randn(8, 64), W4)
+    with pytest.raises(NumericsError, match=r"layer 'a\.b': there is no activation 'swish'"):
+        torch.ops.fpc.linear([torch.ones(1, 64)], stored, None, "", W4, 64, torch.float32, "a.b",
+                             "swish")  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (64,)])

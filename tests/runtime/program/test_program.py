@@ -93,6 +93,17 @@ def test_layers_whose_inputs_are_not_quantized() -> None:
     assert by_torch(first) == {"aten.tanh.default"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a6"])
+def test_layers_that_compute_their_activation(scheme: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Tanh(), nn.Linear(96, 32), nn.GELU())
+    x = normal(3, 64).to(dtype)
+    first, second = executors(model.eval().to(dtype), (x,), {}, scheme=scheme)
+    require_equal(first, second, [x])
+    assert [s.args[8] for s in first.plan.steps if s.op == "fpc.linear"] == ["silu", "gelu"]
+    assert by_torch(first) == {"aten.tanh.default"}
+
+
 def test_inputs_whose_scales_are_given() -> None:
     model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32)).eval()
     first, second = executors(
