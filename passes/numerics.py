@@ -41,7 +41,7 @@ class Probe:
                 "after": name,
                 "outputs_sqnr_db": [_sqnr(reference, value) for reference, value in pairs],
                 "layers_sqnr_db": {
-                    name: _sqnr(fused.activate(self._layers[name].value, layer.activation), layer.value)
+                    name: _layer_sqnr(self._layers[name].value, layer)
                     for name, layer in layers.items()
                     if name in self._layers and self._layers[name].value.shape == layer.value.shape
                 },
@@ -64,10 +64,15 @@ def _sqnr(reference: Tensor, value: Tensor) -> float | None:
 
 
 class _Layer(NamedTuple):
-    """The output of a layer, or what is computed of it in the same operation."""
+    """The output of a layer, or the activation of it that is computed in the same operation."""
 
     value: Tensor
     activation: str
+
+
+def _layer_sqnr(reference: Tensor, layer: _Layer) -> float | None:
+    """Compare behind the activation, since the output itself is nowhere."""
+    return _sqnr(fused.activate(reference, layer.activation), layer.value)
 
 
 class _Recorder(fx.Interpreter):

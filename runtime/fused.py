@@ -1,7 +1,7 @@
 """What fused operations compute beside their own: norms and activations, step by step.
 
-``fpc::fused_quantize`` quantizes what a producer computes. ``fpc::linear`` computes a head alone, of
-its result in the type that it returns: an activation (:func:`activate`).
+``fpc::fused_quantize`` quantizes what a producer computes. ``fpc::linear`` may return one of the
+heads of its result, in the same type: an activation (:func:`activate`).
 
 A producer is a head, and mostly a tail: ``silu_mul`` is the head ``silu`` with the tail ``mul``.
 It is what the model computed in single operations, so each formula says where a result is rounded.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fpcompiler.artifact import Artifact, check, read, save, store, tensors
-from fpcompiler.errors import ArtifactError
+from fpcompiler.errors import ArtifactError, FpcompilerError
 from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime.executor import Executor
 from tests.kernel_files import kernel_files
 from tests.mutations import members
 from tests.plans import Mlp, mlp_artifact, with_golden
@@ -225,6 +226,41 @@ def test_steps_with_wrong_operands_are_checked(artifact):
     assert "w_operand is None" in problem(_4=None)
     assert "K is 'x'" in problem(_5="x")
     assert "there are 1 scales for the 2 levels" in problem(_1=[{"v": "up.w0"}, {"v": "up.w1"}])
+
+
+def with_arguments(artifact: Artifact, kernel: str, *more: str) -> Artifact:
+    """Return an artifact whose first layer has further arguments."""
+    first = next(s for s in artifact.plan.steps if s.op == "fpc.linear")
+    changed = replace(first, args=(*first.args, *more), kernel=kernel)
+    steps = tuple(changed if step is first else step for step in artifact.plan.steps)
+    return replace(artifact, plan=replace(artifact.plan, steps=steps), golden=())
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_a_layer_may_have_an_activation_or_be_from_before_there_were_any(artifact, path, kernel):
+    def output(*more: str) -> Tensor:
+        save(path, with_arguments(artifact, kernel, *more))
+        back = read(path)
+        assert check(back.plan, back.tensors) == []
+        found: dict[str, Tensor] = {}
+        executor = Executor(back.plan, back.tensors)
+        executor.observed(lambda step, value: found.setdefault(step.layer, value), x)
+        return found["up"]
+
+    x = torch.randn(3, 64)
+    before = output()
+    assert torch.equal(output(""), before)
+    activated = torch.nn.functional.silu(before)
+    assert torch.allclose(output("silu"), activated, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(activated, before, atol=0.1)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+@pytest.mark.parametrize("more", [("swish",), ("silu", "silu")])
+def test_an_activation_that_is_none_is_an_error_that_names_the_layer(artifact, kernel, more):
+    changed = with_arguments(artifact, kernel, *more)
+    with pytest.raises(FpcompilerError, match="layer 'up'"):
+        Executor(changed.plan, changed.tensors).run(torch.randn(3, 64))
 
 
 def test_a_dequantized_constant_is_checked(artifact):

@@ -78,7 +78,7 @@ def check_operation(op: ir.OpView, check: Any) -> bool:
 
 
 def need_tensor(value: ir.Value, what: str) -> TensorType:
-    """Return the type of a value; anything but a ranked tensor of torch is a :class:`VerifyError`."""
+    """Return the type of a value; anything but a ranked torch tensor is a :class:`VerifyError`."""
     found = tensor_type(value)
     if found is None:
         raise VerifyError(f"{what} must be a ranked !torch.vtensor, not {value.type}")
@@ -218,7 +218,8 @@ def _check_disassemble(op: ir.Operation) -> None:
 
 
 def _check_fold(op: ir.Operation) -> None:
-    source, result = need_quantized(op.operands[0], "input"), need_quantized(op.results[0], "result")
+    source = need_quantized(op.operands[0], "input")
+    result = need_quantized(op.results[0], "result")
     need_same_shape(result.shape, source.shape, "result")
     powers = need_tensor(op.operands[1], "powers")
     need_same_shape(powers.shape, source.shape[-1:], "powers")

@@ -6,7 +6,7 @@ Beside the dialect itself, whose file would be too long with it; loading the dia
 # No "from __future__ import annotations": the operation is built from the annotations as objects.
 # mypy: disable-error-code="call-arg, name-defined, misc"
 import math
-from typing import Any, Final
+from typing import Any
 
 from torch_mlir import ir
 from torch_mlir.dialects.ext import Operand, Pure, Result

@@ -15,10 +15,10 @@ from fpcompiler.ir.dialect import (
     Fpq,
     Quantized,
     VerifyError,
-    need_quantized,
-    need_tensor,
     check_operation,
+    need_quantized,
     need_same_shape,
+    need_tensor,
 )
 from fpcompiler.ir.torch_ops import text_of
 from fpcompiler.ir.types import QuantizedType, quantized_type, shape_text, tensor_type

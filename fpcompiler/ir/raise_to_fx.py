@@ -32,8 +32,8 @@ def raise_to_fx(program: Program) -> fx.GraphModule:
     """Return the program as a GraphModule whose placeholders are the program's inputs.
 
     A node that holds the output of a layer has the layer's name as ``meta["layer"]``, one that runs
-    a chosen kernel has it as ``meta["kernel"]``, and as ``meta["activation"]`` what it computes of the
-    layer's output, or an empty text; ``meta["place"]`` is where in the model a node
+    a chosen kernel has it as ``meta["kernel"]``, and as ``meta["activation"]`` the activation that
+    it computes of that output, or an empty text; ``meta["place"]`` is where in the model a node
     comes from, in words, and ``meta["module"]`` the path of the module that ran it.
     ``meta["globals"]`` of the module maps its attributes to the names of globals. Mutable globals
     are updated in place, at the end.
@@ -242,9 +242,9 @@ class Raiser:
         inputs = [x] if x_kind is None else x
         texts = ("" if x_kind is None else str(x_kind.operand), str(w_kind.operand))
         layer, activation = text_of(op.attributes["layer"]), activation_of(op)
-        args_out = (inputs, packed, bias, *texts, w_kind.shape[1], result.dtype, layer)
-        # Left out where there is none, so that plans stay as they were before it existed.
-        args_out += (activation,) if activation else ()
+        # Left out where there is none, so that such plans are what they were without the argument.
+        rest = (layer, activation) if activation else (layer,)
+        args_out = (inputs, packed, bias, *texts, w_kind.shape[1], result.dtype, *rest)
         return self._call(torch.ops.fpc.linear.default, args_out)
 
     def _packed(self, value: ir.Value, parts: list[fx.Node], kind: QuantizedType) -> list[fx.Node]:

@@ -260,7 +260,8 @@ BAD = {
     ),
     "gemm-activation-that-is-no-text": (
         gemm("1 : i64"),
-        "'fpq.scaled_gemm' op there is no activation 1 : i64; there are silu, gelu, gelu_tanh, relu",
+        "'fpq.scaled_gemm' op there is no activation 1 : i64; there are silu, gelu, gelu_tanh, "
+        "relu",
     ),
     "gemm-activation-that-is-a-norm": (
         gemm('"rms_norm"'),

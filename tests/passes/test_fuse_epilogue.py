@@ -159,7 +159,7 @@ def test_models_of_hugging_face(name, scheme, dtype, fused) -> None:
 
 
 class Mixed(nn.Module):
-    """Layers whose activations go to a difference, to a head in high precision, and to a quantizer."""
+    """Activations that go to a difference, to a head in high precision, and to a quantizer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Activations in the epilogue of native layers: on each instruction set, type, shape and arithmetic."""
+"""Activations in the epilogue of native layers, on each instruction set, for types and shapes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pair(
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_it_is_the_activation_of_the_stored_output(activation: str, kinds, level: int) -> None:
-    """Bit for bit what a native fused quantizer computes of it, and so within its bound of torch."""
+    """Bit for bit what a native fused quantizer computes of it, so within its bound of torch."""
     for n, k, m in SHAPES:
         for dtype in DTYPES:
             plain, own, _ = pair(n, k, kinds, dtype, level, activation)
