@@ -129,7 +129,7 @@ extern "C" int32_t fpc_prepare_produced(const FpcWeights* weights,
                    useful_threads(threads, m * weights->k)};
 #if defined(__x86_64__)
     if (instructions >= FPC_AVX512) return Avx512::quantize(job);
-    if (instructions == FPC_AVX2) return Avx2::quantize(job);
+    if (instructions >= FPC_AVX2) return Avx2::quantize(job);
 #endif
     (void)instructions;
     return Baseline::quantize(job);
@@ -143,7 +143,7 @@ extern "C" int32_t fpc_prepare_codes(const FpcWeights* weights, const FpcActivat
                     prepared, useful_threads(threads, m * weights->k)};
 #if defined(__x86_64__)
     if (instructions >= FPC_AVX512) return Avx512::take(job), FPC_OK;
-    if (instructions == FPC_AVX2) return Avx2::take(job), FPC_OK;
+    if (instructions >= FPC_AVX2) return Avx2::take(job), FPC_OK;
 #endif
     (void)instructions;
     Baseline::take(job);
