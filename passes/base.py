@@ -124,7 +124,7 @@ def rewrite(
 
 
 def add_note(layer: ir.Operation, text: str) -> None:
-    """Say in the plan and in dumps what a pass has done to a layer (an ``fpq.linear``)."""
+    """Say in the plan and in dumps what a pass has done to a layer, quantized or lowered."""
     if "fpq.note" in layer.attributes:
         text = f"{ir.StringAttr(layer.attributes['fpq.note']).value}; {text}"
     layer.attributes["fpq.note"] = ir.StringAttr.get(text)

@@ -281,7 +281,8 @@ def _activated(result: object, step: Step) -> object:
     """Return a layer's result in the model as the step computes it: a layer may have two in one."""
     if step.op != "fpc.linear" or not isinstance(result, Tensor):
         return result
-    return fused.activate(result, LinearArguments(*step.args).activation)
+    given = dict(zip(LinearArguments._fields, step.args, strict=False)) | dict(step.kwargs)
+    return fused.activate(result, given.get("activation", ""))
 
 
 def _leaves(spec: Spec, value: Any) -> list[Any]:
