@@ -206,7 +206,8 @@ def _build(path: Path) -> None:
     # Another process may do the same: each has its own file, and the last name given wins.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = ["g++", *_FLAGS, *_FOREIGN, *_includes(), str(_SOURCE), "-o", str(built)]
+        includes = [f"-I{folder}" for folder in _folders()]
+        command = ["g++", *_FLAGS, *_FOREIGN, *includes, str(_SOURCE), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise DependencyError(
@@ -218,17 +219,19 @@ def _build(path: Path) -> None:
 def _key() -> str:
     """Return a hash of everything that decides what is compiled."""
     compiler = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
-    version = Path(_includes()[0].removeprefix("-I")) / "cutlass" / "version.h"
-    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), compiler, version.read_bytes())
+    cutlass, _, cuda, _ = _folders()
+    versions = (cutlass / "cutlass/version.h", cuda / "cuda_runtime_api.h")
+    sources = [path.read_bytes() for path in (_SOURCE, *versions)]
+    parts = [*sources, " ".join(_FLAGS).encode(), compiler]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _includes() -> tuple[str, ...]:
+def _folders() -> tuple[Path, Path, Path, Path]:
+    """Return where headers are: CUTLASS's, those of its tools, CUDA's, those of its C++ library."""
     cutlass, cuda = _cutlass(), _cuda()
     assert cutlass is not None
     assert cuda is not None
-    folders = (cutlass / "include", cutlass / "tools/util/include", cuda, cuda / "cccl")
-    return tuple(f"-I{folder}" for folder in folders)
+    return cutlass / "include", cutlass / "tools/util/include", cuda, cuda / "cccl"
 
 
 def _cutlass() -> Path | None:

@@ -91,6 +91,15 @@ def test_a_control_that_stays_green_fails_the_proof(reference, monkeypatch) -> N
     assert not case.passed
 
 
+@pytest.mark.parametrize(
+    "shape", [(16, 576, 576), (3, 1, 128), (2, 1, 96), (1, 8, 160), (4, 24, 33), (1, 1, 1)]
+)
+@pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[2], PAIRS[-1]], ids=str)
+def test_controls_are_only_those_that_can_show(reference, pair, shape) -> None:
+    """K may end with a block, weights may be one row: no mistake is tried that changes nothing."""
+    assert prove_packing(reference, [PackingProblem(*pair, *shape)]).cases[0].passed
+
+
 def test_a_proof_of_nothing_fails(reference: HostReference) -> None:
     assert not prove_packing(reference, []).passed
 
