@@ -175,7 +175,7 @@ def prove_packing(
 ) -> PackingProof:
     """Compare products of packed buffers, and the places of scales, with CUTLASS.
 
-    The host reference does one multiplication after the other (about 10 ns each), up to five times
+    The host reference does one multiplication after the other (about 1 ns each), up to five times
     for each problem: a few rows of a layer prove its K as well as all of them.
 
     Raises:

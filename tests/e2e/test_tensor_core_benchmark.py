@@ -72,3 +72,11 @@ def test_the_model_equals_the_gpu(tmp_path: Path) -> None:
     for family in script.FAMILIES:
         row = script.compare(small(family), kernel, script.model, "cuda")
         assert row["differing"] == 0, row
+
+
+def test_without_the_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["script", "--output", str(tmp_path / "record.json")])
+    with pytest.raises(SystemExit, match="this needs an H100 or H200"):
+        script.main()
+    assert not (tmp_path / "record.json").exists()
