@@ -211,8 +211,8 @@ def error_bound(a: Factor, b: Factor, instruction: Instruction) -> Tensor:
     The bound is ``K * 2**-24 * sum |a b|`` where aligned terms keep 25 fraction bits or more. Each
     of the ``K / k`` instructions cuts off ``k + 1`` terms by less than ``2**-25 * 2**top`` and the
     sum by ``2**-23`` of itself; both are bounded by ``sum |a b|`` if a subnormal significand counts
-    as 1, and ``33/32 * 2**-25 + 2**-23 / 16 < 2**-24``. With 13 bits it is ``K * 2**-12 * ...``.
-    The order in which a kernel adds makes no difference to it.
+    as 1, and ``17/16 * 2**-25 + 2**-23 / 16 < 2**-24``. With 13 bits it is ``K * 2**-12 * ...``.
+    ``K`` is that of whole instructions. The order in which a kernel adds makes no difference to it.
 
     Returns:
         fp64 ``[M, N]``.
@@ -222,7 +222,8 @@ def error_bound(a: Factor, b: Factor, instruction: Instruction) -> Tensor:
     """
     _require_fit(a, b, instruction)
     bits = min(instruction.fraction_bits, instruction.result_bits + 2)
-    return a.ceiling @ b.ceiling.T * (a.values.shape[1] * 2.0 ** (1 - bits))
+    k = -(-a.values.shape[1] // instruction.k) * instruction.k
+    return a.ceiling @ b.ceiling.T * (k * 2.0 ** (1 - bits))
 
 
 def _chain(a: Factor, b: Factor, instruction: Instruction) -> Tensor:
