@@ -10,12 +10,12 @@ The rule for tiles, best first in :func:`tiles`; CUTLASS's own generator lists t
   spreads the weights over twice as many SMs as 128 x 128. To prefill, two SMs share their operands.
 - Blackwell RTX (Sm120): no clusters; block scales come in atoms of 128 rows, so tiles are at least
   128 x 128, to decode as well. 100 KB of shared memory leave room for K = 128.
-- Hopper (Sm90): to decode, 64 x 64 in ping-pong; to prefill, two warp groups on 128 rows.
+- Hopper (Sm90): to decode, 64 x 64 in ping-pong; to prefill, two warp groups on 128 rows. Sums
+  without the fast mode of FP8 take twice the registers, so that 128 x 256 spills (measured).
 - Along K a tile is four instructions on Sm100: 256 for two FP4 operands, 128 for all others.
 
-Where ``nvidia-matmul-heuristics`` is installed, it decides between the tiles of the list. Its
-estimates agree with the order of the list to decode; to prefill they prefer N = 256 from M = 1,024
-or so on.
+Where ``nvidia-matmul-heuristics`` is installed, it decides between the tiles of the list: to
+prefill on Sm100 it mostly takes N = 256.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _sm90_decode(k: int) -> tuple[Tile, ...]:
 
 
 def _sm90_prefill(k: int) -> tuple[Tile, ...]:
-    return Tile(128, 128, k, (2, 1)), Tile(128, 256, k, (2, 1))
+    return (Tile(128, 128, k, (2, 1)),)
 
 
 _TILES: Final = {
