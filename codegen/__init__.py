@@ -1,5 +1,6 @@
-"""From a lowered program to what the runtime executes."""
+"""From a lowered program to what the runtime executes.
 
-from fpcompiler.codegen.emit_plan import emit_plan
-
-__all__ = ["emit_plan"]
+``emit_plan`` writes the plan, ``package`` the kernels of GPUs beside it. Only the first needs the
+compiler's IR: kernels can be compiled again from an artifact without it, so nothing is imported
+here.
+"""

@@ -15,8 +15,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,7 @@ from fpcompiler.codegen.slots import available_memory, locked, slot, slot_count
 from fpcompiler.errors import OptionError, TargetError
 from fpcompiler.options import Options
 
-__all__ = ["KernelCache", "Progress"]
+__all__ = ["KernelCache"]
 
 _LOG: Final = logging.getLogger("fpcompiler.codegen")
 _ERRORS_SHOWN: Final = 5
@@ -37,9 +37,6 @@ _RESOURCES: Final = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-
-Progress = Callable[[KernelSource, BuiltKernel], None]
-"""Called for each kernel when it is there, from the thread that built it."""
 
 
 @dataclass(frozen=True)
@@ -88,35 +85,31 @@ class KernelCache:
             # Whoever held the lock before may have built it.
             return self._read(key) or self._compile(source, key)
 
-    def build_all(
-        self, sources: Sequence[KernelSource], progress: Progress | None = None
-    ) -> list[BuiltKernel]:
-        """Return kernels in order, compiling as many at once as memory holds.
+    def stream(self, sources: Sequence[KernelSource]) -> Iterator[tuple[KernelSource, BuiltKernel]]:
+        """Yield kernels as soon as they are there, compiling as many at once as memory holds.
 
         If one fails, those that have started are finished and no others are started.
 
         Args:
             sources: What to build; equal ones are compiled once.
-            progress: Called for each when it is there.
 
         Raises:
             TargetError: As :meth:`build`.
             OptionError: As :meth:`build`.
         """
-
-        def one(source: KernelSource) -> BuiltKernel:
-            kernel = self.build(source)
-            if progress is not None:
-                progress(source, kernel)
-            return kernel
-
         workers = min(slot_count(available_memory()[0]), os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(one, source) for source in sources]
+            futures = {pool.submit(self.build, source): source for source in sources}
             try:
-                return [future.result() for future in futures]
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def build_all(self, sources: Sequence[KernelSource]) -> list[BuiltKernel]:
+        """Return kernels in order; otherwise as :meth:`stream`."""
+        built = {source.text: kernel for source, kernel in self.stream(sources)}
+        return [built[source.text] for source in sources]
 
     def _make_folder(self) -> None:
         try:

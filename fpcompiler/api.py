@@ -48,7 +48,7 @@ def compile(
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
-    target: str = "cpu",
+    target: str | Sequence[str] = "cpu",
     dynamic: Any = "auto",
     clip: str = "max",
     method: str = "rtn",
@@ -80,7 +80,9 @@ def compile(
         calibration: Batches: each a tensor, a tuple of arguments or a dict of keyword arguments;
             all are held in memory. Methods other than rounding to nearest learn from them. Without
             example inputs the first one is the example call.
-        target: What the program runs on, see ``fpcompiler targets``.
+        target: What the program runs on, see ``fpcompiler targets``; several as a list or with
+            commas. GPUs (``"sm_100a"``) get kernels beside the plan, which needs nvcc and the extra
+            ``cuda``, but no GPU.
         dynamic: Which sizes may vary, see :func:`fpcompiler.capture.capture`; ``"auto"``: batch and
             sequence lengths, where the model allows it.
         method: How formats, scales and roundings are found, a name in
@@ -117,15 +119,16 @@ def compile(
     Raises:
         FormatError: If the scheme or an operand means nothing.
         OptionError: If an option has an unusable value.
-        TargetError: If the target is unknown, or cannot run a layer; with ``strict``, also if a
-            layer would run without its kernels.
+        TargetError: If the target is unknown, or cannot run a layer, or a kernel does not compile;
+            with ``strict``, also if a layer would run without its kernels.
+        DependencyError: If what compiles kernels for a target is not installed.
         CaptureError: If torch.export cannot turn the model into a graph.
         NumericsError: If a weight holds NaN or infinity; the message names the layer.
     """
     from fpcompiler.passes import METHODS, default_pipeline, parse_pipeline, what_learns
     from fpcompiler.scheme import Scheme as SchemeClass
 
-    require_type("target", target, (str,), "the name of a target, such as 'reference'")
+    require_type("target", target, (str, tuple, list), "the name of a target, such as 'cpu'")
     require_type("method", method, (str,), "the name of a method, such as 'gptq'")
     require_type("attention", attention, (str, _NONE), "an operand such as 'f8E4M3FN@token:f32'")
     require_type("effective_bits", effective_bits, (int, float, _NONE), "a number such as 4.5")
@@ -133,7 +136,7 @@ def compile(
     require_type("pipeline", pipeline, (str, tuple, list, _NONE), "a text or a tuple of passes")
     require_type("dump_dir", dump_dir, (*PATH, _NONE), "a folder, such as 'dumps'")
     parsed = SchemeClass.of(scheme)
-    _require_target(target, strict)
+    plan_target, archs = _require_targets(target, strict)
     # What is wrong with the passes is said before a model is captured.
     given = (method, attention, effective_bits, round_budget)
     if pipeline is not None and given != ("rtn", None, None, None):
@@ -149,7 +152,7 @@ def compile(
                 "(--calibration on the command line)."
             )
         pipeline = default_pipeline(
-            str(parsed), target, clip, method, attention, effective_bits, round_budget or ""
+            str(parsed), plan_target, clip, method, attention, effective_bits, round_budget or ""
         )
         chosen = {"method": method, "attention": attention, "effective_bits": effective_bits}
     else:
@@ -167,7 +170,8 @@ def compile(
     dumps, bar = _Dumps(_dump_folder(dump_dir), dump_weights), progress or _progress()
     if dump_weights and dumps.folder is None:
         raise OptionError("dump_weights= needs a folder: give dump_dir= too, or FPC_DUMP.")
-    job = _Job(model, parsed, target, dynamic, passes, dumps, bar, data, chosen)
+    targets = _Targets(plan_target, archs)
+    job = _Job(model, parsed, targets, dynamic, passes, dumps, bar, data, chosen)
     example = _example(example_inputs, example_kwargs, data)
     if example is None and isinstance(model, nn.Module):
         return CompiledModel.deferred(
@@ -185,12 +189,25 @@ def compile(
         raise
 
 
-def _require_target(target: str, strict: bool) -> None:
-    from fpcompiler.target import lookup
+def _require_targets(target: str | Sequence[str], strict: bool) -> tuple[str, tuple[str, ...]]:
+    """Return the target of the plan and those that get kernels; all that needs is there."""
+    from fpcompiler.codegen.package import require_tools
+    from fpcompiler.codegen.targets import split_targets
 
-    lookup(target)
+    plan_target, archs = split_targets(target)
+    if archs:
+        require_tools(Options.from_env())
     if strict:
-        require_library(target)
+        require_library(plan_target)
+    return plan_target, archs
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What the plan is for, and the GPUs that get kernels beside it."""
+
+    plan: str
+    archs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -251,7 +268,7 @@ class _Job:
         self,
         model: nn.Module | ExportedProgram,
         scheme: Scheme,
-        target: str,
+        targets: _Targets,
         dynamic: Any,
         pipeline: Pipeline,
         dumps: _Dumps,
@@ -261,7 +278,7 @@ class _Job:
     ) -> None:
         self.model = model
         self.scheme = scheme
-        self.target = target
+        self.targets = targets
         self.dynamic = dynamic
         self.pipeline = pipeline
         self.dumps = dumps
@@ -276,7 +293,7 @@ class _Job:
 
     def _build(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Artifact:
         from fpcompiler import ir, passes
-        from fpcompiler.codegen import emit_plan
+        from fpcompiler.codegen.emit_plan import emit_plan
         from fpcompiler.passes.layers import name_layers
 
         captured = self._capture(args, kwargs)
@@ -309,9 +326,10 @@ class _Job:
             tensors=tensors,
             scheme=str(self.scheme),
             pipeline=passes.pipeline_text(pipeline),
-            targets=(self.target,),
+            targets=(self.targets.plan, *self.targets.archs),
             golden=record_golden(plan, tensors, batch),
             graph=ir.print_program(program),
+            kernels=self._kernels(plan, tensors),
             recipe={
                 "scheme": self.scheme.to_recipe(),
                 **self.chosen,
@@ -319,6 +337,13 @@ class _Job:
                 "reports": {result.name: result.report for result in results if result.report},
             },
         )
+
+    def _kernels(self, plan: Plan, tensors: Mapping[str, Tensor]) -> Mapping[str, bytes]:
+        from fpcompiler.codegen.package import package
+
+        if not self.targets.archs:
+            return {}
+        return package(plan, tensors, self.targets.archs, Options.from_env(), self.progress)
 
     def _warn_of_method(self, results: Sequence[PassResult]) -> None:
         from fpcompiler.passes import advice

@@ -45,7 +45,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     scheme.add_argument("--recipe", metavar="FILE", help="the scheme as a .yaml or .json file")
     parser.add_argument("--inputs", metavar="FILE", help="the example call as .safetensors or .npz")
-    parser.add_argument("--target", default="cpu", help="by default cpu")
+    parser.add_argument(
+        "--target",
+        default="cpu",
+        help="what it runs on, with commas: cpu,sm_100a (see fpcompiler targets); by default cpu",
+    )
     parser.add_argument("--dump-dir", metavar="DIR", help="write the program after each pass there")
     parser.add_argument(
         "--dump-weights",
@@ -84,11 +88,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _compile(args: argparse.Namespace) -> CompiledModel:
     # What is cheap to check comes first: loading a model and torch takes a while.
+    from fpcompiler.codegen.targets import split_targets
     from fpcompiler.scheme import Scheme
-    from fpcompiler.target import lookup
 
     scheme = Scheme.from_recipe(args.recipe) if args.recipe else Scheme.of(args.scheme)
-    lookup(args.target)
+    split_targets(args.target)
     if not Path(args.output).absolute().parent.is_dir():
         raise OptionError(f"the folder of {args.output} does not exist.")
 

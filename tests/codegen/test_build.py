@@ -157,10 +157,10 @@ def test_as_many_run_at_once_as_memory_holds(tmp_path, monkeypatch, fit) -> None
     monkeypatch.setattr(build.os, "cpu_count", lambda: 8)
     cache = KernelCache(tmp_path / "cache", fake_nvcc(tmp_path / "cuda", delay=0.2))
     sources = [source(f"int number_{index};") for index in range(4)]
-    seen: list[str] = []
-    kernels = cache.build_all(sources, lambda wanted, kernel: seen.append(wanted.text))
+    kernels = cache.build_all(sources)
     assert [kernel.source.read_text() for kernel in kernels] == [each.text for each in sources]
-    assert sorted(seen) == [each.text for each in sources]
+    again = {wanted.text: kernel.path for wanted, kernel in cache.stream(sources)}
+    assert again == {each.text: k.path for each, k in zip(sources, kernels, strict=True)}
     assert most_at_once(tmp_path / "cuda") == fit
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fpcompiler import ir
 from fpcompiler.capture import capture
-from fpcompiler.codegen import emit_plan
+from fpcompiler.codegen.emit_plan import emit_plan
 from fpcompiler.errors import IRError
 from fpcompiler.passes import default_pipeline, run_pipeline
 from fpcompiler.plan import Plan

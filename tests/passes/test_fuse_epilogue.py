@@ -12,7 +12,7 @@ from torch.nn import functional
 import fpcompiler
 from fpcompiler import ir
 from fpcompiler.capture import capture
-from fpcompiler.codegen import emit_plan
+from fpcompiler.codegen.emit_plan import emit_plan
 from fpcompiler.errors import PassError
 from fpcompiler.ir.linear import activation_of
 from fpcompiler.passes import Pipeline, Probe, default_pipeline, run_pipeline

@@ -13,7 +13,7 @@ import fpcompiler
 from examples.dit.model import Config, DiT
 from fpcompiler import ir
 from fpcompiler.capture import capture
-from fpcompiler.codegen import emit_plan
+from fpcompiler.codegen.emit_plan import emit_plan
 from fpcompiler.errors import PassError
 from fpcompiler.passes import Pipeline, default_pipeline, run_pipeline
 from fpcompiler.runtime.executor import Executor

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fpcompiler import ir
 from fpcompiler.capture import capture
-from fpcompiler.codegen import emit_plan
+from fpcompiler.codegen.emit_plan import emit_plan
 from fpcompiler.errors import PassError
 from fpcompiler.passes import default_pipeline, run_pipeline
 from fpcompiler.runtime.executor import Executor
