@@ -14,6 +14,7 @@ from fpcompiler.errors import ArtifactError, FpcompilerError
 from fpcompiler.native import library
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import backends, inputs, operators
+from fpcompiler.runtime.compiled_rest import Run, compile_rest
 from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.instructions import STEP_ERRORS, Instruction, last_uses, step_error
 from fpcompiler.runtime.program import Program, ProgramCache
@@ -64,6 +65,7 @@ class Executor:
         in_place = {item.outs[0] for item in self._code if item.function is write_rows}
         self._stores = tuple(store for store in plan.stores if store[0] not in in_place)
         self._programs = self._new_programs()
+        self._compiled: Run | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program on the arguments of the model's ``forward``.
@@ -106,6 +108,25 @@ class Executor:
             NumericsError: If a value to quantize is NaN or infinite.
         """
         inputs.check(self.plan, self._names, leaves, self.device)
+        special = observe is not None or caller is not None or times is not None
+        if self._compiled is None or special or torch.compiler.is_compiling():
+            return self._compute(leaves, observe, caller, times)
+        return self._compiled(leaves)
+
+    def compile_rest(self) -> None:
+        """Let torch.compile compile what lies between quantized layers, from the next call on.
+
+        Calls that are observed or timed run the steps as before.
+        """
+        self._compiled = compile_rest(self._compute)
+
+    def _compute(
+        self,
+        leaves: Sequence[Tensor],
+        observe: Observer | None = None,
+        caller: Caller | None = None,
+        times: list[tuple[int, int]] | None = None,
+    ) -> list[Any]:
         with torch.no_grad():
             values = dict(self._constants)
             values.update(self._state)
@@ -133,6 +154,7 @@ class Executor:
         other = copy.copy(self)
         other._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
         other._programs = other._new_programs()
+        other._compiled = None
         return other
 
     def reset(self) -> None:

@@ -62,6 +62,7 @@ class CompiledModel:
         self._device = parse_device(device)
         self._source = source
         self._strict = strict
+        self._compiles_rest = False
         self.dumps = dumps
         self._ready()
 
@@ -88,6 +89,7 @@ class CompiledModel:
         model._artifact, model._executor, model._build = None, None, build
         model._scheme, model._device, model._source = scheme, parse_device(device), None
         model._strict, model.dumps = strict, dumps
+        model._compiles_rest = False
         return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,6 +219,21 @@ class CompiledModel:
         """
         return verify(self.artifact, self._ready(), self._source)
 
+    def compile_rest(self) -> None:
+        """Let torch.compile compile what lies between the quantized layers, which stay native.
+
+        The next call compiles: that takes seconds to a minute, and a C++ compiler. The first call
+        with other sizes compiles once more, for all sizes. ``torch.compile(model)`` does the same
+        with options of your own; :meth:`compare`, :meth:`profile` and :meth:`verify` run the
+        program as it was.
+
+        Raises:
+            RunError: At the next call, if torch.compile fails; the message says what to do.
+        """
+        self._compiles_rest = True
+        if self._executor is not None:
+            self._executor.compile_rest()
+
     def reset(self) -> None:
         """Bring the state (KV caches) back to the initial one."""
         if self._executor is not None:
@@ -249,6 +266,8 @@ class CompiledModel:
             # Kernels have weights in an order of their own: those of the file are read once.
             release = artifact.pages.release
             self._executor = Executor(artifact.plan, artifact.tensors, self._device, release)
+            if self._compiles_rest:
+                self._executor.compile_rest()
         return self._executor
 
     def _compile(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:

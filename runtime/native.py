@@ -277,6 +277,11 @@ class NativeLinear:
         return self._struct, _activations(self.kind.operand, self.kind.arithmetic)
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The weights in the library's order, and the scale and the bias of each output, padded."""
+        return self._data, self._scale, self._bias
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights with all scales, in the library's order."""
         return int(self._data.nbytes + self._scale.nbytes)

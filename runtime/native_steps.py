@@ -19,6 +19,7 @@ from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import fused, onednn
 from fpcompiler.runtime.native import NativeLinear, PreparedInput, takes
+from fpcompiler.runtime.native_ops import TracedLinear
 from fpcompiler.runtime.native_producers import describe
 from fpcompiler.runtime.onednn import OneDnnLayer, OneDnnLinear
 from fpcompiler.runtime.operators import QUANTIZERS, resolve
@@ -33,24 +34,26 @@ class NativeLayer:
 
     Attributes:
         linear: The layer in the library's order.
-        reference: The operator; torch.compile traces it, and it takes what the library does not.
+        reference: The operator; it takes what the library does not.
+        traced: What torch.compile sees of the layer.
     """
 
     linear: NativeLinear
     reference: Function
+    traced: TracedLinear
 
     def __call__(self, *args: Any) -> Tensor:
         """Return what the operator returns."""
-        if torch.compiler.is_compiling():
-            return self.reference(*args)  # type: ignore[no-any-return]
         given = LinearArguments(*args)
         x, dtype = given.x, given.dtype
         if isinstance(x[0], PreparedInput):
             return self.linear.multiply(x[0], dtype)
+        if not given.x_operand and x[0].dtype != dtype:
+            return self.reference(*args)  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            return self.traced(x, dtype)
         if given.x_operand:
             return self.linear.multiply(self.linear.prepare_codes(*x), dtype)
-        if x[0].dtype != dtype:
-            return self.reference(*args)  # type: ignore[no-any-return]
         return self.linear(x[0], dtype)
 
 
@@ -60,19 +63,19 @@ class NativeQuantizer:
 
     Attributes:
         linear: One of the layers; the others take their inputs in the same form.
-        reference: The operator, which torch.compile traces.
+        traced: What torch.compile sees of that layer.
         scales: How many results the operator has besides the codes.
     """
 
     linear: NativeLinear
-    reference: Function
+    traced: TracedLinear
     scales: int
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Return the prepared input in place of the codes, and nothing in place of the scales."""
-        if torch.compiler.is_compiling():
-            return self.reference(*args)  # type: ignore[no-any-return]
-        return [self._prepared(*args), *(None,) * self.scales]
+        compiling = torch.compiler.is_compiling()
+        prepared = self.traced.prepare(*args) if compiling else self._prepared(*args)
+        return [prepared, *(None,) * self.scales]
 
     def _prepared(self, *args: Any) -> PreparedInput:
         values, layer = args[:-2], args[-1]
@@ -107,7 +110,7 @@ def bind_layer(step: Step, constants: Mapping[str, Tensor]) -> NativeLayer | One
     if not takes(layer.w_operand, layer.w[0].shape[0], layer.k):
         return None
     linear = NativeLinear(*layer[:-1], activation=layer.activation)
-    return NativeLayer(linear, resolve(step.op))
+    return NativeLayer(linear, resolve(step.op), TracedLinear.of(linear, layer.name))
 
 
 def refusal(step: Step, constants: Mapping[str, Tensor]) -> str | None:
@@ -169,7 +172,7 @@ def share_inputs(plan: Plan, functions: Sequence[Function]) -> list[Function]:
         kinds = {layer.linear.kind for layer in layers if layer}
         if layers and None not in layers and len(kinds) == 1:
             first = next(layer for layer in layers if layer)
-            result[index] = NativeQuantizer(first.linear, functions[index], len(step.outs) - 1)
+            result[index] = NativeQuantizer(first.linear, first.traced, len(step.outs) - 1)
     return result
 
 

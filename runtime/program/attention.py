@@ -63,7 +63,7 @@ class NativeAttention:
 
     def native_call(self, *args: Any, **kwargs: Any) -> AttentionCall | None:
         """Return what the library is told; None if the operator runs for these arguments."""
-        if library() is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or library() is None:
             return None
         tensors = _tensors(args)
         if any(tensor.device.type != "cpu" for tensor in tensors):
