@@ -50,12 +50,12 @@ class ReferenceBackend:
 
 @dataclass(frozen=True)
 class CpuBackend:
-    """The native library where it takes a layer; oneDNN where there is none; or the reference."""
+    """The native library where it takes a layer; torch where there is none; or the reference."""
 
     name: str = "cpu"
 
     def bind(self, step: Step, constants: Mapping[str, Tensor]) -> Callable[..., Any]:
-        """Return the native layer, or that of oneDNN, or else the operator."""
+        """Return the native layer, or that of torch's products, or else the operator."""
         return native_steps.bind_layer(step, constants) or resolve(step.op)
 
 

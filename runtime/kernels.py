@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fpcompiler.plan import Step
+from fpcompiler.runtime.expanded import ExpandedLayer
 from fpcompiler.runtime.native_steps import NativeLayer, NativeQuantizer
 from fpcompiler.runtime.onednn import OneDnnLayer
 from fpcompiler.runtime.operators import Function
@@ -17,6 +18,9 @@ NATIVE: Final = "native"
 
 ONEDNN: Final = "onednn"
 """The int8 product of oneDNN, which torch has."""
+
+EXPANDED: Final = "fp32"
+"""An fp32 product of torch's, of weights that are kept as bytes."""
 
 REFERENCE: Final = "reference"
 """An ``fpc`` operator, written in operators of torch."""
@@ -53,4 +57,6 @@ def kernels_of(program: Program) -> dict[int, str]:
 def _without_library(step: Step, function: Function) -> str:
     if isinstance(function, OneDnnLayer):
         return ONEDNN
+    if isinstance(function, ExpandedLayer):
+        return EXPANDED
     return REFERENCE if step.op.startswith("fpc.") else TORCH

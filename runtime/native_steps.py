@@ -17,7 +17,8 @@ from fpcompiler.native import library, why_missing
 from fpcompiler.numerics.compiled import INPUTS
 from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
-from fpcompiler.runtime import fused, onednn
+from fpcompiler.runtime import expanded, fused, onednn
+from fpcompiler.runtime.expanded import ExpandedLayer, ExpandedLinear, announce
 from fpcompiler.runtime.native import NativeLinear, PreparedInput, takes
 from fpcompiler.runtime.native_ops import TracedLinear
 from fpcompiler.runtime.native_producers import describe
@@ -100,13 +101,16 @@ class _Layer(NamedTuple):
     activation: str
 
 
-def bind_layer(step: Step, constants: Mapping[str, Tensor]) -> NativeLayer | OneDnnLayer | None:
-    """Return what runs a layer: the library, or oneDNN where there is none; None: neither does."""
+def bind_layer(
+    step: Step, constants: Mapping[str, Tensor]
+) -> NativeLayer | OneDnnLayer | ExpandedLayer | None:
+    """Return what runs a layer: the library, or where there is none torch; None: the reference."""
     layer = _read(step, constants) if step.op == "fpc.linear" else ""
     if isinstance(layer, str):
         return None
     if library() is None:
-        return _bind_onednn(layer, resolve(step.op))
+        operator = resolve(step.op)
+        return _bind_onednn(layer, operator) or _bind_expanded(layer, operator)
     if not takes(layer.w_operand, layer.w[0].shape[0], layer.k):
         return None
     linear = NativeLinear(*layer[:-1], activation=layer.activation)
@@ -158,7 +162,18 @@ def _bind_onednn(layer: _Layer, operator: Function) -> OneDnnLayer | None:
     if not onednn.usable() or 0 in (layer.k, layer.w[0].shape[0]):
         return None
     operands = layer.x_operand, layer.w_operand
+    announce()
     return OneDnnLayer(OneDnnLinear(layer.w, layer.bias, *operands, layer.k), operator)
+
+
+def _bind_expanded(layer: _Layer, operator: Function) -> ExpandedLayer | None:
+    if not expanded.fits(layer.w_operand) or 0 in (layer.k, layer.w[0].shape[0]):
+        return None
+    linear = ExpandedLinear(layer.w, layer.bias, layer.x_operand, layer.w_operand, layer.k)
+    if not linear.is_exact():
+        return None
+    announce()
+    return ExpandedLayer(linear, operator)
 
 
 def share_inputs(plan: Plan, functions: Sequence[Function]) -> list[Function]:

@@ -4,7 +4,8 @@ Formats whose values are integers times a power of two are expanded to one byte 
 products are summed exactly, so the result is that of :mod:`fpcompiler.runtime.reference` bit for
 bit wherever that is exact itself. Scales of blocks would need a product for each block: these cost
 three to four bytes a weight, since oneDNN pads short rows, and gain little (*measured*: 0.6 of the
-reference's time with 512 rows of 4096 x 4096), so such layers stay with the reference.
+reference's time with 512 rows of 4096 x 4096), so such layers are those of
+:mod:`~fpcompiler.runtime.expanded`.
 
 The operators are private to torch. Whether they are there and exact is tried once.
 """
@@ -66,15 +67,10 @@ def product_problem() -> str | None:
 
 @lru_cache(maxsize=1)
 def usable() -> bool:
-    """Return whether layers may run here, and log it: once, since the result is kept."""
+    """Return whether layers may run here, and log why not: once, since the result is kept."""
     problem = product_problem()
     if problem:
-        _LOG.warning("No int8 product of oneDNN: %s. Layers run as the reference.", problem)
-    else:
-        _LOG.warning(
-            "No native library: layers of integer formats without scales of blocks run on oneDNN's "
-            "int8 product, one byte a weight; others run as the reference, much slower."
-        )
+        _LOG.warning("No int8 product of oneDNN: %s. Layers run on fp32 products.", problem)
     return problem is None
 
 

@@ -16,7 +16,7 @@ Every other backend is checked against this one. It takes torch's fp32 product a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -55,17 +55,41 @@ def linear(
     Returns:
         ``[..., N]``, contiguous.
     """
+    chunks = weight_chunks(w, w_operand, k)
+    y = multiply(x, x_operand, chunks, bias, (w[0].shape[0], k), dtype)
+    return fused.activate(y, activation)
+
+
+def multiply(
+    x: Sequence[Tensor],
+    x_operand: Operand | None,
+    chunks: Iterable[tuple[slice, Tensor, Tensor | None]],
+    bias: Tensor | None,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the same for weights that are expanded already, some rows at a time.
+
+    Args:
+        x: ``[values [..., K]]``, or ``[codes [..., K], *scales]``.
+        x_operand: What ``x`` is; None if it is not quantized.
+        chunks: What :func:`weight_chunks` yields.
+        bias: ``[N]``, or None.
+        size: Of the weights: ``N`` and ``K``.
+        dtype: Of the result.
+    """
+    n, k = size
     values, x_scale = _activation(x, x_operand, k)
-    y = torch.empty(values.shape[0], w[0].shape[0], dtype=dtype, device=values.device)
+    y = torch.empty(values.shape[0], n, dtype=dtype, device=values.device)
     # Autocast would turn the fp32 product into one of bf16.
     with torch.autocast(values.device.type, enabled=False):
-        for rows, chunk, w_scale in weight_chunks(w, w_operand, k):
+        for rows, chunk, w_scale in chunks:
             part = values @ chunk.T
             for scale in (x_scale, w_scale):
                 if scale is not None:
                     part.mul_(scale)
             y[:, rows] = part if bias is None else part.add_(bias[rows])
-    return fused.activate(y, activation).view(*x[0].shape[:-1], w[0].shape[0])
+    return y.view(*x[0].shape[:-1], n)
 
 
 def elements(operand: Operand) -> Operand:
@@ -83,6 +107,11 @@ def _activation(
     return values, x[1].reshape(-1, 1) if operand.outer else None
 
 
+def chunk_rows(n: int, k: int) -> int:
+    """Return how many of ``n`` rows are expanded at a time."""
+    return min(max(1, CHUNK_VALUES // max(1, k)), n)
+
+
 def weight_chunks(
     w: Sequence[Tensor], operand: Operand, k: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -91,7 +120,7 @@ def weight_chunks(
     The elements are in memory that the next ones overwrite.
     """
     packed, *scales = w
-    step = min(max(1, CHUNK_VALUES // max(1, k)), len(packed))
+    step = chunk_rows(len(packed), k)
     memory = torch.empty(step, k, dtype=torch.float32, device=packed.device)
     for start in range(0, len(packed), step or 1):
         rows = slice(start, start + step)

@@ -1,6 +1,6 @@
 """Refusing a program whose layers would not run on the kernels of their target.
 
-Without this such layers run all the same, on oneDNN or as the reference, and more slowly.
+Without this such layers run all the same, by torch's own products, and more slowly.
 """
 
 from __future__ import annotations

@@ -125,7 +125,8 @@ def _native() -> Check:
 def _onednn() -> Check:
     name = "oneDNN int8"
     enables, fix = (
-        "layers without scales of blocks, where there is no native library",
+        "int8 products without the native library (no scales of blocks; others: fp32, slower); "
+        "one byte a weight",
         "use a PyTorch with oneDNN, on x86-64",
     )
     if importlib.util.find_spec("torch") is None:

@@ -18,6 +18,7 @@ from fpcompiler.native import library
 from fpcompiler.numerics import quantize, quantize_packed
 from fpcompiler.operand import Operand
 from fpcompiler.runtime import onednn, reference
+from fpcompiler.runtime.expanded import announce
 from fpcompiler.runtime.onednn import OneDnnLayer, OneDnnLinear, fits, product_problem
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +119,7 @@ class Block(nn.Module):
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch):
     def clear() -> None:
-        for function in (library, onednn.usable, product_problem):
+        for function in (library, onednn.usable, product_problem, announce):
             function.cache_clear()
 
     monkeypatch.setenv("FPC_NATIVE", "0")
@@ -146,8 +147,9 @@ def test_it_runs_layers_where_there_is_no_native_library(without_library, caplog
     assert not isinstance(down, OneDnnLayer)
     assert torch.equal(model(X), plain(X))
     assert [r.message for r in caplog.records if "oneDNN" in r.message] == [
-        "No native library: layers of integer formats without scales of blocks run on oneDNN's "
-        "int8 product, one byte a weight; others run as the reference, much slower."
+        "No native library: weights are expanded to one byte each. Layers of integer formats "
+        "without scales of blocks run on oneDNN's int8 product, others on fp32 products, much "
+        "slower."
     ]
 
 
@@ -196,7 +198,7 @@ def test_without_the_product_the_reference_runs(
     plain = fpcompiler.compile(Block().eval(), "w4a6-row", example_inputs=(X,), target="reference")
     assert torch.equal(model(X), plain(X))
     text = {"missing": "has none", "refuses": "has none", "inexact": "it is not exact"}[fault]
-    assert any(text in r.message and "as the reference" in r.message for r in caplog.records)
+    assert any(text in r.message and "fp32 products" in r.message for r in caplog.records)
 
 
 def test_elsewhere_than_on_x86_it_is_not_used(without_library, monkeypatch) -> None:
