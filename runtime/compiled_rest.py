@@ -35,7 +35,9 @@ def compile_rest(run: Run) -> Run:
     Returns:
         A function that raises RunError where torch.compile or what it made fails, with what to do.
     """
-    compiled = torch.compile(own_code(run), fullgraph=True)
+    compiled = torch.compile(
+        own_code(run), fullgraph=True, options={"guard_filter_fn": _guards_of_arguments}
+    )
 
     def call(leaves: Sequence[Tensor]) -> list[Any]:
         try:
@@ -65,6 +67,15 @@ def own_code(run: Run) -> Run:
 
     code, cells = traced.__code__.replace(), traced.__closure__
     return FunctionType(code, globals(), traced.__name__, None, cells)
+
+
+def _guards_of_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Return which conditions are tested at each call: those on the arguments and on torch itself.
+
+    Nothing of a program changes once it is loaded, and its thousands of conditions take a
+    millisecond.
+    """
+    return ["leaves" in guard.name or not guard.name for guard in guards]
 
 
 def _compiling_failed(error: TorchDynamoException) -> str:
