@@ -28,8 +28,8 @@ from torch import Tensor
 from fpcompiler.numerics import decode
 from fpcompiler.operand import Operand
 from fpcompiler.runtime import fused, reference
+from fpcompiler.runtime.arithmetic import integers_of
 from fpcompiler.runtime.ops import LinearArguments
-from fpcompiler.runtime.native import integers_of
 
 _LOG: Final = logging.getLogger("fpcompiler.runtime")
 _SMALLEST_NORMAL: Final = torch.finfo(torch.float32).tiny

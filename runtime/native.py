@@ -20,74 +20,19 @@ import torch
 from torch import Tensor
 
 from fpcompiler.errors import NumericsError, describe_layer
-from fpcompiler.formats import FloatSpec
-from fpcompiler.native import INSTRUCTION_SETS, library
+from fpcompiler.native import library
 from fpcompiler.native.linear import Activations, Arithmetic, Weights
 from fpcompiler.numerics import quantize
 from fpcompiler.numerics.compiled import BLOCK_SCALES, INPUTS, NO_MEMORY, operand_struct
 from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
 from fpcompiler.runtime.aligned import ALIGNMENT, aligned_memory
+from fpcompiler.runtime.arithmetic import arithmetic_for, integers_of, takes
 from fpcompiler.runtime.native_producers import Produced, activation_code
 
-BF16_INSTRUCTIONS: Final = INSTRUCTION_SETS.index("AVX-512 BF16")
-"""What bf16 arithmetic needs."""
-
 _OUTPUTS: Final = 64  # of a block of weights
-_BF16_DIGITS: Final = 8
-_MOST: Final = 1 << 31
 _POWERS: Final = "f8E8M0FNU"
 _E8M0_BIAS: Final = 127
-
-
-@lru_cache(maxsize=64)
-def integers_of(spec: FloatSpec, limit: int = 127) -> tuple[int, ...] | None:
-    """Return the values of all codes times the least power of two that makes them integers.
-
-    None if one of them would be above ``limit``, or is no number.
-    """
-    values = spec.values
-    if not all(math.isfinite(value) for value in values):
-        return None
-    steps = 1 / spec.smallest
-    if max(abs(value) for value in values) * steps > limit:
-        return None
-    return tuple(int(value * steps) for value in values)
-
-
-def arithmetic_for(
-    x_operand: Operand | None,
-    w_operand: Operand,
-    k: int,
-    dtype: torch.dtype,
-    instructions: int,
-) -> Arithmetic:
-    """Return how a layer is summed: the fastest arithmetic that holds every value exactly.
-
-    Args:
-        x_operand: The activations; None if they are not quantized.
-        w_operand: The weights.
-        k: Length of a row.
-        dtype: Of the activations; it counts only if they are not quantized.
-        instructions: What the processor has, an index of ``INSTRUCTION_SETS``.
-    """
-    floats = Arithmetic.BF16 if instructions == BF16_INSTRUCTIONS else Arithmetic.FLOAT32
-    if x_operand is None:
-        return floats if dtype == torch.bfloat16 else Arithmetic.FLOAT32
-    w, x = integers_of(w_operand.format), integers_of(x_operand.format)
-    if w is not None and x is not None and 2 * max(w) * max(x) * k < _MOST:
-        return Arithmetic.INT8
-    digits = x_operand.format.mantissa_bits + 1
-    if x_operand.block:
-        scale = x_operand.block.spec
-        digits += _BF16_DIGITS if scale is None else scale.mantissa_bits + (scale.mantissa_bits > 0)
-    return floats if digits <= _BF16_DIGITS else Arithmetic.FLOAT32
-
-
-def takes(w_operand: Operand, n: int, k: int) -> bool:
-    """Return whether the library multiplies weights of this kind: codes with a sign and zero."""
-    spec = w_operand.format
-    return spec.signed and spec.zero and n > 0 and k > 0
 
 
 @dataclass(frozen=True)
@@ -402,4 +347,4 @@ def _activations(operand: Operand | None, arithmetic: Arithmetic) -> Activations
     return result
 
 
-__all__ = ["InputKind", "NativeLinear", "PreparedInput", "arithmetic_for", "integers_of", "takes"]
+__all__ = ["InputKind", "NativeLinear", "PreparedInput"]

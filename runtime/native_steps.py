@@ -18,8 +18,9 @@ from fpcompiler.numerics.compiled import INPUTS
 from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import expanded, fused, onednn
+from fpcompiler.runtime.arithmetic import takes
 from fpcompiler.runtime.expanded import ExpandedLayer, ExpandedLinear, announce
-from fpcompiler.runtime.native import NativeLinear, PreparedInput, takes
+from fpcompiler.runtime.native import NativeLinear, PreparedInput
 from fpcompiler.runtime.native_ops import TracedLinear
 from fpcompiler.runtime.native_producers import describe
 from fpcompiler.runtime.onednn import OneDnnLayer, OneDnnLinear

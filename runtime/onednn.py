@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fpcompiler.operand import Operand
 from fpcompiler.runtime import fused, reference
-from fpcompiler.runtime.native import integers_of
+from fpcompiler.runtime.arithmetic import integers_of
 from fpcompiler.runtime.ops import LinearArguments
 
 _LOG: Final = logging.getLogger("fpcompiler.runtime")

@@ -20,9 +20,10 @@ from fpcompiler.native.linear import Arithmetic
 from fpcompiler.numerics import packed_bytes
 from fpcompiler.operand import Operand
 from fpcompiler.plan import Step
+from fpcompiler.runtime.arithmetic import BF16_INSTRUCTIONS, arithmetic_for
 from fpcompiler.runtime.ceilings import Ceilings
 from fpcompiler.runtime.executor import Executor
-from fpcompiler.runtime.native import BF16_INSTRUCTIONS, PreparedInput, arithmetic_for
+from fpcompiler.runtime.native import PreparedInput
 from fpcompiler.runtime.operators import Function
 from fpcompiler.runtime.ops import scale_shape
 

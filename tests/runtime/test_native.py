@@ -16,7 +16,8 @@ from fpcompiler.native.linear import Arithmetic
 from fpcompiler.numerics import dequantize, dequantize_packed, quantize, quantize_packed
 from fpcompiler.operand import Operand
 from fpcompiler.runtime import native_steps, reference
-from fpcompiler.runtime.native import NativeLinear, arithmetic_for, integers_of
+from fpcompiler.runtime.arithmetic import arithmetic_for, integers_of
+from fpcompiler.runtime.native import NativeLinear
 from fpcompiler.runtime.native_steps import NativeLayer, NativeQuantizer
 
 NATIVE = library()
