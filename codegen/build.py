@@ -122,7 +122,7 @@ class KernelCache:
             ) from error
 
     def _key(self, source: KernelSource) -> str:
-        return source.key(self.nvcc.compile_flags(source.arch), self.nvcc.toolchain)
+        return source.key(self.nvcc.flags(source.arch), self.nvcc.toolchain)
 
     def _read(self, key: str) -> BuiltKernel | None:
         folder = self.folder / "kernels" / key
@@ -176,7 +176,7 @@ class KernelCache:
             "bytes": (work / "kernel.so").stat().st_size,
             "toolchain": self.nvcc.toolchain,
             "headers": source.headers,
-            "flags": list(self.nvcc.compile_flags(source.arch)),
+            "flags": list(self.nvcc.flags(source.arch)),
             "resources": _resources((work / "build.log").read_text(encoding="utf-8")),
             "cost": {
                 "seconds": round(compiled.seconds + linked.seconds, 1),

@@ -24,12 +24,11 @@ MINIMUM_NVCC: Final = (12, 8)
 
 _FALLBACK: Final = Path("/usr/local/cuda")
 
-# With a seed for the names that nvcc makes up, relative file names, and no symbols of temporary
-# files, the same source gives the same bytes: whoever rebuilds a kernel can compare its hash.
 _FLAGS: Final = (
     "-std=c++17", "-O3", "-DNDEBUG", "-w", "--expt-relaxed-constexpr", "--resource-usage",
-    "-frandom-seed=fpc", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+    "-Xcompiler", "-fPIC,-fvisibility=hidden",
 )  # fmt: skip
+# A quarter of the size is names that nobody looks up.
 _LINK_FLAGS: Final = ("-shared", "-Xlinker", "--strip-all")
 
 
@@ -79,6 +78,14 @@ class Nvcc:
         suffix = machine.suffix
         code = f"-gencode=arch=compute_{suffix},code=[sm_{suffix},compute_{suffix}]"
         return (*_FLAGS, code)
+
+    def flags(self, arch: str) -> tuple[str, ...]:
+        """Return all flags that make a library, for its key.
+
+        Raises:
+            TargetError: If this nvcc does not know the architecture.
+        """
+        return (*self.compile_flags(arch), *_LINK_FLAGS)
 
     def compile(self, source: KernelSource, folder: Path) -> Cost | None:
         """Compile ``kernel.cu`` of a folder to ``kernel.o``; return None if that failed.
