@@ -1,0 +1,122 @@
+// A chunk as codes and scales, where they belong.
+
+namespace fpc {
+
+// Where CUTLASS has the scale of a row and a column: atoms of 128 rows by 4 columns.
+FPC_DEVICE int64_t swizzled(int64_t row, int column, int columns) {
+    const int64_t atom = row / 128 * ((columns + 3) / 4) + column / 4;
+    return atom * 512 + row % 32 * 16 + row % 128 / 32 * 4 + column % 4;
+}
+
+template <class P>
+struct Encoder {
+    static constexpr int kLanes = P::kBlock ? P::kBlock / kChunk : 1;
+    // A quotient by a power of two is the product with its inverse.
+    static constexpr bool kPower = P::kBlockScale == kE8M0Scale && P::kOuter == kNoOuter;
+    typedef typename P::Element Element;
+    typedef Quotient<kPower, P::kGiven> Quotients;
+
+    const FpcQuantizeArguments& a;
+    const int64_t m;
+    const float outer;
+
+    // All lanes of a warp take part. Values may change.
+    FPC_DEVICE void encode(int chunk, float (&values)[kChunk]) const {
+        float amax = largest_of(values);
+#pragma unroll
+        for (int lanes = 1; lanes < kLanes; lanes *= 2)
+            amax = larger_magnitude(amax, exchange(amax, lanes));
+        if (bits_of(amax) >= kExponentMask) *a.status = 1;
+        if constexpr (P::kBlockScale == kE8M0Scale && P::kRounding == kLeastError) {
+            encode_better_power(chunk, amax, values);
+        } else {
+            if constexpr (P::kBlockScale != kNoBlockScale) {
+                const float scale = amax == 0 ? 1 : scale_of(amax, values);
+                store_scale(chunk, scale);
+                divide_all(P::kOuter == kNoOuter ? scale : multiply(scale, outer), values);
+            } else if constexpr (P::kOuter != kNoOuter) {
+                divide_all(outer, values);
+            }
+            store_codes(chunk, values);
+        }
+    }
+
+    // Padding of swizzled scales that belongs to rows behind the last one.
+    FPC_DEVICE void clear_scales(int chunk) const { store_scale(chunk, 0); }
+
+   private:
+    FPC_DEVICE static void divide_all(float total, float (&values)[kChunk]) {
+        const Quotients quotients(total);
+        each(values, [&](float x, int) { return quotients.of(x); });
+    }
+
+    // Sum a number of each value over the block, in fp64.
+    template <class Term>
+    FPC_DEVICE static double sum_over_block(const float (&values)[kChunk], const Term& term) {
+        double sum = 0;
+#pragma unroll
+        for (int i = 0; i < kChunk; i++) sum = add(sum, (double)term(values[i]));
+#pragma unroll
+        for (int lanes = 1; lanes < kLanes; lanes *= 2) sum = add(sum, exchange(sum, lanes));
+        return sum;
+    }
+
+    FPC_DEVICE float scale_of(float amax, const float (&values)[kChunk]) const {
+        if constexpr (P::kBlockScale == kRealScale) return real_scale<P>(amax);
+        const Pair pair = scale_pair<P>(amax, outer);
+        if constexpr (P::kBlockScale == kE4M3Scale && P::kRounding == kLeastError) {
+            const bool low = loss(pair.high, values) > loss(pair.low, values);
+            return low ? pair.low : pair.high;
+        }
+        return pair.high;
+    }
+
+    FPC_DEVICE double loss(float scale, const float (&values)[kChunk]) const {
+        const float total = P::kOuter == kNoOuter ? scale : multiply(scale, outer);
+        const Quotients quotients(total);
+        const double sum = sum_over_block(values, [&](float x) {
+            return squared_error<Element>(quotients.of(x));
+        });
+        return multiply(sum, multiply((double)total, (double)total));
+    }
+
+    // Quotients by the larger of the two scales are half of those by the smaller one.
+    FPC_DEVICE void encode_better_power(int chunk, float amax, float (&values)[kChunk]) const {
+        const Pair pair = scale_pair<P>(amax, outer);
+        divide_all(P::kOuter == kNoOuter ? pair.low : multiply(pair.low, outer), values);
+        const double gain = sum_over_block(values, [](float x) { return gain_of_half<Element>(x); });
+        const bool low = gain > 0 || pair.low == pair.high;
+        store_scale(chunk, amax == 0 ? 1 : low ? pair.low : pair.high);
+        const float factor = low ? 1.0f : 0.5f;
+        each(values, [=](float x, int) { return multiply(x, factor); });
+        store_codes(chunk, values);
+    }
+
+    FPC_DEVICE void store_codes(int chunk, const float (&values)[kChunk]) const {
+        Codes<Element, P::kCodeBits> codes;
+#pragma unroll
+        for (int i = 0; i < kChunk / 2; i++) codes.set(i, values[2 * i], values[2 * i + 1]);
+        const int64_t begin = (int64_t)chunk * kChunk * P::kCodeBits / 8;
+        store_words(a.codes + m * a.pitch + begin, codes.words, a.pitch - begin);
+    }
+
+    FPC_DEVICE void store_scale(int chunk, float scale) const {
+        if (chunk % kLanes) return;
+        const int column = chunk / kLanes, columns = ((int)a.k + P::kBlock - 1) / P::kBlock;
+        const bool there = column < columns && m < a.m;
+        if constexpr (P::kSwizzled) {
+            if (column < (columns + 3) / 4 * 4)
+                ((uint8_t*)a.block_scale)[swizzled(m, column, columns)] = there ? code_of(scale) : 0;
+        } else if (there) {
+            const int64_t index = m * a.scale_pitch + column;
+            if constexpr (P::kBlockScale == kRealScale) ((float*)a.block_scale)[index] = scale;
+            else ((uint8_t*)a.block_scale)[index] = code_of(scale);
+        }
+    }
+
+    FPC_DEVICE static uint8_t code_of(float scale) {
+        return P::kBlockScale == kE8M0Scale ? (uint8_t)(bits_of(scale) >> 23) : e4m3_code(scale);
+    }
+};
+
+}  // namespace fpc

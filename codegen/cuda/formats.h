@@ -1,0 +1,96 @@
+// Rounding to the values of a format, and the codes of sixteen values as they lie in memory.
+//
+// An element format E has the members that fpcompiler/codegen/cuda/quantize.py writes:
+// kMantissaBits, kMagnitudeBits, kMinExponent, kMaxExponent, kMax, kStorageBits, kConvert.
+
+namespace fpc {
+
+constexpr int32_t kExponentMask = 0x7F800000;
+
+// The instruction that makes two codes of a format, where the target has one. It rounds to nearest
+// even and saturates, and keeps the sign of zero, as Rounded with signed_code does; on NaN they
+// differ, which is refused before.
+enum Convert { kSoftware = 0, kConvertE4M3 = 1, kConvertE2M1 = 2, kConvertE2M3 = 3, kConvertE3M2 = 4 };
+
+struct E4M3 {
+    static constexpr int kMantissaBits = 3, kMagnitudeBits = 7, kMinExponent = -6;
+    static constexpr int kMaxExponent = 8, kStorageBits = 8;
+    static constexpr float kMax = 448.0f;
+    static constexpr Convert kConvert = FPC_CONVERTS ? kConvertE4M3 : kSoftware;
+};
+
+// A magnitude rounded by adding and subtracting 1.5 * 2**(e + 23 - m); the low bits of the sum count
+// steps. See fpcompiler/numerics/rounding.py. With a bias of 1, numbers are twice those of the format.
+template <class E, int kBias = 0>
+struct Rounded {
+    static constexpr int32_t kLeast = (E::kMinExponent + kBias + 127) * (1 << 23);
+    static constexpr int32_t kMagic = (23 - E::kMantissaBits) * (1 << 23) + 0x400000;
+    int32_t exponent;
+    float big, sum;
+
+    FPC_DEVICE explicit Rounded(float magnitude) {
+        const float held = smaller(magnitude, kBias ? 2 * E::kMax : E::kMax);
+        exponent = larger(bits_of(held) & kExponentMask, kLeast);
+        big = float_of(exponent + kMagic);
+        sum = add(held, big);
+    }
+
+    FPC_DEVICE float value() const { return subtract(sum, big); }
+
+    FPC_DEVICE int32_t code() const {
+        return bits_of(sum) - bits_of(big) + ((exponent - kLeast) >> (23 - E::kMantissaBits));
+    }
+};
+
+FPC_DEVICE float magnitude(float value) { return float_of(bits_of(value) & 0x7FFFFFFF); }
+
+FPC_DEVICE float with_sign_of(float magnitude, float sign) {
+    return float_of(bits_of(magnitude) | (bits_of(sign) & (int32_t)0x80000000));
+}
+
+template <class E>
+FPC_DEVICE uint32_t signed_code(float value) {
+    const uint32_t sign = (uint32_t)bits_of(value) >> 31;
+    return (uint32_t)Rounded<E>(magnitude(value)).code() | sign << E::kMagnitudeBits;
+}
+
+// Return the codes of two numbers, the first one in the low E::kStorageBits.
+template <class E>
+FPC_DEVICE uint32_t pair_of(float first, float second) {
+    if constexpr (E::kConvert == kConvertE4M3) return e4m3_pair(first, second);
+#if FPC_CONVERTS >= 2
+    if constexpr (E::kConvert == kConvertE2M1) return e2m1_pair(first, second);
+    if constexpr (E::kConvert == kConvertE2M3) return e2m3_pair(first, second);
+    if constexpr (E::kConvert == kConvertE3M2) return e3m2_pair(first, second);
+#endif
+    return signed_code<E>(first) | signed_code<E>(second) << E::kStorageBits;
+}
+
+// The number of a format next to a value, with the sign of the value.
+template <class E>
+FPC_DEVICE float nearest(float value) {
+    return with_sign_of(Rounded<E>(magnitude(value)).value(), value);
+}
+
+// The codes of a chunk, kBits each: those of E, or with kBits = 8 for a narrower E, E4M3 codes of the
+// numbers that E rounds to.
+template <class E, int kBits>
+struct Codes {
+    static constexpr int kWords = kChunk * kBits / 32;
+    static constexpr bool kWiden = kBits != E::kStorageBits;
+    uint32_t words[kWords] = {};
+
+    FPC_DEVICE void set(int pair, float first, float second) {
+        if constexpr (kWiden) put(pair, pair_of<E4M3>(nearest<E>(first), nearest<E>(second)));
+        else put(pair, pair_of<E>(first, second));
+    }
+
+   private:
+    FPC_DEVICE void put(int pair, uint32_t codes) {
+        const int word = pair * 2 * kBits / 32, bit = pair * 2 * kBits % 32;
+        words[word] |= codes << bit;
+        if (bit + 2 * kBits > 32) words[(word + 1) % kWords] |= codes >> (32 - bit);
+    }
+};
+
+}  // namespace fpc

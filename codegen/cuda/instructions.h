@@ -1,0 +1,131 @@
+// The instructions of the GPU that kernels use. Everything else here is plain C++, so that tests
+// can compile it for the CPU, with functions of the same names in place of these.
+//
+// Arithmetic goes through functions that round once each: the compiler neither fuses them nor
+// depends on its flags for division. Only -ftz=true would change results.
+
+#include <stdint.h>
+
+#define FPC_DEVICE __device__ __forceinline__
+
+namespace fpc {
+
+FPC_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+FPC_DEVICE float subtract(float a, float b) { return __fsub_rn(a, b); }
+FPC_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+FPC_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FPC_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+FPC_DEVICE float reciprocal(float a) { return __frcp_rn(a); }
+FPC_DEVICE float root(float a) { return __fsqrt_rn(a); }
+FPC_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
+FPC_DEVICE double multiply(double a, double b) { return __dmul_rn(a, b); }
+
+FPC_DEVICE int32_t bits_of(float a) { return __float_as_int(a); }
+FPC_DEVICE float float_of(int32_t a) { return __int_as_float(a); }
+
+// The smaller number; `b` if `a` is NaN.
+FPC_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+FPC_DEVICE int32_t larger(int32_t a, int32_t b) { return max(a, b); }
+
+// The larger magnitude; NaN if one of them is.
+FPC_DEVICE float larger_magnitude(float a, float b) {
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(fabsf(a)), "f"(fabsf(b)));
+    return result;
+}
+
+// --- 16-bit numbers ----------------------------------------------------------------------------
+
+FPC_DEVICE float from_f16(uint16_t bits) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
+    return result;
+}
+
+FPC_DEVICE uint16_t to_f16(float value) {
+    uint16_t result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
+    return result;
+}
+
+FPC_DEVICE uint16_t to_bf16(float value) {
+    uint16_t result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
+    return result;
+}
+
+// --- codes of two numbers, the first one in the low bits ------------------------------------------
+
+// Two E4M3 codes of 8 bits.
+FPC_DEVICE uint32_t e4m3_pair(float first, float second) {
+    uint16_t result;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(result) : "f"(second), "f"(first));
+    return result;
+}
+
+#if FPC_CONVERTS >= 2
+// Two E2M1 codes of 4 bits.
+FPC_DEVICE uint32_t e2m1_pair(float first, float second) {
+    uint32_t result;
+    asm("{ .reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, %1, %2; cvt.u32.u8 %0, pair; }"
+        : "=r"(result)
+        : "f"(second), "f"(first));
+    return result;
+}
+
+// Two codes of 6 bits; the instruction gives each a byte.
+FPC_DEVICE uint32_t e2m3_pair(float first, float second) {
+    uint16_t bytes;
+    asm("cvt.rn.satfinite.e2m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(second), "f"(first));
+    return (bytes & 0x3Fu) | (bytes >> 2 & 0xFC0u);
+}
+
+FPC_DEVICE uint32_t e3m2_pair(float first, float second) {
+    uint16_t bytes;
+    asm("cvt.rn.satfinite.e3m2x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(second), "f"(first));
+    return (bytes & 0x3Fu) | (bytes >> 2 & 0xFC0u);
+}
+#endif
+
+// --- memory ------------------------------------------------------------------------------------
+
+struct alignas(16) Quad {
+    uint32_t words[4];
+};
+
+struct alignas(8) Twin {
+    uint32_t words[2];
+};
+
+FPC_DEVICE Quad load_quad(const void* from) {
+    Quad q;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(q.words[0]), "=r"(q.words[1]), "=r"(q.words[2]), "=r"(q.words[3])
+        : "l"(from));
+    return q;
+}
+
+// --- other threads -----------------------------------------------------------------------------
+
+// What the lane that differs in the bits of `mask` has. All 32 lanes take part.
+FPC_DEVICE float exchange(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+FPC_DEVICE int32_t exchange(int32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+FPC_DEVICE double exchange(double value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+
+FPC_DEVICE void barrier() { __syncthreads(); }
+FPC_DEVICE void store_larger(int32_t* to, int32_t value) { atomicMax(to, value); }
+
+// --- launches, on the CPU ----------------------------------------------------------------------
+
+template <class Arguments>
+int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments& arguments,
+               void* stream) {
+    void* parameters[] = {(void*)&arguments};
+    return cudaLaunchKernel((const void*)kernel, grid, block, parameters, 0, (cudaStream_t)stream);
+}
+
+inline int32_t set_zero(void* memory, size_t bytes, void* stream) {
+    return cudaMemsetAsync(memory, 0, bytes, (cudaStream_t)stream);
+}
+
+}  // namespace fpc

@@ -1,0 +1,146 @@
+// The kernels of a problem, and how they are launched.
+//
+// Where nothing is known of a row but its blocks, a thread has one chunk and a row as many blocks of
+// threads as it needs. Otherwise a row has one warp or one block of threads, and its chunks are held
+// in registers, two for each thread at most; longer rows are read again for each step. Two blocks of
+// threads share a multiprocessor: one loads while the other computes.
+
+namespace fpc {
+
+// With two chunks a thread needs up to 72 registers, which 2 * 448 threads can have.
+template <int kHeld>
+constexpr int kThreads = kHeld == 2 ? 448 : kMostThreads;
+
+template <class P>
+constexpr bool kNeedsRow = kIsNorm<P::kHead> || P::kOuter == kPerRow;
+
+// Chunks of a row, with those that are zeros behind its end.
+template <class P>
+__host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
+    constexpr int kBytes = kChunk * P::kCodeBits / 8;
+    const int of_codes = (int)((a.pitch + kBytes - 1) / kBytes);
+    if constexpr (P::kSwizzled) {
+        // Four scales of an atom belong together.
+        constexpr int kUnit = 4 * P::kBlock;
+        const int of_scales = ((int)a.k + kUnit - 1) / kUnit * (kUnit / kChunk);
+        return of_codes > of_scales ? of_codes : of_scales;
+    }
+    return of_codes;
+}
+
+template <class P, int kHeld>
+__global__ void __launch_bounds__(kThreads<kHeld>, 2) quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
+    const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    const int chunks = chunks_of<P>(a);
+    if (m >= a.m) {
+        if constexpr (P::kSwizzled) {
+            const Encoder<P> encoder{a, m, 1.0f};
+            const int step = (int)(blockDim.x * gridDim.y);
+            int chunk = (int)(blockIdx.y * blockDim.x + threadIdx.x);
+            for (; chunk < chunks && m < (a.m + 127) / 128 * 128; chunk += step)
+                encoder.clear_scales(chunk);
+        }
+        return;
+    }
+    Row<P, kHeld> row(a, m, chunks);
+    float outer = 1;
+    if constexpr (P::kOuter == kPerRow) {
+        float amax = 0;
+        row.each_chunk([&](int, float (&values)[kChunk]) {
+            amax = larger_magnitude(amax, largest_of(values));
+        });
+        amax = over_row(amax, [](float x, float y) { return larger_magnitude(x, y); });
+        outer = real_scale<P>(amax);
+        if (threadIdx.x == 0) a.outer_scale[m] = outer;
+    } else if constexpr (P::kOuter == kPerTensor) {
+        outer = P::kGiven ? *a.outer_scale : real_scale<P>(float_of(*a.amax));
+        if (!P::kGiven && m == 0 && row.first == 0) *a.outer_scale = outer;
+    }
+    const Encoder<P> encoder{a, m, outer};
+    row.each_chunk([&](int chunk, float (&values)[kChunk]) { encoder.encode(chunk, values); });
+}
+
+// The largest magnitude of a tensor, as its bits: they compare like the numbers.
+template <class P, int kHeld>
+__global__ void __launch_bounds__(kThreads<kHeld>, 2) find_amax(const __grid_constant__ FpcQuantizeArguments a) {
+    const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (m >= a.m) return;
+    Row<P, kHeld> row(a, m, chunks_of<P>(a));
+    float amax = 0;
+    row.each_chunk([&](int, float (&values)[kChunk]) {
+        amax = larger_magnitude(amax, largest_of(values));
+    });
+    amax = over_row(amax, [](float x, float y) { return larger_magnitude(x, y); });
+    if (threadIdx.x == 0) store_larger(a.amax, bits_of(amax));
+}
+
+// Threads and blocks for rows of some chunks.
+struct Shape {
+    dim3 grid, block;
+
+    // One warp or one block of threads for a row, each thread with `held` chunks, or any number.
+    static Shape whole_rows(int64_t rows, int chunks, int held) {
+        const int needed = held ? (chunks + held - 1) / held : kMostThreads;
+        const int threads = needed <= 32 ? 32 : (needed + 31) / 32 * 32;
+        const int together = threads == 32 ? 4 : 1;
+        return {dim3((unsigned)((rows + together - 1) / together)),
+                dim3((unsigned)threads, (unsigned)together)};
+    }
+
+    static Shape tiles(int64_t rows, int chunks) {
+        const int most = 256, threads = chunks >= most ? most : (chunks + 31) / 32 * 32;
+        const int together = rows == 1 ? 1 : most / threads;
+        return {dim3((unsigned)((rows + together - 1) / together),
+                     (unsigned)((chunks + threads - 1) / threads)),
+                dim3((unsigned)threads, (unsigned)together)};
+    }
+};
+
+template <class P>
+int32_t launch_amax(const FpcQuantizeArguments& a, int chunks, void* stream) {
+    const int32_t failed = set_zero(a.amax, sizeof(int32_t), stream);
+    if (failed) return failed;
+    const bool held = chunks <= 2 * kThreads<2>;
+    const Shape shape = Shape::whole_rows(a.m, chunks, held ? 2 : 0);
+    return launch(held ? find_amax<P, 2> : find_amax<P, 0>, shape.grid, shape.block, a, stream);
+}
+
+template <class P>
+bool is_possible(const FpcQuantizeArguments& a) {
+    const int64_t needed = (a.k * P::kCodeBits + 7) / 8, most = 1 << 30;
+    if (a.m < 0 || a.m > most || a.k < 1 || a.k > most || a.pitch < needed || a.pitch > most)
+        return false;
+    if constexpr (P::kBlock != 0 && !P::kSwizzled)
+        if (a.scale_pitch < (a.k + P::kBlock - 1) / P::kBlock) return false;
+    if constexpr (P::kHadamard != 0)
+        if (a.k % P::kHadamard) return false;
+    return a.scale.repeat >= 1 && a.shift.repeat >= 1;
+}
+
+template <class P>
+int32_t quantize(FpcQuantizeArguments a, void* stream) {
+    if (!is_possible<P>(a)) return FPC_REFUSED;
+    if (a.m == 0) return FPC_LAUNCHED;
+    const int chunks = chunks_of<P>(a);
+    const int64_t rows = P::kSwizzled ? (a.m + 127) / 128 * 128 : a.m;
+    // Rows are counted in 32 bits.
+    if (a.scale.repeat > a.m) a.scale.repeat = a.m;
+    if (a.shift.repeat > a.m) a.shift.repeat = a.m;
+    if constexpr (P::kOuter == kPerTensor && !P::kGiven) {
+        const int32_t failed = launch_amax<P>(a, chunks, stream);
+        if (failed) return failed;
+    }
+    if constexpr (!kNeedsRow<P>) {
+        const Shape shape = Shape::tiles(rows, chunks);
+        return launch(quantize_rows<P, 1>, shape.grid, shape.block, a, stream);
+    } else {
+        const int held = chunks <= kThreads<1> ? 1 : chunks <= 2 * kThreads<2> ? 2 : 0;
+        const Shape shape = Shape::whole_rows(rows, chunks, held);
+        const auto kernel = held == 1   ? quantize_rows<P, 1>
+                            : held == 2 ? quantize_rows<P, 2>
+                                        : quantize_rows<P, 0>;
+        return launch(kernel, shape.grid, shape.block, a, stream);
+    }
+}
+
+}  // namespace fpc

@@ -1,0 +1,172 @@
+// The values that are quantized: fpcompiler/runtime/fused.py says where results are rounded, and
+// fpcompiler/native/csrc/produce_rows.h is the same for the CPU.
+
+namespace fpc {
+
+enum Head {
+    kNoHead = -1,
+    kRmsNorm = 0,
+    kRmsNormWide = 1,
+    kLayerNorm = 2,
+    kSilu = 3,
+    kGelu = 4,
+    kGeluTanh = 5,
+    kRelu = 6
+};
+enum Tail { kNoTail = 0, kMul = 1, kAdd = 2, kModulate = 3 };
+
+template <Head head>
+constexpr bool kIsNorm = head >= kRmsNorm && head <= kLayerNorm;
+
+// What a norm knows of its whole row.
+struct Statistics {
+    float mean = 0, factor = 1;
+};
+
+FPC_DEVICE float silu(float x) { return divide(x, add(exp_of(-x), 1.0f)); }
+
+FPC_DEVICE float gelu(float x) {
+    return multiply(multiply(x, 0.5f), add(erf_of(multiply(x, 0.707106781186547524f)), 1.0f));
+}
+
+FPC_DEVICE float gelu_tanh(float x) {
+    const float cube = multiply(multiply(multiply(x, x), x), 0.044715f);
+    const float inner = multiply(add(x, cube), 0.797884560802865356f);
+    return multiply(multiply(x, 0.5f), add(tanh_of(inner), 1.0f));
+}
+
+// Call `set` with each value, its place in the chunk, and store what it returns.
+template <class Set>
+FPC_DEVICE void each(float (&values)[kChunk], const Set& set) {
+#pragma unroll
+    for (int i = 0; i < kChunk; i++) values[i] = set(values[i], i);
+}
+
+// The sum of what `term` gives for each value, by halves: five roundings deep at most.
+template <class Term>
+FPC_DEVICE float sum_of(const float (&values)[kChunk], const Term& term) {
+    float sums[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; i++) sums[i] = term(values[i], i);
+#pragma unroll
+    for (int half = kChunk / 2; half; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; i++) sums[i] = add(sums[i], sums[i + half]);
+    return sums[0];
+}
+
+// The transform of fpcompiler/numerics/hadamard.py, for the part of a block that a lane has.
+template <int kBlock>
+FPC_DEVICE void hadamard(float (&values)[kChunk]) {
+#pragma unroll
+    for (int half = 1; half < kChunk; half *= 2)
+#pragma unroll
+        for (int i = 0; i < kChunk; i++)
+            if (!(i & half)) {
+                const float a = values[i], b = values[i + half];
+                values[i] = add(a, b);
+                values[i + half] = subtract(a, b);
+            }
+#pragma unroll
+    for (int lanes = 1; lanes < kBlock / kChunk; lanes *= 2)
+        each(values, [=](float own, int) {
+            const float other = exchange(own, lanes);
+            return threadIdx.x & lanes ? subtract(other, own) : add(own, other);
+        });
+    constexpr float kFactor = kBlock == 16   ? 0.25f
+                              : kBlock == 32 ? 0.17677669529663687f
+                              : kBlock == 64 ? 0.125f
+                                             : 0.08838834764831845f;
+    each(values, [](float value, int) { return multiply(value, kFactor); });
+}
+
+template <class P>
+struct Producer {
+    static constexpr bool kWeighted = P::kHead == kRmsNorm && P::kWeight != kNoType;
+    static constexpr Type kHeadType = kWeighted ? kWider<P::kInput, P::kWeight> : P::kInput;
+    static constexpr Type kScaledType =
+        P::kScale == kNoType ? kHeadType : kWider<kHeadType, P::kScale>;
+    static constexpr Type kType = P::kShift == kNoType ? kScaledType : kWider<kScaledType, P::kShift>;
+
+    const FpcQuantizeArguments& a;
+    const uint8_t* scale;
+    const uint8_t* shift;
+
+    FPC_DEVICE Producer(const FpcQuantizeArguments& arguments, int64_t m)
+        : a(arguments), scale(row_of(a.scale, m)), shift(row_of(a.shift, m)) {}
+
+    // Make the values of a chunk, which begins at `at`, those that are quantized. Behind the last one
+    // of the row they are 0.
+    FPC_DEVICE void apply(int at, const Statistics& known, float (&values)[kChunk]) const {
+        const int count = (int)a.k - at;
+        head(at, count, known, values);
+        tail(at, count, values);
+        if ((P::kHead != kNoHead || P::kTail != kNoTail) && count < kChunk)
+            each(values, [=](float value, int i) { return i < count ? value : 0.0f; });
+        if constexpr (P::kHadamard != 0) {
+            hadamard<P::kHadamard>(values);
+            each(values, [](float value, int) { return rounded<kType>(value); });
+        }
+    }
+
+   private:
+    FPC_DEVICE static const uint8_t* row_of(const FpcBeside& rows, int64_t m) {
+        // Both are below 2**31, and division of 64 bits is slow.
+        const uint32_t index = (uint32_t)m / (uint32_t)rows.repeat;
+        return (const uint8_t*)rows.data + index * rows.stride;
+    }
+
+    FPC_DEVICE void head(int at, int count, const Statistics& known, float (&values)[kChunk]) const {
+        const float r = known.factor;
+        if constexpr (P::kHead == kRmsNorm || P::kHead == kRmsNormWide) {
+            constexpr bool kWide = P::kHead == kRmsNormWide || P::kInput == kF32;
+            each(values, [=](float value, int) {
+                return kWide ? multiply(value, r) : rounded<P::kInput>(multiply(value, r));
+            });
+            if constexpr (P::kWeight != kNoType)
+                combine<P::kWeight, kWide ? P::kInput : kHeadType>(
+                    a.weight, at, count, values, [](float x, float w) { return multiply(x, w); });
+            else each(values, [](float value, int) { return rounded<P::kInput>(value); });
+        } else if constexpr (P::kHead == kLayerNorm) {
+            const float mean = known.mean;
+            each(values, [=](float value, int) { return multiply(subtract(value, mean), r); });
+            if constexpr (P::kWeight != kNoType)
+                combine<P::kWeight, kF32>(a.weight, at, count, values,
+                                          [](float x, float w) { return multiply(x, w); });
+            if constexpr (P::kBias != kNoType)
+                combine<P::kBias, kF32>(a.bias, at, count, values,
+                                        [](float x, float b) { return add(x, b); });
+            each(values, [](float value, int) { return rounded<P::kInput>(value); });
+        } else if constexpr (P::kHead != kNoHead) {
+            each(values, [](float x, int) { return rounded<P::kInput>(activation(x)); });
+        }
+    }
+
+    FPC_DEVICE static float activation(float x) {
+        if constexpr (P::kHead == kSilu) return silu(x);
+        if constexpr (P::kHead == kGelu) return gelu(x);
+        if constexpr (P::kHead == kGeluTanh) return gelu_tanh(x);
+        return x < 0.0f ? 0.0f : x;
+    }
+
+    FPC_DEVICE void tail(int at, int count, float (&values)[kChunk]) const {
+        if constexpr (P::kScale != kNoType)
+            combine<P::kScale, kScaledType>(scale, at, count, values, [](float x, float s) {
+                return multiply(x, P::kTail == kModulate ? rounded<P::kScale>(add(s, 1.0f)) : s);
+            });
+        if constexpr (P::kShift != kNoType)
+            combine<P::kShift, kType>(shift, at, count, values,
+                                      [](float x, float s) { return add(x, s); });
+    }
+
+    // Combine each value with one beside it, and round to a type.
+    template <Type kBeside, Type kResult, class Join>
+    FPC_DEVICE static void combine(const void* row, int at, int count, float (&values)[kChunk],
+                                   const Join& join) {
+        float others[kChunk];
+        load_chunk<kBeside>((const uint8_t*)row + (int64_t)at * kSizeOf<kBeside>, count, others);
+        each(values, [&](float x, int i) { return rounded<kResult>(join(x, others[i])); });
+    }
+};
+
+}  // namespace fpc

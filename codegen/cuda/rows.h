@@ -1,0 +1,124 @@
+// One row of a tensor, as the chunks that a thread has of it.
+
+namespace fpc {
+
+constexpr int kMostThreads = 512;
+
+// Join a value of each thread of a row, in the same order for each. A row has one warp, or all warps of
+// the block.
+template <class T, class Join>
+FPC_DEVICE T over_row(T value, const Join& join) {
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) value = join(value, exchange(value, mask));
+    if (blockDim.x == 32) return value;
+    __shared__ T parts[kMostThreads / 32];
+    barrier();  // what is there may be in use
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+    barrier();
+    T result = parts[0];
+    for (unsigned i = 1; i < blockDim.x / 32; i++) result = join(result, parts[i]);
+    return result;
+}
+
+FPC_DEVICE double sum_over_row(double value) {
+    return over_row(value, [](double a, double b) { return add(a, b); });
+}
+
+// kHeld chunks stay in registers. With 0 the row is too long for that, and they are read and
+// computed again each time.
+template <class P, int kHeld>
+struct Row {
+    const FpcQuantizeArguments& a;
+    const Producer<P> producer;
+    const int64_t m;
+    const int chunks;  // of a row, with those behind its end
+    const int first;
+    Statistics known;
+    float held[kHeld ? kHeld : 1][kChunk];
+
+    FPC_DEVICE Row(const FpcQuantizeArguments& arguments, int64_t m, int chunks)
+        : a(arguments),
+          producer(arguments, m),
+          m(m),
+          chunks(chunks),
+          first((int)(blockIdx.y * blockDim.x + threadIdx.x)) {
+        if constexpr (kHeld != 0) {
+#pragma unroll
+            for (int i = 0; i < kHeld; i++) load(at(i), held[i]);
+        }
+        if constexpr (kIsNorm<P::kHead>) normalize();
+        if constexpr (kHeld != 0) {
+#pragma unroll
+            for (int i = 0; i < kHeld; i++) producer.apply(at(i) * kChunk, known, held[i]);
+        }
+    }
+
+    // Call `work(chunk, values)` for the values that are quantized: as often in all threads.
+    template <class Work>
+    FPC_DEVICE void each_chunk(const Work& work) {
+        each_loaded([&](int chunk, float (&values)[kChunk]) {
+            if constexpr (kHeld == 0) producer.apply(chunk * kChunk, known, values);
+            work(chunk, values);
+        });
+    }
+
+   private:
+    FPC_DEVICE int at(int i) const { return first + i * (int)blockDim.x; }
+
+    FPC_DEVICE void load(int chunk, float (&values)[kChunk]) const {
+        const int64_t index = m * a.stride + (int64_t)chunk * kChunk;
+        load_chunk<P::kInput>((const uint8_t*)a.x + index * kSizeOf<P::kInput>,
+                              (int)a.k - chunk * kChunk, values);
+    }
+
+    template <class Work>
+    FPC_DEVICE void each_loaded(const Work& work) {
+        if constexpr (kHeld != 0) {
+#pragma unroll
+            for (int i = 0; i < kHeld; i++) work(at(i), held[i]);
+        } else {
+            for (int begin = 0; begin < chunks; begin += (int)blockDim.x) {
+                float values[kChunk];
+                load(begin + (int)threadIdx.x, values);
+                work(begin + (int)threadIdx.x, values);
+            }
+        }
+    }
+
+    // Sums of sixteen are fp32, and sums of those fp64.
+    template <class Term>
+    FPC_DEVICE float mean_of(const Term& term) {
+        double sum = 0;
+        each_loaded([&](int chunk, float (&values)[kChunk]) {
+            const int count = (int)a.k - chunk * kChunk;
+            const float part = sum_of(values, [&](float x, int i) { return i < count ? term(x) : 0.0f; });
+            sum = add(sum, (double)part);
+        });
+        return divide((float)sum_over_row(sum), (float)a.k);
+    }
+
+    FPC_DEVICE void normalize() {
+        if constexpr (P::kHead == kLayerNorm) known.mean = mean_of([](float x) { return x; });
+        const float mean = known.mean;
+        const float square = mean_of([=](float x) {
+            const float centred = P::kHead == kLayerNorm ? subtract(x, mean) : x;
+            return multiply(centred, centred);
+        });
+        known.factor = divide(1.0f, root(add(square, a.eps)));
+    }
+};
+
+// The largest magnitude in a chunk.
+FPC_DEVICE float largest_of(const float (&values)[kChunk]) {
+    float largest[kChunk / 2];
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; i++)
+        largest[i] = larger_magnitude(values[i], values[i + kChunk / 2]);
+#pragma unroll
+    for (int half = kChunk / 4; half; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; i++) largest[i] = larger_magnitude(largest[i], largest[i + half]);
+    return largest[0];
+}
+
+}  // namespace fpc

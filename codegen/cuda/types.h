@@ -1,0 +1,76 @@
+// Numbers in memory, and runs of them: a chunk is sixteen neighbouring values of a row.
+
+namespace fpc {
+
+enum Type { kNoType = -1, kF32 = 0, kF16 = 1, kBf16 = 2 };  // FpcInput of the native library
+
+constexpr int kChunk = 16;
+
+// The type of a sum or product: two that differ have no common one but fp32.
+template <Type a, Type b>
+constexpr Type kWider = a == b ? a : kF32;
+
+template <Type type>
+constexpr int kSizeOf = type == kF32 ? 4 : 2;
+
+template <Type kType>
+FPC_DEVICE float rounded(float value) {
+    if constexpr (kType == kF16) return from_f16(to_f16(value));
+    if constexpr (kType == kBf16) return float_of((int32_t)((uint32_t)to_bf16(value) << 16));
+    return value;
+}
+
+template <Type kType>
+FPC_DEVICE float widened(uint32_t bits) {
+    if constexpr (kType == kF32) return float_of((int32_t)bits);
+    if constexpr (kType == kF16) return from_f16((uint16_t)bits);
+    return float_of((int32_t)(bits << 16));
+}
+
+FPC_DEVICE bool is_aligned(const void* address, int bytes) {
+    return ((uintptr_t)address & (uintptr_t)(bytes - 1)) == 0;
+}
+
+// Read a chunk, of which `count` values are there: the others are 0.
+template <Type kType>
+FPC_DEVICE void load_chunk(const void* from, int count, float (&to)[kChunk]) {
+    if (count >= kChunk && is_aligned(from, 16)) {
+        constexpr int kWidth = 16 / kSizeOf<kType>;
+        Quad quads[kChunk / kWidth];
+#pragma unroll
+        for (int i = 0; i < kChunk / kWidth; i++) quads[i] = load_quad((const uint8_t*)from + 16 * i);
+#pragma unroll
+        for (int i = 0; i < kChunk; i++) {
+            const int j = i % kWidth;
+            const uint32_t word = quads[i / kWidth].words[kType == kF32 ? j : j / 2];
+            to[i] = widened<kType>(kType == kF32 ? word : j % 2 ? word >> 16 : word & 0xFFFF);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk; i++) {
+        uint32_t bits = 0;
+        if (i < count)
+            bits = kType == kF32 ? ((const uint32_t*)from)[i] : ((const uint16_t*)from)[i];
+        to[i] = widened<kType>(bits);
+    }
+}
+
+// Write the first `count` bytes of words.
+template <int kWords>
+FPC_DEVICE void store_words(uint8_t* to, const uint32_t (&words)[kWords], int64_t count) {
+    if (count >= 4 * kWords && kWords == 4 && is_aligned(to, 16)) {
+        *(Quad*)to = Quad{{words[0], words[1], words[kWords - 2], words[kWords - 1]}};
+    } else if (count >= 4 * kWords && kWords == 2 && is_aligned(to, 8)) {
+        *(Twin*)to = Twin{{words[0], words[1]}};
+    } else if (count >= 4 * kWords && is_aligned(to, 4)) {
+#pragma unroll
+        for (int i = 0; i < kWords; i++) ((uint32_t*)to)[i] = words[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4 * kWords; i++)
+            if (i < count) to[i] = (uint8_t)(words[i / 4] >> 8 * (i % 4));
+    }
+}
+
+}  // namespace fpc

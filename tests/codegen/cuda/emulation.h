@@ -1,0 +1,182 @@
+// CUDA on one CPU, as far as codegen/cuda needs it: instructions.h with functions of the same names.
+//
+// The threads of a block are coroutines. They run in turn from one exchange or barrier to the next,
+// which kernels reach equally often in all threads that have not returned.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <vector>
+
+#define FPC_DEVICE inline
+#define __global__
+#define __host__
+#define __device__
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+static dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace fpc {
+
+// --- threads -----------------------------------------------------------------------------------
+
+struct Thread {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(256 << 10);
+    bool done = false;
+    double slots[2];  // what it shows to others: at even and at odd exchanges
+    int exchanges = 0;
+};
+
+static ucontext_t scheduler;
+static std::vector<Thread> threads;
+static Thread* current;
+static void (*body)(const void*);
+static const void* body_arguments;
+
+static void run_thread() {
+    body(body_arguments);
+    current->done = true;
+    swapcontext(&current->context, &scheduler);
+}
+
+static void wait_for_others() { swapcontext(&current->context, &scheduler); }
+
+static void run_block() {
+    const unsigned count = blockDim.x * blockDim.y;
+    if (threads.size() < count) threads.resize(count);
+    for (unsigned i = 0; i < count; i++) {
+        Thread& thread = threads[i];
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.data();
+        thread.context.uc_stack.ss_size = thread.stack.size();
+        thread.context.uc_link = nullptr;
+        thread.done = false;
+        thread.exchanges = 0;
+        makecontext(&thread.context, run_thread, 0);
+    }
+    for (bool any = true; any;) {
+        any = false;
+        for (unsigned i = 0; i < count; i++) {
+            current = &threads[i];
+            if (current->done) continue;
+            threadIdx = dim3(i % blockDim.x, i / blockDim.x);
+            swapcontext(&scheduler, &current->context);
+            any = true;
+        }
+    }
+}
+
+template <class T>
+static T exchange(T value, int mask) {
+    Thread& own = *current;
+    const unsigned index = threadIdx.y * blockDim.x + threadIdx.x;
+    const int parity = own.exchanges++ % 2;
+    memcpy(&own.slots[parity], &value, sizeof value);
+    wait_for_others();
+    Thread& other = threads[index ^ (unsigned)mask];
+    // Lanes before this one may be one exchange ahead.
+    if (other.exchanges != own.exchanges && other.exchanges != own.exchanges + 1) abort();
+    memcpy(&value, &other.slots[parity], sizeof value);
+    return value;
+}
+
+static void barrier() { wait_for_others(); }
+static void store_larger(int32_t* to, int32_t value) { *to = value > *to ? value : *to; }
+
+template <class Arguments>
+static int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments& arguments,
+                      void*) {
+    static void (*function)(Arguments);
+    function = kernel;
+    body = [](const void* a) { function(*(const Arguments*)a); };
+    body_arguments = &arguments;
+    gridDim = grid;
+    blockDim = block;
+    for (unsigned y = 0; y < grid.y; y++)
+        for (unsigned x = 0; x < grid.x; x++) {
+            blockIdx = dim3(x, y);
+            run_block();
+        }
+    return 0;
+}
+
+static int32_t set_zero(void* memory, size_t bytes, void*) {
+    memset(memory, 0, bytes);
+    return 0;
+}
+
+// --- arithmetic: compiled with -ffp-contract=off, each operation is rounded once -----------------
+
+static inline float add(float a, float b) { return a + b; }
+static inline double add(double a, double b) { return a + b; }
+static inline float subtract(float a, float b) { return a - b; }
+static inline float multiply(float a, float b) { return a * b; }
+static inline double multiply(double a, double b) { return a * b; }
+static inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+static inline float divide(float a, float b) { return a / b; }
+static inline float reciprocal(float a) { return 1.0f / a; }
+static inline float root(float a) { return __builtin_sqrtf(a); }
+
+static inline int32_t bits_of(float a) {
+    int32_t bits;
+    memcpy(&bits, &a, 4);
+    return bits;
+}
+
+static inline float float_of(int32_t bits) {
+    float a;
+    memcpy(&a, &bits, 4);
+    return a;
+}
+
+static inline float smaller(float a, float b) { return a < b ? a : b; }
+static inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+static inline float larger_magnitude(float a, float b) {
+    const int32_t x = bits_of(a) & 0x7FFFFFFF, y = bits_of(b) & 0x7FFFFFFF;
+    return float_of(x > y ? x : y);
+}
+
+static inline float from_f16(uint16_t bits) {
+    _Float16 value;
+    memcpy(&value, &bits, 2);
+    return (float)value;
+}
+
+static inline uint16_t to_f16(float value) {
+    const _Float16 half = (_Float16)value;
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+
+static inline uint16_t to_bf16(float value) {
+    const uint32_t bits = (uint32_t)bits_of(value);
+    if (value != value) return 0x7FFF;
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+static inline uint32_t e4m3_pair(float, float) { abort(); }  // sources are made with level 0
+
+struct alignas(16) Quad {
+    uint32_t words[4];
+};
+
+struct alignas(8) Twin {
+    uint32_t words[2];
+};
+
+static inline Quad load_quad(const void* from) { return *(const Quad*)from; }
+
+}  // namespace fpc
