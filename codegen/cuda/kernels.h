@@ -1,15 +1,11 @@
 // The kernels of a problem, and how they are launched.
 //
 // Where nothing is known of a row but its blocks, a thread has one chunk and a row as many blocks of
-// threads as it needs. Otherwise a row has one warp or one block of threads, and its chunks are held
-// in registers, two for each thread at most; longer rows are read again for each step. Two blocks of
-// threads share a multiprocessor: one loads while the other computes.
+// threads as it needs. Otherwise a row has one warp or one block of threads, which hold it in
+// registers, a chunk each. Longer rows are read again for each step, from the cache: with more chunks
+// in its registers a block would have a multiprocessor to itself, and none would load meanwhile.
 
 namespace fpc {
-
-// With two chunks a thread needs up to 72 registers, which 2 * 448 threads can have.
-template <int kHeld>
-constexpr int kThreads = kHeld == 2 ? 448 : kMostThreads;
 
 template <class P>
 constexpr bool kNeedsRow = kIsNorm<P::kHead> || P::kOuter == kPerRow;
@@ -28,8 +24,8 @@ __host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
     return of_codes;
 }
 
-template <class P, int kHeld>
-__global__ void __launch_bounds__(kThreads<kHeld>, 2) quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
+template <class P, bool kHeld>
+__global__ void __launch_bounds__(kMostThreads, 2) quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     const int chunks = chunks_of<P>(a);
     if (m >= a.m) {
@@ -61,8 +57,8 @@ __global__ void __launch_bounds__(kThreads<kHeld>, 2) quantize_rows(const __grid
 }
 
 // The largest magnitude of a tensor, as its bits: they compare like the numbers.
-template <class P, int kHeld>
-__global__ void __launch_bounds__(kThreads<kHeld>, 2) find_amax(const __grid_constant__ FpcQuantizeArguments a) {
+template <class P, bool kHeld>
+__global__ void __launch_bounds__(kMostThreads, 2) find_amax(const __grid_constant__ FpcQuantizeArguments a) {
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (m >= a.m) return;
     Row<P, kHeld> row(a, m, chunks_of<P>(a));
@@ -78,10 +74,10 @@ __global__ void __launch_bounds__(kThreads<kHeld>, 2) find_amax(const __grid_con
 struct Shape {
     dim3 grid, block;
 
-    // One warp or one block of threads for a row, each thread with `held` chunks, or any number.
-    static Shape whole_rows(int64_t rows, int chunks, int held) {
-        const int needed = held ? (chunks + held - 1) / held : kMostThreads;
-        const int threads = needed <= 32 ? 32 : (needed + 31) / 32 * 32;
+    // One warp or one block of threads for a row, each thread with as many chunks.
+    static Shape whole_rows(int64_t rows, int chunks) {
+        const int each = (chunks + kMostThreads - 1) / kMostThreads;
+        const int threads = ((chunks + each - 1) / each + 31) / 32 * 32;
         const int together = threads == 32 ? 4 : 1;
         return {dim3((unsigned)((rows + together - 1) / together)),
                 dim3((unsigned)threads, (unsigned)together)};
@@ -100,9 +96,9 @@ template <class P>
 int32_t launch_amax(const FpcQuantizeArguments& a, int chunks, void* stream) {
     const int32_t failed = set_zero(a.amax, sizeof(int32_t), stream);
     if (failed) return failed;
-    const bool held = chunks <= 2 * kThreads<2>;
-    const Shape shape = Shape::whole_rows(a.m, chunks, held ? 2 : 0);
-    return launch(held ? find_amax<P, 2> : find_amax<P, 0>, shape.grid, shape.block, a, stream);
+    const Shape shape = Shape::whole_rows(a.m, chunks);
+    const auto kernel = chunks <= kMostThreads ? find_amax<P, true> : find_amax<P, false>;
+    return launch(kernel, shape.grid, shape.block, a, stream);
 }
 
 template <class P>
@@ -132,13 +128,11 @@ int32_t quantize(FpcQuantizeArguments a, void* stream) {
     }
     if constexpr (!kNeedsRow<P>) {
         const Shape shape = Shape::tiles(rows, chunks);
-        return launch(quantize_rows<P, 1>, shape.grid, shape.block, a, stream);
+        return launch(quantize_rows<P, true>, shape.grid, shape.block, a, stream);
     } else {
-        const int held = chunks <= kThreads<1> ? 1 : chunks <= 2 * kThreads<2> ? 2 : 0;
-        const Shape shape = Shape::whole_rows(rows, chunks, held);
-        const auto kernel = held == 1   ? quantize_rows<P, 1>
-                            : held == 2 ? quantize_rows<P, 2>
-                                        : quantize_rows<P, 0>;
+        const Shape shape = Shape::whole_rows(rows, chunks);
+        const auto kernel =
+            chunks <= kMostThreads ? quantize_rows<P, true> : quantize_rows<P, false>;
         return launch(kernel, shape.grid, shape.block, a, stream);
     }
 }

@@ -24,9 +24,9 @@ FPC_DEVICE double sum_over_row(double value) {
     return over_row(value, [](double a, double b) { return add(a, b); });
 }
 
-// kHeld chunks stay in registers. With 0 the row is too long for that, and they are read and
-// computed again each time.
-template <class P, int kHeld>
+// If kHeld is true, a thread has one chunk, which stays in its registers. Otherwise the row is too long
+// for that, and chunks are read and computed again each time.
+template <class P, bool kHeld>
 struct Row {
     const FpcQuantizeArguments& a;
     const Producer<P> producer;
@@ -34,7 +34,7 @@ struct Row {
     const int chunks;  // of a row, with those behind its end
     const int first;
     Statistics known;
-    float held[kHeld ? kHeld : 1][kChunk];
+    float held[kChunk];
 
     FPC_DEVICE Row(const FpcQuantizeArguments& arguments, int64_t m, int chunks)
         : a(arguments),
@@ -42,29 +42,21 @@ struct Row {
           m(m),
           chunks(chunks),
           first((int)(blockIdx.y * blockDim.x + threadIdx.x)) {
-        if constexpr (kHeld != 0) {
-#pragma unroll
-            for (int i = 0; i < kHeld; i++) load(at(i), held[i]);
-        }
+        if constexpr (kHeld) load(first, held);
         if constexpr (kIsNorm<P::kHead>) normalize();
-        if constexpr (kHeld != 0) {
-#pragma unroll
-            for (int i = 0; i < kHeld; i++) producer.apply(at(i) * kChunk, known, held[i]);
-        }
+        if constexpr (kHeld) producer.apply(first * kChunk, known, held);
     }
 
     // Call `work(chunk, values)` for the values that are quantized: as often in all threads.
     template <class Work>
     FPC_DEVICE void each_chunk(const Work& work) {
         each_loaded([&](int chunk, float (&values)[kChunk]) {
-            if constexpr (kHeld == 0) producer.apply(chunk * kChunk, known, values);
+            if constexpr (!kHeld) producer.apply(chunk * kChunk, known, values);
             work(chunk, values);
         });
     }
 
    private:
-    FPC_DEVICE int at(int i) const { return first + i * (int)blockDim.x; }
-
     FPC_DEVICE void load(int chunk, float (&values)[kChunk]) const {
         const int64_t index = m * a.stride + (int64_t)chunk * kChunk;
         load_chunk<P::kInput>((const uint8_t*)a.x + index * kSizeOf<P::kInput>,
@@ -73,9 +65,8 @@ struct Row {
 
     template <class Work>
     FPC_DEVICE void each_loaded(const Work& work) {
-        if constexpr (kHeld != 0) {
-#pragma unroll
-            for (int i = 0; i < kHeld; i++) work(at(i), held[i]);
+        if constexpr (kHeld) {
+            work(first, held);
         } else {
             for (int begin = 0; begin < chunks; begin += (int)blockDim.x) {
                 float values[kChunk];

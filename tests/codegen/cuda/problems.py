@@ -124,7 +124,7 @@ def emulated(problems: Sequence[QuantizeProblem], folder: Path) -> QuantizeLibra
         f"#define FPC_CONVERTS 0\n{text}\n{problem_text(problems, 0)}{_values(len(problems))}"
     )
     command = [
-        "g++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Werror", "-fPIC", "-shared",
+        "g++", "-std=c++17", "-O0", "-ffp-contract=off", "-Wall", "-Werror", "-fPIC", "-shared",
         "-Wno-unknown-pragmas", "-Wno-psabi", str(source), "-o", str(library),
     ]  # fmt: skip
     subprocess.run(command, check=True)
