@@ -20,8 +20,8 @@ TYPES: Final = ("f32", "f16", "bf16")
 class QuantizeProblem:
     """A quantizer of rows, fused with what computes its values.
 
-    The codes and scales are those of :func:`fpcompiler.numerics.quantize_packed`. Sizes, strides and
-    ``eps`` are arguments of the kernel.
+    The codes and scales are those of :func:`fpcompiler.numerics.quantize_packed`. Sizes, strides
+    and ``eps`` are arguments of the kernel.
 
     Attributes:
         operand: Element format and scale levels. A scale per row is one per token.

@@ -15,9 +15,7 @@ from fpcompiler.operand import Granularity
 from fpcompiler.runtime.cuda.problem import TYPES, QuantizeProblem
 from fpcompiler.runtime.native_producers import Form, ProducedForm, RowsForm, form_of_rows
 
-_TORCH_TYPES: Final = dict(
-    zip(TYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True)
-)
+_TORCH_TYPES: Final = dict(zip(TYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 _REFUSED: Final = -1
 _NO_ROWS: Final = RowsForm(1, 0, 0)
 _ATOM: Final = (128, 4)
@@ -97,7 +95,9 @@ class Quantized(NamedTuple):
         columns = problem.scale_count(k)
         shape: tuple[int, ...] = (m, columns)
         if problem.swizzled:
-            rows, width = (-(-size // unit) * unit for size, unit in zip((m, columns), _ATOM, strict=True))
+            rows, width = (
+                -(-size // unit) * unit for size, unit in zip((m, columns), _ATOM, strict=True)
+            )
             shape = (rows * width,)
         real = block is not None and block.is_real
         return cls(

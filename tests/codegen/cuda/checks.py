@@ -189,7 +189,9 @@ def check_rotated(run: Runner, library: QuantizeLibrary, index: int, m: int, k: 
     size = before.double().abs().view(m, -1, block).sum(-1, keepdim=True) / block**0.5
     # One rounding for each stage, one of the factor and one of the product with it; a producer has
     # errors of its own, of a last bit for each value.
-    relative = (block.bit_length() + 1) * 2.0**-23 + (torch.finfo(dtype).eps if problem.producer else 0)
+    relative = (block.bit_length() + 1) * 2.0**-23 + (
+        torch.finfo(dtype).eps if problem.producer else 0
+    )
     bound = (relative * size).expand(-1, -1, block).reshape(m, k)
     error = (values.double() - expected).abs()
     assert bool((error <= bound + torch.finfo(dtype).eps * expected.abs()).all())
@@ -204,4 +206,3 @@ def check_status(run: Runner, library: QuantizeLibrary, index: int) -> None:
         x[3, 77] = value
         beside = produced_case(problem, 5, 96)[1:5] if problem.producer else NONE
         assert int(run.quantize(library, index, x, beside).status) == 1
-

@@ -76,7 +76,9 @@ def special() -> list[QuantizeProblem]:
     return found
 
 
-def produced(types: Sequence[str], names: Sequence[str] = tuple(PRODUCERS)) -> list[QuantizeProblem]:
+def produced(
+    types: Sequence[str], names: Sequence[str] = tuple(PRODUCERS)
+) -> list[QuantizeProblem]:
     """Return every producer with all that it may read."""
     found = []
     for i, name in enumerate(names):
@@ -104,7 +106,12 @@ def mixed() -> list[QuantizeProblem]:
 
 def rotated() -> list[QuantizeProblem]:
     """Return Hadamard transforms, alone and behind a producer."""
-    kinds = ((16, "token:f32"), (32, "block32:f8E8M0FNU"), (64, "token:f32"), (128, "block16:f8E4M3FN"))
+    kinds = (
+        (16, "token:f32"),
+        (32, "block32:f8E8M0FNU"),
+        (64, "token:f32"),
+        (128, "block16:f8E4M3FN"),
+    )
     found = [
         QuantizeProblem(operand("f4E2M1FN", scale), type, hadamard=block)
         for (block, scale), type in zip(kinds, ("bf16", "f32", "f16", "f32"), strict=True)

@@ -19,9 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.nvcc]
 
 ELEMENTS = ("f4E2M1FN", "f6E2M3FN", "f8E4M3FN")
 FORMATS = problems.formats()
-SCALES = list(
-    dict.fromkeys(p for type in TYPES for p in problems.all_scales(ELEMENTS, (type,)))
-)
+SCALES = list(dict.fromkeys(p for type in TYPES for p in problems.all_scales(ELEMENTS, (type,))))
 SPECIAL = problems.special()
 PRODUCED = [*problems.produced(TYPES), *problems.mixed()]
 ROTATED = problems.rotated()
