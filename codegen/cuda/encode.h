@@ -84,7 +84,8 @@ struct Encoder {
     FPC_DEVICE void encode_better_power(int chunk, float amax, float (&values)[kChunk]) const {
         const Pair pair = scale_pair<P>(amax, outer);
         divide_all(P::kOuter == kNoOuter ? pair.low : multiply(pair.low, outer), values);
-        const double gain = sum_over_block(values, [](float x) { return gain_of_half<Element>(x); });
+        const double gain =
+            sum_over_block(values, [](float x) { return gain_of_half<Element>(x); });
         const bool low = gain > 0 || pair.low == pair.high;
         store_scale(chunk, amax == 0 ? 1 : low ? pair.low : pair.high);
         const float factor = low ? 1.0f : 0.5f;
@@ -105,8 +106,9 @@ struct Encoder {
         const int column = chunk / kLanes, columns = ((int)a.k + P::kBlock - 1) / P::kBlock;
         const bool there = column < columns && m < a.m;
         if constexpr (P::kSwizzled) {
-            if (column < (columns + 3) / 4 * 4)
-                ((uint8_t*)a.block_scale)[swizzled(m, column, columns)] = there ? code_of(scale) : 0;
+            if (column >= (columns + 3) / 4 * 4) return;
+            uint8_t* to = (uint8_t*)a.block_scale + swizzled(m, column, columns);
+            *to = there ? code_of(scale) : 0;
         } else if (there) {
             const int64_t index = m * a.scale_pitch + column;
             if constexpr (P::kBlockScale == kRealScale) ((float*)a.block_scale)[index] = scale;

@@ -10,7 +10,7 @@ constexpr int32_t kExponentMask = 0x7F800000;
 // The instruction that makes two codes of a format, where the target has one. It rounds to nearest
 // even and saturates, and keeps the sign of zero, as Rounded with signed_code does; on NaN they
 // differ, which is refused before.
-enum Convert { kSoftware = 0, kConvertE4M3 = 1, kConvertE2M1 = 2, kConvertE2M3 = 3, kConvertE3M2 = 4 };
+enum Convert { kSoftware, kConvertE4M3, kConvertE2M1, kConvertE2M3, kConvertE3M2 };
 
 struct E4M3 {
     static constexpr int kMantissaBits = 3, kMagnitudeBits = 7, kMinExponent = -6;
@@ -19,8 +19,9 @@ struct E4M3 {
     static constexpr Convert kConvert = FPC_CONVERTS ? kConvertE4M3 : kSoftware;
 };
 
-// A magnitude rounded by adding and subtracting 1.5 * 2**(e + 23 - m); the low bits of the sum count
-// steps. See fpcompiler/numerics/rounding.py. With a bias of 1, numbers are twice those of the format.
+// A magnitude rounded by adding and subtracting 1.5 * 2**(e + 23 - m); the low bits of the sum
+// count steps. See fpcompiler/numerics/rounding.py. With a bias of 1, numbers are twice those of
+// the format.
 template <class E, int kBias = 0>
 struct Rounded {
     static constexpr int32_t kLeast = (E::kMinExponent + kBias + 127) * (1 << 23);
@@ -72,8 +73,8 @@ FPC_DEVICE float nearest(float value) {
     return with_sign_of(Rounded<E>(magnitude(value)).value(), value);
 }
 
-// The codes of a chunk, kBits each: those of E, or with kBits = 8 for a narrower E, E4M3 codes of the
-// numbers that E rounds to.
+// The codes of a chunk, kBits each: those of E, or with kBits = 8 for a narrower E, E4M3 codes of
+// the numbers that E rounds to.
 template <class E, int kBits>
 struct Codes {
     static constexpr int kWords = kChunk * kBits / 32;

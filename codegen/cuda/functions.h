@@ -26,7 +26,8 @@ FPC_DEVICE Power exp_parts(float x) {
     const float to_integer = 0x1.8p23f;
     const float sum = add(multiply(x, 1.44269504088896341f), to_integer);
     const float turns = subtract(sum, to_integer);
-    const float r = add(subtract(x, multiply(turns, 0.693359375f)), multiply(turns, 2.12194440e-4f));
+    const float most = subtract(x, multiply(turns, 0.693359375f));
+    const float r = add(most, multiply(turns, 2.12194440e-4f));
     const float rest = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                   4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f);
     return {add(add(multiply(rest, multiply(r, r)), r), 1.0f), bits_of(sum) - 0x4B400000};

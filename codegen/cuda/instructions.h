@@ -54,7 +54,7 @@ FPC_DEVICE uint16_t to_bf16(float value) {
     return result;
 }
 
-// --- codes of two numbers, the first one in the low bits ------------------------------------------
+// --- codes of two numbers, the first one in the low bits ---------------------------------------
 
 // Two E4M3 codes of 8 bits.
 FPC_DEVICE uint32_t e4m3_pair(float first, float second) {

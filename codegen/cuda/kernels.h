@@ -1,9 +1,10 @@
 // The kernels of a problem, and how they are launched.
 //
-// Where nothing is known of a row but its blocks, a thread has one chunk and a row as many blocks of
-// threads as it needs. Otherwise a row has one warp or one block of threads, which hold it in
-// registers, a chunk each. Longer rows are read again for each step, from the cache: with more chunks
-// in its registers a block would have a multiprocessor to itself, and none would load meanwhile.
+// Where nothing need be known of a whole row, a thread has one chunk, and a row as many blocks of
+// threads as it takes. Otherwise a row has one warp or one block of threads, which hold it in
+// registers, a chunk each. Longer rows are read again for each step, from the cache: with more
+// chunks in its registers a block would have a multiprocessor to itself, and none would load
+// meanwhile.
 
 namespace fpc {
 
@@ -25,7 +26,8 @@ __host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
 }
 
 template <class P, bool kHeld>
-__global__ void __launch_bounds__(kMostThreads, 2) quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
+__global__ void __launch_bounds__(kMostThreads, 2)
+quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     const int chunks = chunks_of<P>(a);
     if (m >= a.m) {
@@ -58,7 +60,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) quantize_rows(const __grid_co
 
 // The largest magnitude of a tensor, as its bits: they compare like the numbers.
 template <class P, bool kHeld>
-__global__ void __launch_bounds__(kMostThreads, 2) find_amax(const __grid_constant__ FpcQuantizeArguments a) {
+__global__ void __launch_bounds__(kMostThreads, 2)
+find_amax(const __grid_constant__ FpcQuantizeArguments a) {
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (m >= a.m) return;
     Row<P, kHeld> row(a, m, chunks_of<P>(a));

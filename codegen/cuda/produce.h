@@ -86,7 +86,8 @@ struct Producer {
     static constexpr Type kHeadType = kWeighted ? kWider<P::kInput, P::kWeight> : P::kInput;
     static constexpr Type kScaledType =
         P::kScale == kNoType ? kHeadType : kWider<kHeadType, P::kScale>;
-    static constexpr Type kType = P::kShift == kNoType ? kScaledType : kWider<kScaledType, P::kShift>;
+    static constexpr Type kType =
+        P::kShift == kNoType ? kScaledType : kWider<kScaledType, P::kShift>;
 
     const FpcQuantizeArguments& a;
     const uint8_t* scale;
@@ -95,8 +96,8 @@ struct Producer {
     FPC_DEVICE Producer(const FpcQuantizeArguments& arguments, int64_t m)
         : a(arguments), scale(row_of(a.scale, m)), shift(row_of(a.shift, m)) {}
 
-    // Make the values of a chunk, which begins at `at`, those that are quantized. Behind the last one
-    // of the row they are 0.
+    // Make the values of a chunk, which begins at `at`, those that are quantized. Behind the last
+    // one of the row they are 0.
     FPC_DEVICE void apply(int at, const Statistics& known, float (&values)[kChunk]) const {
         const int count = (int)a.k - at;
         head(at, count, known, values);
@@ -116,7 +117,8 @@ struct Producer {
         return (const uint8_t*)rows.data + index * rows.stride;
     }
 
-    FPC_DEVICE void head(int at, int count, const Statistics& known, float (&values)[kChunk]) const {
+    FPC_DEVICE void head(int at, int count, const Statistics& known,
+                         float (&values)[kChunk]) const {
         const float r = known.factor;
         if constexpr (P::kHead == kRmsNorm || P::kHead == kRmsNormWide) {
             constexpr bool kWide = P::kHead == kRmsNormWide || P::kInput == kF32;

@@ -4,8 +4,8 @@ namespace fpc {
 
 constexpr int kMostThreads = 512;
 
-// Join a value of each thread of a row, in the same order for each. A row has one warp, or all warps of
-// the block.
+// Join a value of each thread of a row, in the same order for each. A row has one warp, or all
+// warps of the block.
 template <class T, class Join>
 FPC_DEVICE T over_row(T value, const Join& join) {
 #pragma unroll
@@ -24,8 +24,8 @@ FPC_DEVICE double sum_over_row(double value) {
     return over_row(value, [](double a, double b) { return add(a, b); });
 }
 
-// If kHeld is true, a thread has one chunk, which stays in its registers. Otherwise the row is too long
-// for that, and chunks are read and computed again each time.
+// If kHeld is true, a thread has one chunk, which stays in its registers. Otherwise the row is too
+// long for that, and chunks are read and computed again each time.
 template <class P, bool kHeld>
 struct Row {
     const FpcQuantizeArguments& a;
@@ -82,8 +82,8 @@ struct Row {
         double sum = 0;
         each_loaded([&](int chunk, float (&values)[kChunk]) {
             const int count = (int)a.k - chunk * kChunk;
-            const float part = sum_of(values, [&](float x, int i) { return i < count ? term(x) : 0.0f; });
-            sum = add(sum, (double)part);
+            const auto masked = [&](float x, int i) { return i < count ? term(x) : 0.0f; };
+            sum = add(sum, (double)sum_of(values, masked));
         });
         return divide((float)sum_over_row(sum), (float)a.k);
     }

@@ -35,7 +35,8 @@ FPC_DEVICE Pair e8m0_pair(float amax, float outer, float ratio) {
     }
     if constexpr (P::kRounding == kFloor) {
         const float inner = P::kOuter == kNoOuter ? amax : divide(amax, outer);
-        const int32_t exponent = (bits_of(inner) & kExponentMask) - P::Element::kMaxExponent * (1 << 23);
+        const int32_t power = bits_of(inner) & kExponentMask;
+        const int32_t exponent = power - P::Element::kMaxExponent * (1 << 23);
         const float scale = float_of(larger(exponent, 1 << 23));
         const float held = scale < least ? least : scale;
         return {held, held};
@@ -67,7 +68,8 @@ FPC_DEVICE Pair e4m3_pair_around(float ratio) {
     const float nearest = rounded.value();
     if constexpr (P::kRounding == kNearest) return {nearest, nearest};
     const int32_t code = rounded.code();
-    const float low = e4m3_value(code - (nearest > ratio)), high = e4m3_value(code + (nearest < ratio));
+    const float low = e4m3_value(code - (nearest > ratio));
+    const float high = e4m3_value(code + (nearest < ratio));
     if constexpr (P::kRounding == kFloor) return {low, low};
     return {P::kRounding == kCeil ? high : low, high};
 }
@@ -85,10 +87,10 @@ FPC_DEVICE Pair scale_pair(float amax, float outer) {
 // Values over one scale, each quotient rounded once.
 //
 // Over a power of two it is a product. Otherwise two corrections of a product with the rounded
-// inverse give the rounded quotient (Markstein, IBM Journal of Research and Development 34, 1990) as
-// long as remainders are exact. Where they are not, because |x| < 2**-100, the quotient is below
-// 2**-40 and its code 0 either way; the sign is that of x. Beyond 2**128, which only a given scale allows, the
-// corrections give NaN, which stands for a number that saturates.
+// inverse give the rounded quotient (Markstein, IBM Journal of Research and Development 34, 1990),
+// as long as remainders are exact. Where they are not, because |x| < 2**-100, the quotient is below
+// 2**-40 and its code 0 either way; the sign is that of x. Beyond 2**128, which only a given scale
+// allows, the corrections give NaN, which stands for a number that saturates.
 template <bool kPower, bool kGiven>
 struct Quotient {
     float total, inverse;

@@ -38,7 +38,8 @@ FPC_DEVICE void load_chunk(const void* from, int count, float (&to)[kChunk]) {
         constexpr int kWidth = 16 / kSizeOf<kType>;
         Quad quads[kChunk / kWidth];
 #pragma unroll
-        for (int i = 0; i < kChunk / kWidth; i++) quads[i] = load_quad((const uint8_t*)from + 16 * i);
+        for (int i = 0; i < kChunk / kWidth; i++)
+            quads[i] = load_quad((const uint8_t*)from + 16 * i);
 #pragma unroll
         for (int i = 0; i < kChunk; i++) {
             const int j = i % kWidth;

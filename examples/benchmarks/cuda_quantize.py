@@ -2,8 +2,8 @@
 
 Each kernel alternates with ``copy_`` of its bf16 input, which reads and writes it. Both are
 recorded in CUDA graphs over the same tensors, each tensor once, as many as ``--megabytes`` hold:
-with large tensors nothing is in the cache; with few rows all of it is, as in a model. Medians of the
-time of one launch are compared. Run it on a machine with a GPU and nvcc, with ``python
+with large tensors nothing is in the cache; with few rows all of it is, as in a model. Medians of
+the time of one launch are compared. Run it on a machine with a GPU and nvcc, with ``python
 examples/benchmarks/cuda_quantize.py``; it takes a minute or two, prints a table and writes
 ``results/cuda_quantize.json``.
 """

@@ -1,4 +1,4 @@
-// CUDA on one CPU, as far as codegen/cuda needs it: instructions.h with functions of the same names.
+// CUDA on one CPU, as far as codegen/cuda needs it, with the names of instructions.h.
 //
 // The threads of a block are coroutines. They run in turn from one exchange or barrier to the next,
 // which kernels reach equally often in all threads that have not returned.

@@ -8,7 +8,8 @@ struct ValuesArguments {
 };
 
 template <class P>
-__global__ void __launch_bounds__(kMostThreads) write_values(const __grid_constant__ ValuesArguments v) {
+__global__ void __launch_bounds__(kMostThreads)
+write_values(const __grid_constant__ ValuesArguments v) {
     const int64_t m = blockIdx.x;
     Row<P, false> row(v.of, m, (int)((v.of.k + kChunk - 1) / kChunk));
     row.each_chunk([&](int chunk, float (&values)[kChunk]) {
