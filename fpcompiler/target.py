@@ -80,6 +80,7 @@ class Target:
         status: What has been done with its kernels in this version.
         kinds: The ways in which it multiplies, best first.
         note: What a user should know.
+        beside: Whether its kernels stand beside a plan that is for another target.
     """
 
     name: str
@@ -87,23 +88,26 @@ class Target:
     status: Status
     kinds: tuple[GemmKind, ...]
     note: str = ""
+    beside: bool = False
 
     @property
     def available(self) -> bool:
-        """Whether this version can generate programs for the target."""
-        return self.status is not Status.UNAVAILABLE
+        """Whether a plan can be for the target."""
+        return self.status is not Status.UNAVAILABLE and not self.beside
 
     def kind_for(self, weight: Operand, activation: Operand | None) -> GemmKind | None:
         """Return the best way in which the hardware multiplies two operands, or None."""
         return next((kind for kind in self.kinds if kind.takes(weight, activation)), None)
 
     def supports(self, weight: Operand, activation: Operand | None) -> str | None:
-        """Return None if this version can run a layer with these operands, or else the reason.
+        """Return None if a plan for the target can run such a layer, or else the reason.
 
         Args:
             weight: The weights' operand.
             activation: The activations' operand; None for 16 bits or more.
         """
+        if self.beside:
+            return f"{self.name}: its kernels stand beside a plan for the target cpu or reference"
         if not self.available:
             return f"{self.name}: {self.status.value}; use the target reference"
         if self.kind_for(weight, activation) is None:
@@ -175,17 +179,19 @@ _ROWS: Final = (
     Target(
         "sm_90a",
         "NVIDIA H100, H200",
-        Status.UNAVAILABLE,
+        Status.COMPILED_ONLY,
         (
             GemmKind("fp8", _IN_FP8, _IN_FP8, _NONE, 16, "wgmma (e4m3, e5m2)", "that of FP8"),
             *_bf16("wgmma (bf16)", 8),
         ),
-        "No instruction for FP4 or FP6. The sums of fp8 keep 13 fraction bits, those of bf16 25.",
+        "No instruction for FP4 or FP6. The sums of fp8 keep 13 fraction bits, those of bf16 25. "
+        "There are no kernels for bf16 yet.",
+        beside=True,
     ),
     Target(
         "sm_100a",
         "NVIDIA B200",
-        Status.UNAVAILABLE,
+        Status.COMPILED_ONLY,
         (
             GemmKind("mxf4", _E2M1, _E2M1, _MX32, 32, "tcgen05.mma kind::mxf4", "4x H100's FP8"),
             GemmKind(
@@ -200,12 +206,14 @@ _ROWS: Final = (
             ),
             *_bf16("tcgen05.mma kind::f16", 8),
         ),
-        "FP4 by FP6 or FP8 runs at the rate of FP8; only FP4 by FP4 runs at that of FP4.",
+        "FP4 by FP6 or FP8 runs at the rate of FP8; only FP4 by FP4 runs at that of FP4. There are "
+        "no kernels for bf16 yet.",
+        beside=True,
     ),
     Target(
         "sm_120a",
         "NVIDIA RTX 50, RTX PRO 6000",
-        Status.UNAVAILABLE,
+        Status.COMPILED_ONLY,
         (
             GemmKind("mxf4", _E2M1, _E2M1, _MX32, 32, "mma.sync m16n8k64 kind::mxf4", "2x its FP8"),
             GemmKind(
@@ -221,7 +229,9 @@ _ROWS: Final = (
             ),
             *_bf16("mma.sync (bf16)", 8),
         ),
-        "FP4 by FP6 or FP8 runs at the rate of FP8; only FP4 by FP4 runs at that of FP4.",
+        "FP4 by FP6 or FP8 runs at the rate of FP8; only FP4 by FP4 runs at that of FP4. There are "
+        "no kernels for bf16 yet.",
+        beside=True,
     ),
 )  # fmt: skip
 

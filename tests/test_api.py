@@ -24,6 +24,7 @@ from fpcompiler.errors import (
     RunError,
     TargetError,
 )
+from fpcompiler.passes import default_pipeline
 from fpcompiler.scheme import Scheme
 from tests.models import CachedAttention, Llama, normal, token_ids
 from tests.passes.tiny import Attention, Mlp, tiny
@@ -247,11 +248,18 @@ ERRORS = {
     "scheme": (FormatError, "There is no scheme 'w4a7'", lambda m: (m, "w4a7"), {}),
     "scheme-type": (OptionError, "a scheme cannot be a int", lambda m: (m, 4), {}),
     "target": (TargetError, "There is no target 'gpu'", lambda m: (m,), {"target": "gpu"}),
-    "target-without-kernels": (
+    "target-of-a-plan": (
         TargetError,
-        "layer 'up' .* cannot run on sm_90a",
+        "layer 'up' .* cannot run on sm_90a: its kernels stand beside a plan",
         lambda m: (m,),
-        {"target": "sm_90a", "example_inputs": X},
+        {"pipeline": default_pipeline("w4a6", "sm_90a"), "example_inputs": X},
+    ),
+    "targets-twice": (OptionError, "each once", lambda m: (m,), {"target": "cpu,cpu"}),
+    "two-plans": (
+        OptionError,
+        "a plan is for one of cpu",
+        lambda m: (m,),
+        {"target": ["cpu", "reference"]},
     ),
     "nan": (
         NumericsError,
