@@ -201,7 +201,7 @@ def _without_weights(make: Callable[[], nn.Module]) -> list[Gemm]:
             output=OutputType.BF16,
         )
         for name, linear in linears.items()
-        if base.for_layer(name).layer.weight is not None
+        if base.for_layer(name).weight is not None
     ]
 
 
