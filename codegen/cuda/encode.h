@@ -14,7 +14,6 @@ struct Encoder {
     // A quotient by a power of two is the product with its inverse.
     static constexpr bool kPower = P::kBlockScale == kE8M0Scale && P::kOuter == kNoOuter;
     typedef typename P::Element Element;
-    typedef Quotient<kPower, P::kGiven> Quotients;
 
     const FpcQuantizeArguments& a;
     const int64_t m;
@@ -33,9 +32,9 @@ struct Encoder {
             if constexpr (P::kBlockScale != kNoBlockScale) {
                 const float scale = amax == 0 ? 1 : scale_of(amax, values);
                 store_scale(chunk, scale);
-                divide_all(P::kOuter == kNoOuter ? scale : multiply(scale, outer), values);
+                divide(values, scale);
             } else if constexpr (P::kOuter != kNoOuter) {
-                divide_all(outer, values);
+                divide_all<kPower, P::kGiven>(values, outer);
             }
             store_codes(chunk, values);
         }
@@ -45,9 +44,12 @@ struct Encoder {
     FPC_DEVICE void clear_scales(int chunk) const { store_scale(chunk, 0); }
 
    private:
-    FPC_DEVICE static void divide_all(float total, float (&values)[kChunk]) {
-        const Quotients quotients(total);
-        each(values, [&](float x, int) { return quotients.of(x); });
+    FPC_DEVICE float total_of(float scale) const {
+        return P::kOuter == kNoOuter ? scale : multiply(scale, outer);
+    }
+
+    FPC_DEVICE void divide(float (&values)[kChunk], float scale) const {
+        divide_all<kPower, P::kGiven>(values, total_of(scale));
     }
 
     // Sum a number of each value over the block, in fp64.
@@ -72,18 +74,20 @@ struct Encoder {
     }
 
     FPC_DEVICE double loss(float scale, const float (&values)[kChunk]) const {
-        const float total = P::kOuter == kNoOuter ? scale : multiply(scale, outer);
-        const Quotients quotients(total);
-        const double sum = sum_over_block(values, [&](float x) {
-            return squared_error<Element>(quotients.of(x));
-        });
-        return multiply(sum, multiply((double)total, (double)total));
+        float quotients[kChunk];
+#pragma unroll
+        for (int i = 0; i < kChunk; i++) quotients[i] = values[i];
+        divide(quotients, scale);
+        const double sum =
+            sum_over_block(quotients, [](float x) { return squared_error<Element>(x); });
+        const double total = total_of(scale);
+        return multiply(sum, multiply(total, total));
     }
 
     // Quotients by the larger of the two scales are half of those by the smaller one.
     FPC_DEVICE void encode_better_power(int chunk, float amax, float (&values)[kChunk]) const {
         const Pair pair = scale_pair<P>(amax, outer);
-        divide_all(P::kOuter == kNoOuter ? pair.low : multiply(pair.low, outer), values);
+        divide(values, pair.low);
         const double gain =
             sum_over_block(values, [](float x) { return gain_of_half<Element>(x); });
         const bool low = gain > 0 || pair.low == pair.high;

@@ -35,13 +35,6 @@ FPC_DEVICE float gelu_tanh(float x) {
     return multiply(multiply(x, 0.5f), add(tanh_of(inner), 1.0f));
 }
 
-// Call `set` with each value, its place in the chunk, and store what it returns.
-template <class Set>
-FPC_DEVICE void each(float (&values)[kChunk], const Set& set) {
-#pragma unroll
-    for (int i = 0; i < kChunk; i++) values[i] = set(values[i], i);
-}
-
 // The sum of what `term` gives for each value, by halves: five roundings deep at most.
 template <class Term>
 FPC_DEVICE float sum_of(const float (&values)[kChunk], const Term& term) {

@@ -84,32 +84,40 @@ FPC_DEVICE Pair scale_pair(float amax, float outer) {
     else return e4m3_pair_around<P>(ratio);
 }
 
-// Values over one scale, each quotient rounded once.
+// Call `set` with each value, its place in the chunk, and store what it returns.
+template <class Set>
+FPC_DEVICE void each(float (&values)[kChunk], const Set& set) {
+#pragma unroll
+    for (int i = 0; i < kChunk; i++) values[i] = set(values[i], i);
+}
+
+// The rounded quotient of a magnitude, by two corrections of a product with the rounded inverse
+// (Markstein, IBM Journal of Research and Development 34, 1990).
 //
-// Over a power of two it is a product. Otherwise two corrections of a product with the rounded
-// inverse give the rounded quotient (Markstein, IBM Journal of Research and Development 34, 1990),
-// as long as remainders are exact. Where they are not, because |x| < 2**-100, the quotient is below
-// 2**-40 and its code 0 either way; the sign is that of x. Beyond 2**128, which only a given scale
-// allows, the corrections give NaN, which stands for a number that saturates.
+// Remainders are exact but for magnitudes below 2**-100. With a total between 2**-60 and 2**60 these
+// have quotients below 2**-39, and the code 0 either way. Beyond 2**128 the corrections give NaN.
+FPC_DEVICE float corrected_quotient(float magnitude, float total, float inverse) {
+    const float rough = multiply(magnitude, inverse);
+    const float close = fused(fused(-rough, total, magnitude), inverse, rough);
+    return fused(fused(-close, total, magnitude), inverse, close);
+}
+
+// Divide values by one total. By a power of two it is the product with the inverse; if the scale is
+// given, quotients may be beyond fp32, and then are its largest number.
 template <bool kPower, bool kGiven>
-struct Quotient {
-    float total, inverse;
-    bool divides;
-
-    FPC_DEVICE explicit Quotient(float by) : total(by), inverse(reciprocal(by)), divides(false) {
-        if constexpr (!kPower) divides = !(total > 0x1p-60f && total < 0x1p60f);
+FPC_DEVICE void divide_all(float (&values)[kChunk], float total) {
+    const float inverse = reciprocal(total);
+    if constexpr (kPower) {
+        each(values, [=](float x, int) { return multiply(x, inverse); });
+    } else if (total > 0x1p-60f && total < 0x1p60f) {
+        each(values, [=](float x, int) {
+            const float size = corrected_quotient(magnitude(x), total, inverse);
+            return with_sign_of(magnitude(kGiven ? smaller(size, 0x1.FFFFFEp127f) : size), x);
+        });
+    } else {
+        each(values, [=](float x, int) { return divide(x, total); });
     }
-
-    FPC_DEVICE float of(float x) const {
-        if constexpr (kPower) return multiply(x, inverse);
-        if (divides) return divide(x, total);
-        const float size = magnitude(x);
-        const float rough = multiply(size, inverse);
-        const float close = fused(fused(-rough, total, size), inverse, rough);
-        const float exact = fused(fused(-close, total, size), inverse, close);
-        return with_sign_of(magnitude(kGiven ? smaller(exact, 0x1.FFFFFEp127f) : exact), x);
-    }
-};
+}
 
 // How much smaller the squared error is than with a scale twice as large; _gain_of_half of
 // fpcompiler/numerics/scales.py.

@@ -15,8 +15,8 @@ constexpr int kSizeOf = type == kF32 ? 4 : 2;
 
 template <Type kType>
 FPC_DEVICE float rounded(float value) {
-    if constexpr (kType == kF16) return from_f16(to_f16(value));
-    if constexpr (kType == kBf16) return float_of((int32_t)((uint32_t)to_bf16(value) << 16));
+    if constexpr (kType == kF16) return rounded_to_f16(value);
+    if constexpr (kType == kBf16) return rounded_to_bf16(value);
     return value;
 }
 

@@ -128,7 +128,7 @@ def seconds(graph: torch.cuda.CUDAGraph, launches: int) -> float:
     graph.replay()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) * 1e-3 / launches
+    return float(begin.elapsed_time(end)) * 1e-3 / launches
 
 
 def measure(

@@ -154,17 +154,12 @@ static inline float from_f16(uint16_t bits) {
     return (float)value;
 }
 
-static inline uint16_t to_f16(float value) {
-    const _Float16 half = (_Float16)value;
-    uint16_t bits;
-    memcpy(&bits, &half, 2);
-    return bits;
-}
+static inline float rounded_to_f16(float value) { return (float)(_Float16)value; }
 
-static inline uint16_t to_bf16(float value) {
+static inline float rounded_to_bf16(float value) {
     const uint32_t bits = (uint32_t)bits_of(value);
-    if (value != value) return 0x7FFF;
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    if (value != value) return value;
+    return float_of((int32_t)((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u));
 }
 
 static inline uint32_t e4m3_pair(float, float) { abort(); }  // sources are made with level 0
