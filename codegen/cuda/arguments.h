@@ -8,7 +8,7 @@ extern "C" {
 // data + m / repeat * stride.
 typedef struct {
     const void* data;
-    int64_t repeat;  // rows of x that share a row
+    int64_t repeat;  // rows of x that share a row; 1 or more, also where there is no data
     int64_t stride;  // bytes from one row to the next
 } FpcBeside;
 
@@ -16,7 +16,7 @@ typedef struct {
 // chunks whose addresses are multiples of 16 are read and written at once.
 typedef struct {
     const void* x;         // [m, k]
-    int64_t m, k, stride;  // the stride in values; k is below 2**30
+    int64_t m, k, stride;  // the stride in values; m is at most 2**30, k and pitch 2**26
     const void* weight;    // [k], of a norm
     const void* bias;      // [k], of a layer norm
     FpcBeside scale;       // what the tail of a producer multiplies with

@@ -106,9 +106,11 @@ int32_t launch_amax(const FpcQuantizeArguments& a, int chunks, void* stream) {
 
 template <class P>
 bool is_possible(const FpcQuantizeArguments& a) {
-    const int64_t needed = (a.k * P::kCodeBits + 7) / 8, most = 1 << 30;
-    if (a.m < 0 || a.m > most || a.k < 1 || a.k > most || a.pitch < needed || a.pitch > most)
-        return false;
+    // Beyond that a grid would have too many blocks.
+    constexpr int64_t kMostRows = 1 << 30, kLongest = 1 << 26;
+    const int64_t needed = (a.k * P::kCodeBits + 7) / 8;
+    if (a.m < 0 || a.m > kMostRows || a.k < 1 || a.k > kLongest) return false;
+    if (a.pitch < needed || a.pitch > kLongest) return false;
     if constexpr (P::kBlock != 0 && !P::kSwizzled)
         if (a.scale_pitch < (a.k + P::kBlock - 1) / P::kBlock) return false;
     if constexpr (P::kHadamard != 0)

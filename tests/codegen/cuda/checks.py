@@ -11,7 +11,7 @@ from fpcompiler.numerics.hadamard import hadamard
 from fpcompiler.runtime.cuda import Quantized, QuantizeLibrary, QuantizeProblem
 from fpcompiler.runtime.cuda.quantize import arguments_of
 from fpcompiler.runtime.fused import produce
-from tests.codegen.cuda.problems import write_values
+from tests.codegen.cuda.problems import quotients, write_values
 from tests.numerics.test_scaling import difficult, gaussian
 from tests.runtime.test_native_producers import Case, case, magnitude
 
@@ -197,6 +197,22 @@ def check_rotated(run: Runner, library: QuantizeLibrary, index: int, m: int, k: 
     assert bool((error <= bound + torch.finfo(dtype).eps * expected.abs()).all())
     assert torch.equal(values, values.to(dtype).float())
     assert_is(run.quantize(library, index, x, beside), values, problem)
+
+
+def check_quotients(run: Runner, library: QuantizeLibrary) -> None:
+    """Check quotients that are close to the middle between two codes, and others."""
+    generator = torch.Generator().manual_seed(0)
+    count = 20_000
+    totals = torch.rand(count, generator=generator) + 1
+    # Significands of a few bits, and those just below 2, are where corrections could fail.
+    totals[::4] = (totals[::4] * 64).round() / 64
+    totals[1::4] = 2 - torch.arange(1, count // 4 + 1) % 32 * 2.0**-23
+    totals *= torch.exp2(torch.randint(-70, 70, (count,), generator=generator))
+    middles = torch.randint(-128, 128, (count, 8), generator=generator) / 16 * totals[:, None]
+    nudged = middles * (1 + torch.randint(-3, 4, middles.shape, generator=generator) * 2.0**-23)
+    x = torch.cat([nudged, torch.randn(count, 8, generator=generator) * totals[:, None]], dim=1)
+    found = quotients(library, x.to(run.device), totals.to(run.device)).cpu()
+    assert torch.equal(found.view(torch.int32), (x / totals[:, None]).view(torch.int32))
 
 
 def check_status(run: Runner, library: QuantizeLibrary, index: int) -> None:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from fpcompiler.codegen.cuda.quantize import HEADERS, problem_text, quantize_source
 from fpcompiler.formats import FORMATS
 from fpcompiler.operand import Operand, ScaleRounding
@@ -189,6 +192,16 @@ def _values(count: int) -> str:
         "    int32_t problem, const FpcQuantizeArguments* arguments, float* to, void* stream) {\n"
         f"{cases}    return FPC_REFUSED;\n}}\n"
     )
+
+
+def quotients(library: QuantizeLibrary, x: Tensor, totals: Tensor) -> Tensor:
+    """Return ``x / totals[:, None]`` as kernels compute it, for fp32 ``x`` of 16 columns."""
+    out = torch.empty_like(x)
+    function = library._library.fpc_test_quotients
+    function.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
+    addresses = (x.data_ptr(), totals.data_ptr(), out.data_ptr())
+    assert function(*addresses, len(x), None) == 0
+    return out
 
 
 def write_values(

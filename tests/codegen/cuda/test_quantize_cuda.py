@@ -64,6 +64,10 @@ def test_codes_made_without_conversions_of_ptx_are_the_same(by_software, index: 
     checks.check_numbers(RUN, *by_software[index])
 
 
+def test_quotients_are_rounded_once(built) -> None:
+    checks.check_quotients(RUN, built[0][0])
+
+
 @pytest.mark.parametrize("index", indices([*FORMATS, *SCALES, *SPECIAL]), ids=name)
 def test_codes_and_scales_are_those_of_numerics(built, index: int) -> None:
     for m, k in ((1, 1), (24, 75), (3, 640), (130, 1000)):

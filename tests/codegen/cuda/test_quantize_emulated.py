@@ -18,7 +18,8 @@ from tests.numerics.test_scaling import gaussian
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
-FORMATS = problems.formats()
+UNSCALED = problems.formats()[: len(problems.ELEMENTS)]
+FORMATS = [*UNSCALED, *problems.formats()[len(UNSCALED) :: 2]]
 SCALES = problems.all_scales(("f4E2M1FN",), ("bf16", "f32", "f16"))
 SPECIAL = problems.special()
 SOME_PRODUCERS = (
@@ -43,9 +44,13 @@ def name(index: int) -> str:
     return str(ALL[index])
 
 
-@pytest.mark.parametrize("index", indices(FORMATS[: len(problems.ELEMENTS)]), ids=name)
+@pytest.mark.parametrize("index", indices(UNSCALED), ids=name)
 def test_every_number_middle_and_bfloat16_gets_its_code(library, index: int) -> None:
     checks.check_numbers(RUN, library, index)
+
+
+def test_quotients_are_rounded_once(library) -> None:
+    checks.check_quotients(RUN, library)
 
 
 @pytest.mark.parametrize("index", indices([*FORMATS, *SCALES, *SPECIAL]), ids=name)
@@ -57,7 +62,7 @@ def test_codes_and_scales_are_those_of_numerics(library, index: int) -> None:
 @pytest.mark.parametrize("k", [8192, 8200, 14336, 20000])
 def test_long_rows(library, k: int) -> None:
     """Rows that are held in registers, and rows that are read again."""
-    for index in indices([FORMATS[len(problems.ELEMENTS)], SCALES[2]]):
+    for index in indices([FORMATS[len(UNSCALED)], SCALES[2]]):
         checks.check_rows(RUN, library, index, 2, k)
 
 

@@ -1,4 +1,4 @@
-// What a kernel quantizes, for tests: the values of a row as fp32.
+// What tests look into: the values of a row as fp32, and quotients.
 
 namespace fpc {
 
@@ -18,6 +18,21 @@ write_values(const __grid_constant__ ValuesArguments v) {
     });
 }
 
+// The quotients of chunks by one total for each.
+template <class Arguments>
+__global__ void __launch_bounds__(32) divide_chunks(const __grid_constant__ Arguments of) {
+    float values[kChunk];
+    for (int i = 0; i < kChunk; i++) values[i] = of.x[blockIdx.x * kChunk + i];
+    divide_all<false, false>(values, of.totals[blockIdx.x]);
+    for (int i = 0; i < kChunk; i++) of.to[blockIdx.x * kChunk + i] = values[i];
+}
+
+struct Quotients {
+    const float* x;
+    const float* totals;
+    float* to;
+};
+
 template <class P>
 int32_t values(FpcQuantizeArguments a, float* to, void* stream) {
     if (a.scale.repeat > a.m) a.scale.repeat = a.m;
@@ -27,3 +42,10 @@ int32_t values(FpcQuantizeArguments a, float* to, void* stream) {
 }
 
 }  // namespace fpc
+
+extern "C" __attribute__((visibility("default"))) int32_t fpc_test_quotients(
+    const float* x, const float* totals, float* to, int64_t chunks, void* stream) {
+    const fpc::Quotients of{x, totals, to};
+    const auto kernel = fpc::divide_chunks<fpc::Quotients>;
+    return fpc::launch(kernel, dim3((unsigned)chunks), dim3(1), of, stream);
+}
