@@ -114,6 +114,8 @@ class KernelCache:
     def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # What lies here is loaded: nobody else may put anything there.
+            (self.folder / "kernels").mkdir(mode=0o700, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise OptionError(

@@ -14,6 +14,7 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
+from fpcompiler.artifact.kernels import DECODE_ROWS
 from fpcompiler.codegen.arch import ARCHS, Arch
 from fpcompiler.codegen.container import Container
 
@@ -50,14 +51,14 @@ class Rows(enum.Enum):
     """The range of M that a kernel is made for. It computes every M; only its speed differs."""
 
     DECODE = "decode"
-    """At most 128 rows, one tile or two: reading the weights bounds the speed."""
+    """At most ``DECODE_ROWS``, one tile or two: reading the weights bounds the speed."""
     PREFILL = "prefill"
-    """More than 128 rows: multiplying bounds the speed."""
+    """More rows: multiplying bounds the speed."""
 
     @classmethod
     def of(cls, m: int) -> Rows:
         """Return the range that holds M."""
-        return cls.DECODE if m <= 128 else cls.PREFILL
+        return cls.DECODE if m <= DECODE_ROWS else cls.PREFILL
 
     @property
     def typical(self) -> int:

@@ -15,6 +15,7 @@ from fpcompiler.native import library
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import backends, inputs, operators
 from fpcompiler.runtime.compiled_rest import Run, compile_rest
+from fpcompiler.runtime.cuda.kernels import CudaKernels
 from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.instructions import STEP_ERRORS, Instruction, last_uses, step_error
 from fpcompiler.runtime.program import Program, ProgramCache
@@ -37,6 +38,7 @@ class Executor:
             on the device already; nothing writes to them.
         device: Where to run.
         release: Gives back the memory of tensors that have been copied, if they can be read again.
+        kernels: The compiled kernels for the device, if there are any.
 
     Raises:
         ArtifactError: If the plan uses an operator or a kernel that is unknown or refused, or a
@@ -49,16 +51,25 @@ class Executor:
         tensors: Mapping[str, Tensor],
         device: str | torch.device = "cpu",
         release: Callable[[], None] | None = None,
+        kernels: CudaKernels | None = None,
     ) -> None:
         self.plan = plan
         self.device = parse_device(device)
+        stay = kernels.own_constants(plan) if kernels else frozenset()
         self._constants = {
-            name: _aligned(_tensor(tensors, key).to(self.device))
+            name: _aligned(_tensor(tensors, key).to("cpu" if name in stay else self.device))
             for name, key in plan.constants.items()
         }
         self._initial = {name: _tensor(tensors, key) for name, key in plan.state.items()}
         self._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
-        self._code = _assemble(plan, self._constants, self.device, release)
+        here = {name: t for name, t in self._constants.items() if name not in stay}
+        functions = backends.bind_plan(plan, here, release)
+        self._kernels = kernels.bind(plan, functions, self._constants) if kernels else None
+        if self._kernels:
+            functions = self._kernels.functions
+            if release is not None:
+                release()
+        self._code = _assemble(plan, functions, self.device)
         self._names = inputs.leaf_names(plan.signature)
         self._shared = _shared_values(plan, self._code)
         # What its steps have written to the state itself need not be copied there.
@@ -136,6 +147,8 @@ class Executor:
                 self._run_steps(values, observe, caller)
             else:
                 self._programs.run(values, times)
+            if self._kernels:
+                self._kernels.check()
             outputs = [self._own(out, values) for out in self.plan.outputs]
             updates = [(name, self._own(value, values)) for value, name in self._stores]
             for name, update in updates:
@@ -164,7 +177,7 @@ class Executor:
 
     def _new_programs(self) -> ProgramCache | None:
         native = library() if self.device.type == "cpu" else None
-        if native is None or not any(step.kernel == "cpu" for step in self.plan.steps):
+        if native is None or self._kernels or not any(step.kernel == "cpu" for step in self.plan.steps):
             return None
         outputs = (out for out in self.plan.outputs if isinstance(out, str))
         return ProgramCache(
@@ -231,14 +244,10 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _assemble(
-    plan: Plan,
-    constants: Mapping[str, Tensor],
-    device: torch.device,
-    release: Callable[[], None] | None,
+    plan: Plan, functions: Sequence[operators.Function], device: torch.device
 ) -> tuple[Instruction, ...]:
     frees = last_uses(plan)
     code = []
-    functions = backends.bind_plan(plan, constants, release)
     in_place = in_place_updates(plan)
     for index, (step, function) in enumerate(zip(plan.steps, functions, strict=True)):
         code.append(

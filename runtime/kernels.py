@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fpcompiler.plan import Step
+from fpcompiler.runtime.cuda.layers import CudaLayer
+from fpcompiler.runtime.cuda.quantizers import CudaQuantizer
 from fpcompiler.runtime.expanded import ExpandedLayer
 from fpcompiler.runtime.native_steps import NativeLayer, NativeQuantizer
 from fpcompiler.runtime.onednn import OneDnnLayer
@@ -21,6 +23,9 @@ ONEDNN: Final = "onednn"
 
 EXPANDED: Final = "fp32"
 """An fp32 product of torch's, of weights that are kept as bytes."""
+
+CUDA: Final = "cuda"
+"""A compiled kernel of the artifact; a quantizer in front of one that torch computes counts too."""
 
 REFERENCE: Final = "reference"
 """An ``fpc`` operator, written in operators of torch."""
@@ -59,4 +64,6 @@ def _without_library(step: Step, function: Function) -> str:
         return ONEDNN
     if isinstance(function, ExpandedLayer):
         return EXPANDED
+    if isinstance(function, CudaLayer | CudaQuantizer):
+        return CUDA
     return REFERENCE if step.op.startswith("fpc.") else TORCH

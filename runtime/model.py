@@ -13,7 +13,9 @@ from torch import nn
 
 from fpcompiler.artifact import Artifact, read, save
 from fpcompiler.errors import OptionError, RunError
+from fpcompiler.options import Options
 from fpcompiler.runtime.compare import Batch, call_arguments, compare
+from fpcompiler.runtime.cuda.kernels import CudaKernels, load_kernels
 from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.example_call import example_call
 from fpcompiler.runtime.executor import Executor
@@ -22,6 +24,7 @@ from fpcompiler.runtime.profile import profile
 from fpcompiler.runtime.profile_report import Profile
 from fpcompiler.runtime.strict import require_kernels
 from fpcompiler.runtime.tables import CompareTable, PlanTable, VerifyReport
+from fpcompiler.runtime.trust import Gatekeeper
 from fpcompiler.runtime.verify import verify
 
 Build: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], Artifact]
@@ -41,9 +44,12 @@ class CompiledModel:
         dumps: The folder with the dumps of the compilation, or None.
         source: The file that the artifact was read from, or None.
         strict: Whether layers that would run without the kernels of their target are an error.
+        trust: Whether compiled kernels of the artifact are loaded as they are; see :func:`load`.
+        kernels: Whether they are used at all.
 
     Raises:
-        TargetError: If there are such layers.
+        TargetError: If there are such layers, or the artifact has kernels for other GPUs only.
+        ArtifactError: If its kernels are not trusted and cannot be built again.
     """
 
     def __init__(
@@ -54,6 +60,8 @@ class CompiledModel:
         dumps: Path | None = None,
         source: Path | None = None,
         strict: bool = False,
+        trust: bool = False,
+        kernels: bool = True,
     ) -> None:
         self._artifact: Artifact | None = artifact
         self._executor: Executor | None = None
@@ -61,7 +69,7 @@ class CompiledModel:
         self._scheme = artifact.scheme
         self._device = parse_device(device)
         self._source = source
-        self._strict = strict
+        self._strict, self._trust, self._use_kernels = strict, trust, kernels
         self._compiles_rest = False
         self.dumps = dumps
         self._ready()
@@ -88,8 +96,8 @@ class CompiledModel:
         model = cls.__new__(cls)
         model._artifact, model._executor, model._build = None, None, build
         model._scheme, model._device, model._source = scheme, parse_device(device), None
-        model._strict, model.dumps = strict, dumps
-        model._compiles_rest = False
+        model._strict, model._trust, model._use_kernels = strict, False, True
+        model._compiles_rest, model.dumps = False, dumps
         return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,14 +269,24 @@ class CompiledModel:
     def _ready(self) -> Executor:
         if self._executor is None:
             artifact = self.artifact
+            kernels = self._load_kernels(artifact)
             if self._strict:
-                require_kernels(artifact.plan, artifact.tensors, self._device)
+                target = kernels and kernels.target
+                require_kernels(artifact.plan, artifact.tensors, self._device, target)
             # Kernels have weights in an order of their own: those of the file are read once.
             release = artifact.pages.release
-            self._executor = Executor(artifact.plan, artifact.tensors, self._device, release)
+            self._executor = Executor(
+                artifact.plan, artifact.tensors, self._device, release, kernels
+            )
             if self._compiles_rest:
                 self._executor.compile_rest()
         return self._executor
+
+    def _load_kernels(self, artifact: Artifact) -> CudaKernels | None:
+        if self._device.type != "cuda" or not (self._use_kernels and artifact.kernels):
+            return None
+        gatekeeper = Gatekeeper(Options.from_env(), self._trust)
+        return load_kernels(artifact.kernels, self._device, gatekeeper)
 
     def _compile(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:
         if torch.compiler.is_compiling():
@@ -285,23 +303,39 @@ class CompiledModel:
 
 
 def load(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, strict: bool = False
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    strict: bool = False,
+    trust: bool = False,
+    kernels: bool = True,
 ) -> CompiledModel:
     """Load a compiled model from a file that :meth:`CompiledModel.save` wrote.
 
-    Neither the class of the model nor any part of the compiler is imported, and no code from the
-    file runs. Weights are mapped from the file, so loading takes little memory.
+    Neither the class of the model nor any part of the compiler is imported. Weights are mapped from
+    the file, so loading takes little memory.
+
+    On a GPU, compiled kernels of the file are used. They are code, so they are loaded only if you
+    trust them, or if they were built on this machine; others are built again from the description
+    of what they compute, which needs the compiler. No other code from the file runs.
 
     Args:
         path: The file.
         device: Where to run.
-        strict: Whether it is an error if layers that were compiled for kernels (target ``cpu``)
-            would run without them: on a machine without the native library, say. Otherwise they
-            run more slowly.
+        strict: Whether it is an error if layers that were compiled for kernels (of the target
+            ``cpu``, or of this GPU) would run without them: on a machine without the native
+            library, say. Otherwise they run more slowly.
+        trust: Whether compiled kernels are loaded as they are in the file.
+        kernels: Whether compiled kernels are used; without them a GPU runs the reference.
 
     Raises:
-        ArtifactError: If the file is no artifact, or is damaged or from another version.
-        TargetError: If strict, and layers would run without the kernels of their target.
+        ArtifactError: If the file is no artifact, or is damaged or from another version, or its
+            kernels are not trusted and cannot be built again.
+        TargetError: If the file has kernels, but none for this GPU; the message lists them. Or if
+            strict, and layers would run without the kernels of their target.
+        OptionError: If others can write to the folder of compiled kernels (``FPC_CACHE``).
     """
-    artifact = read(path)
-    return CompiledModel(artifact, device=device, source=Path(path).absolute(), strict=strict)
+    artifact, source = read(path), Path(path).absolute()
+    return CompiledModel(
+        artifact, device=device, source=source, strict=strict, trust=trust, kernels=kernels
+    )

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fpcompiler.native import library, why_missing
 from fpcompiler.numerics.compiled import INPUTS
-from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import expanded, fused, onednn
 from fpcompiler.runtime.arithmetic import takes
 from fpcompiler.runtime.expanded import ExpandedLayer, ExpandedLinear, announce
+from fpcompiler.runtime.layer_steps import LayerArguments, read_layer, readers_of, reads_whole
 from fpcompiler.runtime.native import NativeLinear, PreparedInput
 from fpcompiler.runtime.native_ops import TracedLinear
 from fpcompiler.runtime.native_producers import describe
@@ -89,19 +89,6 @@ class NativeQuantizer:
         return self.linear.prepare_produced(produced, layer)
 
 
-class _Layer(NamedTuple):
-    """The arguments of ``fpc.linear`` that are known when a program is loaded."""
-
-    w: list[Tensor]
-    bias: Tensor | None
-    x_operand: Operand | None
-    w_operand: Operand
-    k: int
-    dtype: torch.dtype
-    name: str
-    activation: str
-
-
 def bind_layer(
     step: Step, constants: Mapping[str, Tensor]
 ) -> NativeLayer | OneDnnLayer | ExpandedLayer | None:
@@ -128,36 +115,17 @@ def refusal(step: Step, constants: Mapping[str, Tensor]) -> str | None:
     return f"it takes no weights in {layer.w_operand.format}; give them four bits"
 
 
-def _read(step: Step, constants: Mapping[str, Tensor]) -> _Layer | str:
-    """Return a layer's arguments, or why nothing can be prepared from them."""
-    given = _arguments(step)
-    if given is None:
-        return "its arguments are named, or not as many as it has"
-    w = [constants[item["v"]] for item in given.w if item["v"] in constants]
-    bias = None if given.bias is None else constants.get(given.bias["v"])
-    dtype = getattr(torch, given.dtype["dtype"])
-    if len(w) < len(given.w) or (given.bias is not None and bias is None):
-        return "its weights or its bias are computed at each call"
-    if any(part.device.type != "cpu" for part in w):
-        return f"it runs on {w[0].device}"
-    if dtype not in INPUTS:
-        return f"its results are {dtype}"
-    if given.activation and given.activation not in fused.ACTIVATIONS:
-        return f"there is no activation {given.activation!r}"
-    x_operand = Operand.parse(given.x_operand) if given.x_operand else None
-    w_operand = Operand.parse(given.w_operand)
-    return _Layer(w, bias, x_operand, w_operand, given.k, dtype, given.layer, given.activation)
+def _read(step: Step, constants: Mapping[str, Tensor]) -> LayerArguments | str:
+    """Return a layer's arguments, or why the library cannot prepare it."""
+    layer = read_layer(step, constants)
+    if isinstance(layer, str):
+        return layer
+    if any(part.device.type != "cpu" for part in layer.w):
+        return f"it runs on {layer.w[0].device}"
+    return layer if layer.dtype in INPUTS else f"its results are {layer.dtype}"
 
 
-def _arguments(step: Step) -> LinearArguments | None:
-    """Return the arguments of a layer as they stand in the plan; None if they are not in order."""
-    most, optional = len(LinearArguments._fields), len(LinearArguments._field_defaults)
-    if step.kwargs or not most - optional <= len(step.args) <= most:
-        return None
-    return LinearArguments(*step.args)
-
-
-def _bind_onednn(layer: _Layer, operator: Function) -> OneDnnLayer | None:
+def _bind_onednn(layer: LayerArguments, operator: Function) -> OneDnnLayer | None:
     if layer.x_operand is None or not onednn.fits(layer.x_operand, layer.w_operand):
         return None
     if not onednn.usable() or 0 in (layer.k, layer.w[0].shape[0]):
@@ -167,7 +135,7 @@ def _bind_onednn(layer: _Layer, operator: Function) -> OneDnnLayer | None:
     return OneDnnLayer(OneDnnLinear(layer.w, layer.bias, *operands, layer.k), operator)
 
 
-def _bind_expanded(layer: _Layer, operator: Function) -> ExpandedLayer | None:
+def _bind_expanded(layer: LayerArguments, operator: Function) -> ExpandedLayer | None:
     if not expanded.fits(layer.w_operand) or 0 in (layer.k, layer.w[0].shape[0]):
         return None
     linear = ExpandedLinear(layer.w, layer.bias, layer.x_operand, layer.w_operand, layer.k)
@@ -180,11 +148,14 @@ def _bind_expanded(layer: _Layer, operator: Function) -> ExpandedLayer | None:
 def share_inputs(plan: Plan, functions: Sequence[Function]) -> list[Function]:
     """Return the functions of all steps; quantizers for native layers only become native."""
     result = list(functions)
-    readers = _readers(plan)
+    readers = readers_of(plan)
     for index, step in enumerate(plan.steps):
         if step.op not in QUANTIZERS or step.kwargs:
             continue
-        layers = [_native_reader(plan.steps[i], functions[i], step) for i in readers[index]]
+        layers = [
+            _native_reader(plan.steps[i], functions[i], step) if i >= 0 else None
+            for i in readers[index]
+        ]
         kinds = {layer.linear.kind for layer in layers if layer}
         if layers and None not in layers and len(kinds) == 1:
             first = next(layer for layer in layers if layer)
@@ -192,28 +163,8 @@ def share_inputs(plan: Plan, functions: Sequence[Function]) -> list[Function]:
     return result
 
 
-_OUTSIDE: Final = -1
-
-
-def _readers(plan: Plan) -> list[list[int]]:
-    """Return the steps that read results of each step; :data:`_OUTSIDE` for the plan's own."""
-    makers = {out: index for index, step in enumerate(plan.steps) for out in step.outs}
-    readers: list[list[int]] = [[] for _ in plan.steps]
-    for index, step in enumerate(plan.steps):
-        for maker in {makers[name] for name in step.uses() if name in makers}:
-            readers[maker].append(index)
-    outside = [out for out in plan.outputs if isinstance(out, str)]
-    for name in [*outside, *(value for value, _ in plan.stores)]:
-        if name in makers:
-            readers[makers[name]].append(_OUTSIDE)
-    return readers
-
-
 def _native_reader(step: Step, function: Function, quantizer: Step) -> NativeLayer | None:
     """Return a layer that reads all results of a quantizer as its input, and nothing else of it."""
-    if not isinstance(function, NativeLayer) or step.op != "fpc.linear":
+    if not isinstance(function, NativeLayer):
         return None
-    outs = [{"v": name} for name in quantizer.outs]
-    operand = quantizer.args[-2]
-    given = LinearArguments(*step.args)
-    return function if list(given.x) == outs and given.x_operand == operand else None
+    return function if reads_whole(step, quantizer) else None

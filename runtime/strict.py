@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fpcompiler.artifact.kernels import TargetKernels
 from fpcompiler.errors import TargetError
 from fpcompiler.native import why_missing
 from fpcompiler.plan import Plan, Step
@@ -21,8 +22,13 @@ _NAMED: Final = 5
 _OTHERWISE: Final = "Without strict they run more slowly, with the same meaning."
 
 
-def require_kernels(plan: Plan, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Check that the native library runs all layers that were compiled for it.
+def require_kernels(
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    target: TargetKernels | None = None,
+) -> None:
+    """Check that all layers run on the kernels that they were compiled for.
 
     Layers that were compiled for ``reference``, or kept in high precision, are as they should be.
 
@@ -30,10 +36,15 @@ def require_kernels(plan: Plan, tensors: Mapping[str, Tensor], device: torch.dev
         plan: The program.
         tensors: The tensors that it names.
         device: Where it is to run.
+        target: The compiled kernels for the device, if there are any; otherwise the kernels are
+            those of the native library.
 
     Raises:
         TargetError: If it does not; the message names the layers, the causes and what to do.
     """
+    if target is not None:
+        _require_all(target)
+        return
     constants = {name: tensors[key] for name, key in plan.constants.items() if key in tensors}
     causes: dict[str, dict[str, None]] = {}
     for step in plan.steps:
@@ -46,6 +57,19 @@ def require_kernels(plan: Plan, tensors: Mapping[str, Tensor], device: torch.dev
         raise TargetError(
             f"strict: layers of the target cpu that the native library would not run: "
             f"{'; '.join(texts)}. {_OTHERWISE}"
+        )
+
+
+def _require_all(target: TargetKernels) -> None:
+    causes: dict[str, list[str]] = {}
+    for name, row in target.layers.items():
+        if not row.kernels:
+            causes.setdefault(row.reason, []).append(name)
+    if causes:
+        texts = [f"{_names(layers)}: {cause}" for cause, layers in causes.items()]
+        raise TargetError(
+            f"strict: layers without a kernel for the target {target.target}: {'; '.join(texts)}. "
+            f"{_OTHERWISE}"
         )
 
 

@@ -21,6 +21,9 @@ INDEX: Final = "index.json"
 
 VERSION: Final = 1
 
+DECODE_ROWS: Final = 128
+"""The most rows that the kernels called ``decode`` are used for."""
+
 _LIMIT: Final = 64 << 20
 _FILES: Final = ("library", "source", "log", "sass", "proof")
 
@@ -31,7 +34,8 @@ class Instance:
 
     Attributes:
         name: Its name among those of the target.
-        role: What it does: ``gemm`` or ``quantize``.
+        role: What it does: ``gemm``, ``quantize``, or ``operators``: how torch calls the others. One
+            library of operators serves all targets, and each of them names it.
         problem: What it was generated from, as JSON values; it can be generated again from that.
         files: Names in ``kernels/``: ``library``, and those there are of ``source``, ``log`` (of
             the compiler), ``sass`` (what machine code it is) and ``proof`` (what was checked).
@@ -50,8 +54,8 @@ class LayerKernels:
     """What runs a layer on a target.
 
     Attributes:
-        kernels: Names of instances by what they are for: ``decode`` (few rows), ``prefill`` (many)
-            and ``quantize`` (the input).
+        kernels: Names of instances by what they are for: ``decode`` (up to :data:`DECODE_ROWS`
+            rows), ``prefill`` (more) and ``quantize`` (the input).
         reason: Why there are none; the layer runs as the reference then.
     """
 

@@ -1,0 +1,222 @@
+"""The kernels of an artifact on a GPU: loading them, and the steps of a plan that they run.
+
+A layer without kernels runs as on any device, by the reference; so does everything in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fpcompiler.artifact.container import Buffer
+from fpcompiler.artifact.kernels import Instance, KernelIndex, TargetKernels
+from fpcompiler.errors import ArtifactError, describe_layer
+from fpcompiler.numerics.scaling import not_finite
+from fpcompiler.operand import Operand
+from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine
+from fpcompiler.runtime.cuda.operators import load_operators, open_library
+from fpcompiler.runtime.cuda.quantizers import CudaQuantizer, QuantizeKernels
+from fpcompiler.runtime.cuda.select import capability_of, select
+from fpcompiler.runtime.layer_steps import read_layer, readers_of, reads_whole, weight_names
+from fpcompiler.runtime.operators import QUANTIZERS, Function
+from fpcompiler.runtime.trust import Gatekeeper
+
+OPERATORS: Final = "operators"
+"""The role of the library of operators."""
+
+Check: TypeAlias = Callable[[], None]
+"""Called after a run; raises if a quantizer met NaN or infinity."""
+
+
+class Bound(NamedTuple):
+    """A plan whose layers run on kernels.
+
+    Attributes:
+        functions: What runs each step.
+        check: Waits for the quantizers and raises if one met NaN or infinity.
+    """
+
+    functions: list[Function]
+    check: Check
+
+
+@dataclass(frozen=True, eq=False)
+class CudaKernels:
+    """The kernels for one GPU, loaded.
+
+    Attributes:
+        target: What the artifact has for it.
+        gemms: The GEMMs by the name of their instance.
+        quantizers: The kernels that quantize.
+        machine: The GPU.
+    """
+
+    target: TargetKernels
+    gemms: Mapping[str, Gemm]
+    quantizers: QuantizeKernels
+    machine: Machine
+
+    def runs(self, step: Step) -> bool:
+        """Return whether a step is a layer that has kernels."""
+        row = self.target.layers.get(step.layer) if step.op == "fpc.linear" else None
+        return row is not None and bool(row.kernels)
+
+    def own_constants(self, plan: Plan) -> frozenset[str]:
+        """Return the constants that are read by layers with kernels only.
+
+        The kernels have copies of them in an order of their own, so they need not be on the GPU.
+        """
+        own = {name for step in plan.steps if self.runs(step) for name in weight_names(step)}
+        others = {name for step in plan.steps if not self.runs(step) for name in step.uses()}
+        outside = {out for out in plan.outputs if isinstance(out, str)}
+        return frozenset((own & {*plan.constants}) - others - outside)
+
+    def bind(
+        self, plan: Plan, functions: Sequence[Function], constants: Mapping[str, Tensor]
+    ) -> Bound:
+        """Return what runs each step, and the check of its quantizers.
+
+        Args:
+            plan: The plan.
+            functions: What runs each step otherwise.
+            constants: The constants of the plan by value name, on any device.
+
+        Raises:
+            ArtifactError: If the kernels of a layer do not compute it.
+        """
+        result = list(functions)
+        linears: dict[tuple[str, ...], CudaLinear] = {}  # one for all steps with the same weights
+        for index, step in enumerate(plan.steps):
+            if self.runs(step):
+                key = (*weight_names(step), *map(str, step.args[3:]))
+                linears[key] = linears.get(key) or self._linear(step, constants)
+                result[index] = CudaLayer(linears[key])
+        found = _shared_quantizers(plan, result)
+        status = torch.zeros(len(found), dtype=torch.int32, device=self.machine.device)
+        for place, (index, layer) in enumerate(found.items()):
+            result[index] = CudaQuantizer(
+                layer.linear,
+                self.quantizers,
+                functions[index],
+                len(plan.steps[index].outs) - 1,
+                status[place : place + 1],
+            )
+        return Bound(result, _check_of(status, [plan.steps[index] for index in found]))
+
+    def _linear(self, step: Step, constants: Mapping[str, Tensor]) -> CudaLinear:
+        layer = read_layer(step, constants)
+        if isinstance(layer, str) or layer.x_operand is None:
+            cause = layer if isinstance(layer, str) else "its activations are not quantized"
+            raise ArtifactError(
+                f"{describe_layer(step.layer)} has kernels in the artifact, but {cause}. Compile "
+                "the model again."
+            )
+        names = self.target.layers[step.layer].kernels
+        gemms = {use: self.gemms[name] for use, name in names.items() if name in self.gemms}
+        return CudaLinear(gemms, self.machine, layer.w, layer.bias, layer.x_operand, *layer[3:])
+
+
+def load_kernels(
+    files: Mapping[str, Buffer], device: torch.device, gatekeeper: Gatekeeper
+) -> CudaKernels | None:
+    """Load the kernels of an artifact for a GPU.
+
+    Args:
+        files: The files of kernels in the artifact, by name.
+        device: A CUDA device.
+        gatekeeper: Decides which libraries are loaded as they are.
+
+    Returns:
+        None if the artifact holds no kernels at all.
+
+    Raises:
+        TargetError: If it holds kernels, but none for this GPU.
+        ArtifactError: If a library is not trusted and cannot be built again, or does not load.
+        OptionError: If libraries cannot be kept where nobody else writes.
+    """
+    index = KernelIndex.of(files)
+    if not index.targets:
+        return None
+    target = select(index, capability_of(device))
+    return open_target(target, files, Machine.of(device), gatekeeper)
+
+
+def open_target(
+    target: TargetKernels,
+    files: Mapping[str, Buffer],
+    machine: Machine,
+    gatekeeper: Gatekeeper,
+) -> CudaKernels:
+    """Load the kernels of one target: the operators first, then what its layers use.
+
+    Raises:
+        ArtifactError: As :func:`load_kernels`.
+        OptionError: As :func:`load_kernels`.
+    """
+
+    def admit(instance: Instance) -> Path:
+        return gatekeeper.admit(instance, bytes(files[instance.files["library"]]))
+
+    used = {name for row in target.layers.values() for name in row.kernels.values()}
+    by_role: dict[str, list[Instance]] = {}
+    for name, instance in target.instances.items():
+        if name in used or instance.role == OPERATORS:
+            by_role.setdefault(instance.role, []).append(instance)
+    if OPERATORS not in by_role:
+        raise ArtifactError(
+            f"the kernels for {target.target} come without the operators that run them; compile "
+            "the model again."
+        )
+    load_operators(admit(by_role[OPERATORS][0]))
+    gemms = {i.name: Gemm.of(i, open_library(admit(i))) for i in by_role.get("gemm", [])}
+    quantizers = QuantizeKernels.of([admit(i) for i in by_role.get("quantize", [])])
+    return CudaKernels(target, gemms, quantizers, machine)
+
+
+def _shared_quantizers(plan: Plan, functions: Sequence[Function]) -> dict[int, CudaLayer]:
+    """Return the quantizers that only layers with kernels read, each with one of those layers.
+
+    What a quantizer makes is then in the form that all of them read; otherwise it is codes and
+    scales, which each layer brings into its own form.
+    """
+    found = {}
+    readers = readers_of(plan)
+    for index, step in enumerate(plan.steps):
+        if step.op not in QUANTIZERS or step.kwargs:
+            continue
+        layers = [
+            _reader(plan.steps[i], functions[i], step) if i >= 0 else None for i in readers[index]
+        ]
+        known = [layer for layer in layers if layer is not None]
+        if known and len(known) == len(layers) and len({item.linear.kind for item in known}) == 1:
+            found[index] = known[0]
+    return found
+
+
+def _reader(step: Step, function: Function, quantizer: Step) -> CudaLayer | None:
+    fits = isinstance(function, CudaLayer) and reads_whole(step, quantizer)
+    return function if fits else None
+
+
+def _check_of(status: Tensor, steps: Sequence[Step]) -> Check:
+    def check() -> None:
+        # In a graph that is captured nothing has run yet, and nothing may be waited for.
+        if not steps or torch.compiler.is_compiling() or _is_capturing(status):
+            return
+        flags = status.tolist()
+        if any(flags):
+            status.zero_()
+            step = steps[flags.index(1)]
+            raise not_finite(Operand.parse(step.args[-2]), step.layer)
+
+    return check
+
+
+def _is_capturing(status: Tensor) -> bool:
+    return status.is_cuda and torch.cuda.is_current_stream_capturing()

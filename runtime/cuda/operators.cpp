@@ -1,0 +1,293 @@
+// The operators that run compiled kernels, torch.ops.fpc_cuda: one library for all of them.
+//
+// It uses the stable C interface of torch only, so that a build serves every torch from 2.10 on, and
+// no header of CUDA: it loads kernels by path and knows them by their C interface. What a launch
+// writes is allocated by torch, and nothing is waited for, so that calls can be captured in a CUDA
+// graph. Schemas and fake implementations are in operators.py.
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "arguments.h"   // codegen/cuda: kernels that quantize
+#include "kernel_abi.h"  // codegen/cutlass/templates: GEMMs
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kVersion = 1;  // VERSION of operators.py
+constexpr int64_t kMost = INT32_MAX;
+
+// torch's own check would put this file and a line in front of the message.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+    if (condition) return;
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+}
+
+// --- libraries of kernels ------------------------------------------------------------------------
+
+struct Library {
+    std::string path;
+    bool on_host;  // a stand-in that tests compile for the CPU
+    int32_t (*run)(const FpcGemmArguments*);
+    int64_t (*workspace)(int32_t, int32_t, int32_t, int32_t);
+    int64_t (*scale_bytes_a)(int32_t, int32_t, int32_t);
+    int64_t (*scale_bytes_b)(int32_t, int32_t, int32_t);
+    int32_t (*quantize)(int32_t, const FpcQuantizeArguments*, void*);
+};
+
+// They stay loaded: a captured graph may hold their kernels for as long as the process lives.
+std::mutex mutex;
+std::deque<Library> libraries;
+
+template <class Function>
+void find(void* handle, const char* name, Function& function) {
+    function = reinterpret_cast<Function>(dlsym(handle, name));
+}
+
+Library load(const std::string& path) {
+    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    const char* error = handle ? "" : dlerror();
+    require(handle != nullptr, "the kernels in ", path, " do not load: ", error);
+    Library found{path, dlsym(handle, "fpc_on_host") != nullptr, {}, {}, {}, {}, {}};
+    int32_t (*abi)() = nullptr;
+    find(handle, "fpc_gemm_abi", abi);
+    find(handle, "fpc_gemm_run", found.run);
+    find(handle, "fpc_gemm_workspace", found.workspace);
+    find(handle, "fpc_gemm_scale_bytes_a", found.scale_bytes_a);
+    find(handle, "fpc_gemm_scale_bytes_b", found.scale_bytes_b);
+    find(handle, "fpc_quantize_rows", found.quantize);
+    const bool gemm = abi && found.run && found.workspace && found.scale_bytes_a &&
+                      found.scale_bytes_b;
+    require(gemm || found.quantize != nullptr, path, " holds no kernels of fpcompiler.");
+    if (!gemm) found.run = nullptr;
+    const int32_t version = gemm ? abi() : FPC_GEMM_ABI;
+    require(version == FPC_GEMM_ABI, path, " has version ", version,
+            " of the interface of kernels, not ", FPC_GEMM_ABI, ": compile the model again.");
+    return found;
+}
+
+int64_t version() { return kVersion; }
+
+int64_t open(std::string path) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (size_t i = 0; i < libraries.size(); i++)
+        if (libraries[i].path == path) return static_cast<int64_t>(i);
+    libraries.push_back(load(path));
+    return static_cast<int64_t>(libraries.size() - 1);
+}
+
+const Library& library_of(int64_t index) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    require(index >= 0 && index < static_cast<int64_t>(libraries.size()),
+                    "there is no library ", index, "; open() returns the numbers of those there are.");
+    return libraries[static_cast<size_t>(index)];  // elements of a deque stay where they are
+}
+
+// --- tensors ---------------------------------------------------------------------------------------
+
+void check_place(const Library& library, const Tensor& x) {
+    require(x.is_cuda() != library.on_host, "the kernels of ", library.path, " run on ",
+                    library.on_host ? "the CPU" : "a GPU", ", and their input is elsewhere.");
+}
+
+void check(const Tensor& tensor, const Tensor& x, ScalarType dtype, int64_t count,
+           const char* name) {
+    require(tensor.scalar_type() == dtype && tensor.is_contiguous(), name,
+                    " has another type than the kernel reads, or gaps.");
+    require(tensor.numel() >= count, name, " has ", tensor.numel(), " numbers; the kernel ",
+                    "reads ", count, ".");
+    require(tensor.is_cuda() == x.is_cuda() &&
+                        tensor.get_device_index() == x.get_device_index(),
+                    name, " is on another device than the first input.");
+}
+
+const void* address(const MaybeTensor& tensor) {
+    return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+const float* floats(const MaybeTensor& tensor, const Tensor& x, int64_t count, const char* name) {
+    if (tensor) check(*tensor, x, ScalarType::Float, count, name);
+    return static_cast<const float*>(address(tensor));
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+    return torch::stable::new_empty(like, size, dtype);
+}
+
+// The current device and stream of torch, while a kernel is launched.
+class Launch {
+   public:
+    explicit Launch(const Tensor& x) {
+        if (!x.is_cuda()) return;
+        guard_.emplace(x.get_device_index());
+        // Only builds of torch for CUDA have it, so it cannot be linked.
+        using Get = AOTITorchError (*)(int32_t, void**);
+        static const Get get = [] {
+            void* torch = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+            return torch ? reinterpret_cast<Get>(dlsym(torch, "aoti_torch_get_current_cuda_stream"))
+                         : nullptr;
+        }();
+        require(get && !get(x.get_device_index(), &stream_),
+                        "this torch tells no current stream of CUDA; install a build for CUDA.");
+    }
+
+    void* stream() const { return stream_; }
+
+   private:
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+    void* stream_ = nullptr;
+};
+
+// --- GEMM ------------------------------------------------------------------------------------------
+
+const char* cause_of(int32_t status) {
+    switch (status & 0xFF) {
+        case FPC_NULL_POINTER: return "an operand that it needs is missing";
+        case FPC_MISALIGNED: return "an operand does not begin at a multiple of 32 bytes";
+        case FPC_SMALL_WORKSPACE: return "its workspace is too small";
+        case FPC_UNSUPPORTED_SHAPE: return "it does not compute these sizes";
+        case FPC_INITIALIZE: return "it could not be prepared; was it compiled for this GPU?";
+        case FPC_LAUNCH: return "CUDA refused the launch; was it compiled for this GPU?";
+        default: return "it gave an unknown status";
+    }
+}
+
+// Rows of packed codes of four, six or eight bits.
+void check_codes(const Tensor& codes, const Tensor& x, int64_t rows, int64_t k, const char* name) {
+    check(codes, x, ScalarType::Byte, 0, name);
+    const int64_t bits = codes.dim() == 2 ? codes.size(1) * 8 : 0;
+    require(codes.dim() == 2 && codes.size(0) == rows &&
+                        (bits == 4 * k || bits == 6 * k || bits == 8 * k),
+                    name, " does not hold ", rows, " rows of ", k, " codes.");
+}
+
+Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const Tensor& b,
+            const MaybeTensor& b_scales, const MaybeTensor& token_scale,
+            const MaybeTensor& row_scale, const MaybeTensor& bias, const MaybeTensor& residual,
+            const MaybeTensor& scalar, double alpha, int64_t m, int64_t n, int64_t k, int64_t sms,
+            ScalarType out) {
+    const Library& kernel = library_of(library);
+    require(kernel.run != nullptr, kernel.path, " holds no GEMM.");
+    require(m >= 0 && n > 0 && k > 0 && m <= kMost && n <= kMost && k <= kMost,
+                    "there is no GEMM of M = ", m, ", N = ", n, " and K = ", k, ".");
+    check_place(kernel, a);
+    check_codes(a, a, m, k, "A");
+    check_codes(b, a, n, k, "B");
+    const auto sizes = std::make_tuple((int32_t)m, (int32_t)n, (int32_t)k);
+    if (a_scales)
+        check(*a_scales, a, ScalarType::Byte, std::apply(kernel.scale_bytes_a, sizes), "A's scales");
+    if (b_scales)
+        check(*b_scales, a, ScalarType::Byte, std::apply(kernel.scale_bytes_b, sizes), "B's scales");
+    if (residual) check(*residual, a, out, m * n, "the residual");
+    const Tensor d = empty(a, {m, n}, out);
+    if (m == 0) return d;
+
+    FpcGemmArguments args{};
+    args.a = a.const_data_ptr(), args.a_scales = address(a_scales);
+    args.b = b.const_data_ptr(), args.b_scales = address(b_scales);
+    args.d = d.mutable_data_ptr(), args.residual = address(residual);
+    args.token_scale = floats(token_scale, a, m, "the scales of tokens");
+    args.row_scale = floats(row_scale, a, n, "the scales of rows");
+    args.bias = floats(bias, a, n, "the bias");
+    args.scalar_a = floats(scalar, a, 1, "the scale of A");
+    args.alpha = (float)alpha;
+    args.m = (int32_t)m, args.n = (int32_t)n, args.k = (int32_t)k, args.sm_count = (int32_t)sms;
+    const Launch launch(a);
+    args.stream = launch.stream();
+    const int64_t bytes = kernel.workspace(args.m, args.n, args.k, args.sm_count);
+    require(bytes >= 0, "the kernel of ", kernel.path, " needs an impossible workspace.");
+    // Torch keeps memory of this stream, and of a graph that is captured, for the next call.
+    const Tensor workspace = empty(a, {bytes}, ScalarType::Byte);
+    args.workspace = bytes ? workspace.mutable_data_ptr() : nullptr;
+    args.workspace_bytes = (size_t)bytes;
+    const int32_t status = kernel.run(&args);
+    require(status == FPC_OK, "the kernel of ", kernel.path, " did not compute M = ", m,
+                    ", N = ", n, ", K = ", k, ": ", cause_of(status), " (status ", status, ")");
+    return d;
+}
+
+// --- quantizing ------------------------------------------------------------------------------------
+
+// The arguments are those of FpcQuantizeArguments; the sizes of scales are in numbers.
+std::tuple<Tensor, Tensor, Tensor> quantize(
+    int64_t library, int64_t problem, const Tensor& x, int64_t m, int64_t k, int64_t stride,
+    const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& scale,
+    int64_t scale_repeat, int64_t scale_stride, const MaybeTensor& shift, int64_t shift_repeat,
+    int64_t shift_stride, double eps, int64_t pitch, int64_t outer, int64_t blocks,
+    int64_t scale_pitch, const Tensor& status) {
+    const Library& kernel = library_of(library);
+    require(kernel.quantize != nullptr, kernel.path, " holds no kernels that quantize.");
+    check_place(kernel, x);
+    check(status, x, ScalarType::Int, 1, "the status");
+    const Tensor codes = empty(x, {m, pitch}, ScalarType::Byte);
+    const Tensor outer_scale = empty(x, {outer}, ScalarType::Float);
+    const Tensor block_scale = empty(x, {blocks}, ScalarType::Byte);
+    const Tensor amax = empty(x, {1}, ScalarType::Int);
+    FpcQuantizeArguments args{};
+    args.x = x.const_data_ptr(), args.m = m, args.k = k, args.stride = stride;
+    args.weight = address(weight), args.bias = address(bias);
+    args.scale = {address(scale), scale_repeat, scale_stride};
+    args.shift = {address(shift), shift_repeat, shift_stride};
+    args.eps = (float)eps;
+    args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr()), args.pitch = pitch;
+    args.outer_scale = static_cast<float*>(outer_scale.mutable_data_ptr());
+    args.block_scale = block_scale.mutable_data_ptr(), args.scale_pitch = scale_pitch;
+    args.amax = static_cast<int32_t*>(amax.mutable_data_ptr());
+    args.status = static_cast<int32_t*>(status.mutable_data_ptr());
+    const Launch launch(x);
+    const int32_t result = kernel.quantize((int32_t)problem, &args, launch.stream());
+    require(result != FPC_REFUSED, "kernel ", problem, " of ", kernel.path,
+                    " does not quantize ", m, " rows of ", k, " values.");
+    require(result == FPC_LAUNCHED, "CUDA error ", result, " at the launch of kernel ",
+                    problem, " of ", kernel.path, "; was it compiled for this GPU?");
+    return {codes, outer_scale, block_scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fpc_cuda, m) {
+    m.def("version() -> int");
+    m.def("open(str path) -> int");
+    m.def(
+        "gemm(int library, Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, "
+        "Tensor? token_scale, Tensor? row_scale, Tensor? bias, Tensor? residual, Tensor? scalar, "
+        "float alpha, int m, int n, int k, int sms, ScalarType out) -> Tensor");
+    m.def(
+        "quantize(int library, int problem, Tensor x, int m, int k, int stride, Tensor? weight, "
+        "Tensor? bias, Tensor? scale, int scale_repeat, int scale_stride, Tensor? shift, "
+        "int shift_repeat, int shift_stride, float eps, int pitch, int outer, int blocks, "
+        "int scale_pitch, Tensor(status!) status) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CompositeExplicitAutograd, m) {
+    m.impl("version", TORCH_BOX(&version));
+    m.impl("open", TORCH_BOX(&open));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CPU, m) {
+    m.impl("gemm", TORCH_BOX(&gemm));
+    m.impl("quantize", TORCH_BOX(&quantize));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CUDA, m) {
+    m.impl("gemm", TORCH_BOX(&gemm));
+    m.impl("quantize", TORCH_BOX(&quantize));
+}

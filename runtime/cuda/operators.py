@@ -1,0 +1,103 @@
+"""The operators that run compiled kernels, ``torch.ops.fpc_cuda``, and what torch.compile sees.
+
+========================  ======================================================================
+``open(path)``            loads a library of kernels and returns its number
+``gemm(library, ...)``    ``[m, n]``: see ``FpcGemmArguments``; ``scalar`` is a scale of all of A
+``quantize(library, ..)``  codes ``[m, pitch]``, ``outer`` real scales and ``blocks`` scales of a
+                          byte: see ``FpcQuantizeArguments``. ``status`` becomes 1 if a value is
+                          NaN or infinite, and is left alone otherwise
+========================  ======================================================================
+
+Operands are packed as kernels read them (:mod:`fpcompiler.numerics.kernel_layout`). Kernels run on
+the current stream; nothing is waited for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fpcompiler.errors import ArtifactError
+
+VERSION: Final = 1
+"""The version of the operators; ``kVersion`` of operators.cpp."""
+
+
+def load_operators(path: Path) -> None:
+    """Make the operators known to torch, unless they are.
+
+    Args:
+        path: The library. Loading it runs its code: the caller vouches for it.
+
+    Raises:
+        ArtifactError: If it is none, or the operators are of another version.
+    """
+    if not _are_there():
+        try:
+            torch.ops.load_library(path)
+        except (OSError, RuntimeError) as error:
+            raise ArtifactError(f"{path} holds no operators: {error}") from error
+        if not _are_there():
+            raise ArtifactError(f"{path} holds no operators of fpcompiler.")
+        torch.library.register_fake("fpc_cuda::gemm", _fake_gemm)
+        torch.library.register_fake("fpc_cuda::quantize", _fake_quantize)
+    found = torch.ops.fpc_cuda.version()
+    if found != VERSION:
+        raise ArtifactError(
+            f"the operators that run kernels, which this process has loaded, are of version "
+            f"{found}; this fpcompiler needs version {VERSION}. Load models of one version in a "
+            "process, or compile the model again."
+        )
+
+
+def open_library(path: Path) -> int:
+    """Load a library of kernels and return its number for the operators.
+
+    Args:
+        path: The library. Loading it runs its code: the caller vouches for it.
+
+    Raises:
+        ArtifactError: If it is none, or of another version.
+    """
+    try:
+        number: int = torch.ops.fpc_cuda.open(str(path))
+    except RuntimeError as error:
+        raise ArtifactError(str(error).splitlines()[0]) from error
+    return number
+
+
+def _are_there() -> bool:
+    return hasattr(torch.ops.fpc_cuda, "version")
+
+
+def _fake_gemm(
+    library: int,
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    token_scale: Tensor | None,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scalar: Tensor | None,
+    alpha: float,
+    m: int,
+    n: int,
+    k: int,
+    sms: int,
+    out: torch.dtype,
+) -> Tensor:
+    return a.new_empty((m, n), dtype=out)
+
+
+def _fake_quantize(
+    library: int, problem: int, x: Tensor, m: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    pitch, outer, blocks = rest[-5:-2]
+    codes = x.new_empty((m, pitch), dtype=torch.uint8)
+    scales = x.new_empty(outer, dtype=torch.float32)
+    return codes, scales, x.new_empty(blocks, dtype=torch.uint8)

@@ -1,0 +1,91 @@
+"""Quantized linear layers as steps of a plan: their arguments, and who reads what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fpcompiler.operand import Operand
+from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime import fused
+from fpcompiler.runtime.ops import LinearArguments
+
+_OUTSIDE: Final = -1
+
+
+class LayerArguments(NamedTuple):
+    """The arguments of ``fpc.linear`` that are known when a program is loaded."""
+
+    w: list[Tensor]
+    bias: Tensor | None
+    x_operand: Operand | None
+    w_operand: Operand
+    k: int
+    dtype: torch.dtype
+    name: str
+    activation: str
+
+
+def read_layer(step: Step, constants: Mapping[str, Tensor]) -> LayerArguments | str:
+    """Return a layer's arguments, or why nothing can be prepared from them.
+
+    Args:
+        step: An ``fpc.linear``.
+        constants: The constants of the plan by value name.
+    """
+    given = arguments_of(step)
+    if given is None:
+        return "its arguments are named, or not as many as it has"
+    w = [constants[item["v"]] for item in given.w if item["v"] in constants]
+    bias = None if given.bias is None else constants.get(given.bias["v"])
+    if len(w) < len(given.w) or (given.bias is not None and bias is None):
+        return "its weights or its bias are computed at each call"
+    if given.activation and given.activation not in fused.ACTIVATIONS:
+        return f"there is no activation {given.activation!r}"
+    x_operand = Operand.parse(given.x_operand) if given.x_operand else None
+    w_operand = Operand.parse(given.w_operand)
+    dtype = getattr(torch, given.dtype["dtype"])
+    return LayerArguments(
+        w, bias, x_operand, w_operand, given.k, dtype, given.layer, given.activation
+    )
+
+
+def arguments_of(step: Step) -> LinearArguments | None:
+    """Return the arguments of a layer as they stand in the plan; None if they are not in order."""
+    most, optional = len(LinearArguments._fields), len(LinearArguments._field_defaults)
+    if step.kwargs or not most - optional <= len(step.args) <= most:
+        return None
+    return LinearArguments(*step.args)
+
+
+def weight_names(step: Step) -> tuple[str, ...]:
+    """Return the values that are an ``fpc.linear``'s weights, scales and bias."""
+    given = LinearArguments(*step.args)
+    parts = [*given.w, *([] if given.bias is None else [given.bias])]
+    return tuple(part["v"] for part in parts)
+
+
+def readers_of(plan: Plan) -> list[list[int]]:
+    """Return the steps that read results of each step; -1 for the results of the plan itself."""
+    makers = {out: index for index, step in enumerate(plan.steps) for out in step.outs}
+    readers: list[list[int]] = [[] for _ in plan.steps]
+    for index, step in enumerate(plan.steps):
+        for maker in {makers[name] for name in step.uses() if name in makers}:
+            readers[maker].append(index)
+    outside = [out for out in plan.outputs if isinstance(out, str)]
+    for name in [*outside, *(value for value, _ in plan.stores)]:
+        if name in makers:
+            readers[makers[name]].append(_OUTSIDE)
+    return readers
+
+
+def reads_whole(step: Step, quantizer: Step) -> bool:
+    """Return whether a layer reads all results of a quantizer as its input."""
+    if step.op != "fpc.linear":
+        return False
+    outs = [{"v": name} for name in quantizer.outs]
+    given = LinearArguments(*step.args)
+    return list(given.x) == outs and given.x_operand == quantizer.args[-2]
