@@ -177,7 +177,11 @@ class Executor:
 
     def _new_programs(self) -> ProgramCache | None:
         native = library() if self.device.type == "cpu" else None
-        if native is None or self._kernels or not any(step.kernel == "cpu" for step in self.plan.steps):
+        if (
+            native is None
+            or self._kernels
+            or not any(step.kernel == "cpu" for step in self.plan.steps)
+        ):
             return None
         outputs = (out for out in self.plan.outputs if isinstance(out, str))
         return ProgramCache(

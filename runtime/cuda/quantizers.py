@@ -158,7 +158,9 @@ def _problem_text(kind: InputKind, producer: str, types: tuple[str, ...]) -> str
     """Return the text of the problem that a kernel must solve; empty if none can."""
     block, source = kind.operand.block, kind.operand.format.name
     # Kernels put as many scales into a row of tiles as K needs, GEMMs as padded K needs.
-    ragged = block is not None and -(-kind.k // (4 * block.block)) * 4 * block.block != kind.padded_k
+    ragged = (
+        block is not None and -(-kind.k // (4 * block.block)) * 4 * block.block != kind.padded_k
+    )
     if ragged or kind.element not in (source, _E4M3):
         return ""
     try:
