@@ -16,6 +16,7 @@ from fpcompiler.operand import Operand
 from fpcompiler.runtime import fused
 from fpcompiler.runtime.fused import ACTIVATIONS
 from fpcompiler.runtime.native import NativeLinear
+from fpcompiler.runtime.native_ops import TracedLinear
 from fpcompiler.runtime.native_steps import NativeLayer
 from tests.runtime.test_native import INPUTS, LEVELS, WEIGHTS, case, operand
 from tests.runtime.test_native_producers import Case, layer, values_of
@@ -137,7 +138,7 @@ def test_an_activation_that_does_not_exist_is_refused_by_the_operator() -> None:
     weight = WEIGHTS["row"]
     packed, scales = quantize_packed(torch.ones(8, 64), Operand.parse(weight))
     args = [torch.ones(1, 64)], [packed, *scales], None, "", weight, 64, torch.bfloat16, "up"
-    bound = NativeLayer(own, torch.ops.fpc.linear)
+    bound = NativeLayer(own, torch.ops.fpc.linear, TracedLinear.of(own, "up"))
     assert own.kind.arithmetic is Arithmetic.FLOAT32
     with pytest.raises(NumericsError, match="layer 'up': there is no activation 'swish'"):
         bound(*args, "swish")  # other types than the layer's are the operator's
