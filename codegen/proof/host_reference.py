@@ -178,7 +178,7 @@ def why_missing() -> str:
         return "there is no g++"
     if _cutlass() is None:
         return "there are no headers of CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0"
-    if _cuda() is None:
+    if cuda_headers() is None:
         return "there are no headers of the CUDA toolkit: install nvcc 13"
     return ""
 
@@ -228,7 +228,7 @@ def _key() -> str:
 
 def _folders() -> tuple[Path, Path, Path, Path]:
     """Return where headers are: CUTLASS's, those of its tools, CUDA's, those of its C++ library."""
-    cutlass, cuda = _cutlass(), _cuda()
+    cutlass, cuda = _cutlass(), cuda_headers()
     assert cutlass is not None
     assert cuda is not None
     return cutlass / "include", cutlass / "tools/util/include", cuda, cuda / "cccl"
@@ -242,7 +242,8 @@ def _cutlass() -> Path | None:
     return source if (source / "include/cutlass/cutlass.h").is_file() else None
 
 
-def _cuda() -> Path | None:
+def cuda_headers() -> Path | None:
+    """Return the folder of the CUDA toolkit's headers, or None."""
     nvcc = shutil.which("nvcc")
     toolkits = [Path(nvcc).resolve().parents[1]] if nvcc else []
     includes = [folder / "include" for folder in (*toolkits, _TOOLKIT)]
