@@ -201,7 +201,9 @@ class LaunchRecord:
         launches = groups.get("launch", [])
         if len(launches) > 1:
             raise TargetError(f"one call launched {len(launches)} kernels")
-        launch = {k: tuple(v) if isinstance(v, list) else v for k, v in (launches or [{}])[0].items()}
+        launch = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in (launches or [{}])[0].items()
+        }
         maps = (TensorMap.of_event(event) for event in groups.get("tensor_map", []))
         attributes = {
             _ATTRIBUTES.get(event["attribute"], f"attribute_{event['attribute']}"): event["value"]
