@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -46,7 +46,9 @@ class FormatProof:
         return MappingProxyType({**vars(self), "passed": self.passed})
 
 
-def prove_formats(reference: HostReference) -> tuple[FormatProof, ...]:
+def prove_formats(
+    reference: HostReference, names: Iterable[str] = tuple(TYPES)
+) -> tuple[FormatProof, ...]:
     """Compare every code, and values around every place where rounding changes, with CUTLASS.
 
     The values are all numbers of the format, the middles between two neighbours, the fp32 numbers
@@ -54,7 +56,7 @@ def prove_formats(reference: HostReference) -> tuple[FormatProof, ...]:
     its rule for E8M0, up to the next power of two, is one of several that
     :class:`~fpcompiler.operand.ScaleRounding` has, and what is compared there.
     """
-    return tuple(_prove(reference, FORMATS[name]) for name in TYPES)
+    return tuple(_prove(reference, FORMATS[name]) for name in names)
 
 
 def values_to_round(spec: FloatSpec) -> Tensor:

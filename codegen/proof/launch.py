@@ -76,7 +76,7 @@ class MapType(enum.IntEnum):
 
 
 class Swizzle(enum.IntEnum):
-    """Values of ``CUtensorMapSwizzle``: over how many bytes of shared memory chunks change place."""
+    """Values of ``CUtensorMapSwizzle``: within how many bytes chunks change their places."""
 
     NONE = 0
     B32 = 1
@@ -201,8 +201,10 @@ class LaunchRecord:
         launches = groups.get("launch", [])
         if len(launches) > 1:
             raise TargetError(f"one call launched {len(launches)} kernels")
-        launch = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in (launches or [{}])[0].items()
+        launch: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for event in launches
+            for name, value in event.items()
         }
         maps = (TensorMap.of_event(event) for event in groups.get("tensor_map", []))
         attributes = {

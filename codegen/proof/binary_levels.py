@@ -1,0 +1,127 @@
+"""Levels 2 and 3 for one kernel: what it asks of a GPU, and what machine code it is."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from fpcompiler.codegen.cutlass.instance import Instance
+from fpcompiler.codegen.kernel import BuiltKernel
+from fpcompiler.codegen.nvcc import find_nvcc
+from fpcompiler.codegen.proof.contract import check_launch, launch_controls
+from fpcompiler.codegen.proof.descriptor import mma_descriptors
+from fpcompiler.codegen.proof.disassembly import Disassembler, MachineCode
+from fpcompiler.codegen.proof.launch import (
+    LaunchRecord,
+    LaunchShape,
+    record_launch,
+    why_no_recorder,
+)
+from fpcompiler.codegen.proof.machine_code import (
+    check_descriptors,
+    check_machine_code,
+    check_resources,
+    descriptor_controls,
+    machine_code_controls,
+    spilled,
+)
+from fpcompiler.codegen.proof.record import Check
+from fpcompiler.errors import DependencyError, TargetError
+from fpcompiler.options import Options
+
+__all__ = ["LAUNCH_SHAPES", "record_launches", "check_launches", "check_code", "check_object"]
+
+LAUNCH_SHAPES: Final = (
+    LaunchShape(1, 8, 128), LaunchShape(300, 520, 640), LaunchShape(4096, 11008, 4096),
+)  # fmt: skip
+"""What launches are recorded for: the least, nothing whole, and more tiles than SMs."""
+
+
+def record_launches(
+    built: BuiltKernel, options: Options
+) -> tuple[tuple[LaunchRecord, ...], tuple[Check, ...]]:
+    """Return what calls of a kernel ask of a GPU, or checks that say why that is not known."""
+    if reason := why_no_recorder(built):
+        return (), (Check.skipped("L2", "launches", reason),)
+    try:
+        return tuple(record_launch(built, shape, options) for shape in LAUNCH_SHAPES), ()
+    except TargetError as error:
+        return (), (Check.of("L2", "launches", "", (str(error),)),)
+
+
+def check_launches(records: tuple[LaunchRecord, ...], instance: Instance) -> tuple[Check, ...]:
+    """Return level 2: the tensor maps and launches are those of the instance."""
+    return tuple(_check_launch(record, instance) for record in records)
+
+
+def check_object(built: BuiltKernel, options: Options) -> tuple[Check, ...]:
+    """Return whether the object file, which level 2 runs, is the one that the library is made of.
+
+    It is linked again: the same bytes come out of the same object file only.
+    """
+    name = "the library is this object"
+    if not built.object.is_file():
+        return (Check.skipped("L2", name, "the object file is not beside it"),)
+    try:
+        nvcc = find_nvcc(options)
+    except DependencyError as error:
+        return (Check.skipped("L2", name, str(error)),)
+    if nvcc.toolchain != built.metadata["toolchain"]:
+        return (Check.skipped("L2", name, f"it was linked by {built.metadata['toolchain']}"),)
+    with tempfile.TemporaryDirectory() as folder:
+        again = Path(folder)
+        shutil.copyfile(built.object, again / "kernel.o")
+        linked = nvcc.link(again)
+        same = linked is not None and _sha256(again / "kernel.so") == built.metadata["sha256"]
+    findings = () if same else ("linked again, it is another library",)
+    return (Check.of("L2", name, "linked again, it has the same bytes", findings),)
+
+
+def check_code(
+    code: MachineCode, tool: Disassembler, built: BuiltKernel, instance: Instance
+) -> tuple[Check, ...]:
+    """Return level 3: instructions, the formats that they read, and registers."""
+    controls = {
+        wrong: bool(check_machine_code(code, other))
+        for wrong, other in machine_code_controls(instance).items()
+    }
+    found = check_machine_code(code, instance)
+    detail = f"{sum(code.opcodes.values())} instructions of {code.arch}"
+    checks = [
+        Check.of("L3", "instructions", detail, found, controls),
+        Check.of(
+            "L3", "registers", f"{code.registers} registers, no stack, no spills",
+            check_resources(code), {"a spilled register": bool(check_resources(spilled(code)))},
+        ),
+    ]  # fmt: skip
+    if instance.machine.collectives == 100:
+        checks.append(_check_descriptors(tool.ptx(built.path), instance))
+    return tuple(checks)
+
+
+def _check_launch(record: LaunchRecord, instance: Instance) -> Check:
+    controls = {
+        wrong: bool(check_launch(*pair))
+        for wrong, pair in launch_controls(record, instance).items()
+    }
+    detail = f"{len(record.maps)} tensor maps, grid {list(record.grid)}"
+    return Check.of(
+        "L2", f"launch {record.shape}", detail, check_launch(record, instance), controls
+    )
+
+
+def _check_descriptors(ptx: str, instance: Instance) -> Check:
+    found = mma_descriptors(ptx)
+    controls = {
+        wrong: bool(check_descriptors(found, other))
+        for wrong, other in descriptor_controls(instance).items()
+    }
+    names = ", ".join(sorted({f"{one.bits:#010x} {one.instruction}" for one in found}))
+    return Check.of("L3", "descriptor", names, check_descriptors(found, instance), controls)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,87 @@
+"""All levels of proof for one compiled kernel, each check with controls that must be noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from types import MappingProxyType
+from typing import Final
+
+from fpcompiler.codegen.cutlass.library import GemmLibrary
+from fpcompiler.codegen.cutlass.record import parse_instance
+from fpcompiler.codegen.kernel import BuiltKernel
+from fpcompiler.codegen.proof.binary_levels import (
+    check_code,
+    check_launches,
+    check_object,
+    record_launches,
+)
+from fpcompiler.codegen.proof.disassembly import Disassembler, find_disassembler
+from fpcompiler.codegen.proof.number_levels import check_formats, check_golden, check_packing
+from fpcompiler.codegen.proof.record import Check, ProofRecord
+from fpcompiler.errors import DependencyError, OptionError
+from fpcompiler.options import Options
+
+__all__ = ["LEVELS", "prove"]
+
+LEVELS: Final = MappingProxyType(
+    {
+        "L0": "codes mean what CUTLASS says, and are rounded to alike",
+        "L1": "packed bytes and scales lie where CUTLASS and the kernel look",
+        "L2": "the library asks the GPU for the right tensors and the right launch",
+        "L3": "the machine code multiplies the right formats and spills nothing",
+        "L5": "the results that a GPU must give are on record",
+    }
+)
+"""What each level shows. L4, L6 and L7 need a GPU, or a second compiler."""
+
+
+def prove(
+    built: BuiltKernel, levels: Collection[str] = tuple(LEVELS), options: Options | None = None
+) -> ProofRecord:
+    """Check a compiled kernel without the GPU that it is for.
+
+    Args:
+        built: The kernel; level 2 needs its object file too.
+        levels: Names in :data:`LEVELS`.
+        options: Settings; by default those of the environment.
+
+    Returns:
+        The record. What cannot be checked for want of a tool is skipped, with the reason.
+
+    Raises:
+        OptionError: If there is no such level.
+        ArtifactError: If the kernel's metadata describe no instance of this version.
+        TargetError: If the library is none of ours.
+    """
+    if unknown := sorted(set(levels) - set(LEVELS)):
+        raise OptionError(f"there is no level {unknown[0]}; levels: {', '.join(LEVELS)}.")
+    options = options or Options.from_env()
+    instance = parse_instance(built.metadata["description"])
+    checks: list[Check] = []
+    if "L0" in levels:
+        checks += check_formats(instance, options)
+    if "L1" in levels:
+        checks += check_packing(instance, GemmLibrary(built.path), options)
+    launches, failed = record_launches(built, options) if "L2" in levels else ((), ())
+    if "L2" in levels:
+        checks += (*failed, *check_launches(launches, instance), *check_object(built, options))
+    tool = _disassembler(options) if "L3" in levels else None
+    code = tool.machine_code(built.path) if isinstance(tool, Disassembler) else None
+    if isinstance(tool, Check):
+        checks.append(tool)
+    elif tool and code:
+        checks += check_code(code, tool, built, instance)
+    if "L5" in levels:
+        checks += check_golden(instance)
+    metadata = built.metadata
+    return ProofRecord(
+        instance.name, instance.arch, metadata["description"], metadata["sha256"],
+        metadata["toolchain"], tuple(checks), launches, code,
+    )  # fmt: skip
+
+
+def _disassembler(options: Options) -> Disassembler | Check:
+    try:
+        return find_disassembler(options)
+    except DependencyError as error:
+        return Check.skipped("L3", "machine code", str(error))
