@@ -26,7 +26,7 @@ __all__ = ["Disassembler", "MachineCode", "find_disassembler", "parse_machine_co
 _TOOLKIT: Final = Path("/usr/local/cuda/bin")
 _INSTALL: Final = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 
-_ARCH: Final = re.compile(r"^\s*code for (\w+)", re.MULTILINE)
+_ARCH: Final = re.compile(r"^arch = (\w+)", re.MULTILINE)
 _FUNCTION: Final = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
 # The offset, perhaps a predicate, the name with its modifiers.
 _INSTRUCTION: Final = re.compile(

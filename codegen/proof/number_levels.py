@@ -147,7 +147,8 @@ def _notices(problem: GoldenProblem) -> bool:
 
 def _is_of(weight: Operand, activation: Operand, instance: Instance) -> bool:
     """Return whether an instance computes products of two operands."""
-    if not instance.machine.facts.kind_for(weight, activation):
+    kind = instance.machine.facts.kind_for(weight, activation)
+    if kind is None or kind.name != instance.kind:
         return False
     problem = legalize("", weight, activation, (8, 128), instance.arch, rows=Rows.DECODE)
     found = (problem.kind, problem.activation.element, problem.weight.element, problem.scale)
