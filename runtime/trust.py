@@ -91,7 +91,7 @@ class Gatekeeper:
         )
         try:
             path = (self.rebuild or _rebuild)(instance, self.options)
-        except FpcompilerError as error:
+        except (FpcompilerError, ImportError) as error:
             raise ArtifactError(
                 f"the kernels {instance.name} in this artifact are code of whoever wrote the file. "
                 f"They were not built on this machine, and cannot be built again here: {error} "

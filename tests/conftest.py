@@ -22,6 +22,8 @@ Golden = Callable[[str, str], None]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
     parser.addoption("--update-golden", action="store_true", help="write golden files anew")
+    bundle = "kernels and models for a GPU, see tests/runtime/cuda/gpu_bundle.py"
+    parser.addoption("--gpu-bundle", default=".gpu", help=bundle)
 
 
 def _without_nvcc() -> str:

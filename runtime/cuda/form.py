@@ -125,5 +125,5 @@ def input_of_codes(kind: InputKind, x: Sequence[Tensor], table: Tensor | None) -
     outer = x[1].reshape(-1) if operand.outer else None
     block = None
     if operand.block:
-        block = kernel_scales(x[-1].reshape(rows, -1), operand.block.block, kind.k)
+        block = kernel_scales(x[-1].reshape(rows, x[-1].shape[-1]), operand.block.block, kind.k)
     return with_scales(kind, tuple(shape), rows, packed, outer, block)

@@ -213,7 +213,7 @@ def _check_of(status: Tensor, steps: Sequence[Step]) -> Check:
         if any(flags):
             status.zero_()
             step = steps[flags.index(1)]
-            raise not_finite(Operand.parse(step.args[-2]), step.layer)
+            raise not_finite(Operand.parse(step.args[-2]), step.args[-1])
 
     return check
 

@@ -1,0 +1,76 @@
+// A GEMM with the C interface of generated ones that computes on the CPU, from the packed bytes.
+// Before it stand kernel_abi.h, kDescription, Output, kBlock, the bits of codes and the tables of
+// their values.
+
+#include <cmath>
+#include <cstring>
+
+FPC_EXPORT int32_t fpc_on_host() { return 1; }
+FPC_EXPORT int32_t fpc_gemm_abi() { return kAbi; }
+
+static int32_t calls = 0;
+FPC_EXPORT int32_t fpc_host_calls() { return calls; }
+
+static const int64_t kWorkspace = 96;
+FPC_EXPORT int64_t fpc_gemm_workspace(int32_t, int32_t, int32_t, int32_t) { return kWorkspace; }
+
+static int64_t up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+
+static int64_t scale_bytes(int64_t rows, int64_t k) {
+    return kBlock ? up(rows, 128) * up(k / kBlock, 4) : 0;
+}
+FPC_EXPORT int64_t fpc_gemm_scale_bytes_a(int32_t m, int32_t, int32_t k) { return scale_bytes(m, k); }
+FPC_EXPORT int64_t fpc_gemm_scale_bytes_b(int32_t, int32_t n, int32_t k) { return scale_bytes(n, k); }
+
+static double value(const void* codes, int64_t row, int64_t i, int64_t k, int bits,
+                    const float* values) {
+    const uint8_t* bytes = static_cast<const uint8_t*>(codes) + row * k * bits / 8;
+    const int64_t bit = i * bits;
+    uint32_t word = bytes[bit / 8];
+    if (bit % 8 + bits > 8) word |= (uint32_t)bytes[bit / 8 + 1] << 8;
+    return values[word >> bit % 8 & ((1u << bits) - 1)];
+}
+
+static double scale(const void* scales, int64_t row, int64_t i, int64_t k) {
+    if (!kBlock) return 1;
+    const int64_t block = i / kBlock, columns = up(k / kBlock, 4);
+    const int64_t tile = row / 128 * (columns / 4) + block / 4;
+    const int64_t byte = tile * 512 + row % 32 * 16 + row % 128 / 32 * 4 + block % 4;
+    return kScaleValues[static_cast<const uint8_t*>(scales)[byte]];
+}
+
+static void store(void* d, int64_t index, float x) {
+    if (kOutputBytes == 4) {
+        static_cast<float*>(d)[index] = x;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &x, 4);  // to bfloat16, ties to even
+    static_cast<uint16_t*>(d)[index] = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+static float of(const float* vector, int64_t i, float otherwise) {
+    return vector ? vector[i] : otherwise;
+}
+
+FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* args) {
+    calls++;
+    if (!args->a || !args->b || !args->d) return FPC_NULL_POINTER;
+    if (kBlock && (!args->a_scales || !args->b_scales)) return FPC_NULL_POINTER;
+    if ((uintptr_t)args->a % 32 || (uintptr_t)args->b % 32) return FPC_MISALIGNED;
+    if (args->workspace_bytes < (size_t)kWorkspace) return FPC_SMALL_WORKSPACE;
+    if (args->k % 128 || args->n % (16 / kOutputBytes)) return FPC_UNSUPPORTED_SHAPE + 256 * 3;
+    memset(args->workspace, 0xFF, kWorkspace);
+    const int64_t k = args->k;
+    for (int64_t m = 0; m < args->m; m++)
+        for (int64_t n = 0; n < args->n; n++) {
+            double sum = 0;
+            for (int64_t i = 0; i < k; i++)
+                sum += value(args->a, m, i, k, kBitsA, kValuesA) * scale(args->a_scales, m, i, k) *
+                       value(args->b, n, i, k, kBitsB, kValuesB) * scale(args->b_scales, n, i, k);
+            const float factor = args->alpha * of(args->scalar_a, 0, 1) * of(args->scalar_b, 0, 1);
+            const float y = of(args->token_scale, m, 1) * (of(args->row_scale, n, 1) * (factor * (float)sum));
+            store(args->d, m * args->n + n, y + of(args->bias, n, 0));
+        }
+    return FPC_OK;
+}
