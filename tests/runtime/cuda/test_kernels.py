@@ -244,5 +244,3 @@ def test_the_operators_must_be_there(tmp_path: Path) -> None:
     del kernels.instances["operators"]
     with pytest.raises(ArtifactError, match="without the operators"):
         kernels.open("up")
-
-
