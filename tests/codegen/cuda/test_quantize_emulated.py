@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Sequence
 
@@ -51,6 +52,13 @@ def test_every_number_middle_and_bfloat16_gets_its_code(library, index: int) -> 
 
 def test_quotients_are_rounded_once(library) -> None:
     checks.check_quotients(RUN, library)
+
+
+def test_one_correction_rounds_every_quotient_that_is_close_to_a_middle(library) -> None:
+    function, wrong = library._library.fpc_test_hard_quotients, ctypes.c_int64()
+    function.restype = ctypes.c_int64
+    assert function(ctypes.byref(wrong)) > 60_000_000
+    assert wrong.value == 0
 
 
 @pytest.mark.parametrize("index", indices([*FORMATS, *SCALES, *SPECIAL]), ids=name)
