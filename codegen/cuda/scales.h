@@ -92,8 +92,8 @@ FPC_DEVICE void each(float (&values)[kChunk], const Set& set) {
 }
 
 // The rounded quotient of a magnitude, as a corrected product with the rounded inverse (Markstein,
-// IBM Journal of Research and Development 34, 1990). In general that takes two corrections; that one
-// is enough for fp32 was found by trying all quotients that it could round wrongly
+// IBM Journal of Research and Development 34, 1990). In general that takes two corrections; that
+// one is enough for fp32 was found by trying all quotients that it could round wrongly
 // (tests/codegen/cuda/hard_quotients.h).
 //
 // It is not the quotient of magnitudes below 2**-100, whose remainders are not exact. With a total

@@ -1,8 +1,9 @@
 // All quotients that one correction could round to the wrong side.
 //
-// Of significands a and b of 24 bits, a * 2**s / b lies k / (2 * b) units in the last place from a
-// middle (2 * n + 1) / 2, where k = |2**(s + 1) * a - (2 * n + 1) * b|. The corrected product is off
-// by less than 2**-22 units before it is rounded, so only k below 8 matters, and these follow from b.
+// For significands a and b of 24 bits, a * 2**s / b lies k / (2 * b) units in the last place from a
+// middle (2 * n + 1) / 2, where k = |2**(s + 1) * a - (2 * n + 1) * b|. The corrected product is
+// off by less than 2**-22 units before it is rounded, so only k below 8 matters, and these follow
+// from b.
 
 extern "C" int64_t fpc_test_hard_quotients(int64_t* wrong) {
     int64_t count = 0;
