@@ -7,9 +7,10 @@ says it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor
 
@@ -29,15 +30,17 @@ from fpcompiler.codegen.gemms import Gemm, gemms_of
 from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
 from fpcompiler.codegen.legalize import legalize
 from fpcompiler.codegen.problem import Epilogue, GemmProblem, Rows
+from fpcompiler.codegen.quantizers import quantizers_of
+from fpcompiler.codegen.rebuild import quantize_kernels
+from fpcompiler.codegen.torch_operators import OPERATORS, build_operators
 from fpcompiler.errors import TargetError
 from fpcompiler.options import Options
 from fpcompiler.plan import Plan
+from fpcompiler.runtime.cuda.problem import QuantizeProblem
 
-__all__ = ["KernelPlan", "require_tools", "plan_kernels", "build_kernels", "package"]
+__all__ = ["KernelPlan", "require_tools", "plan_kernels", "build_sources", "package"]
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
-
-_GEMM: Final = "gemm"
 
 
 @dataclass(frozen=True)
@@ -101,26 +104,23 @@ def plan_kernels(gemms: Sequence[Gemm], name: str) -> KernelPlan:
     )
 
 
-def build_kernels(
-    plans: Sequence[KernelPlan], cache: KernelCache, progress: Progress | None = None
-) -> dict[cutlass.Instance, BuiltKernel]:
-    """Return the kernels of some plans, compiled where the cache does not hold them.
+def build_sources(
+    sources: Sequence[KernelSource], cache: KernelCache, progress: Progress | None = None
+) -> dict[str, BuiltKernel]:
+    """Return kernels by name, compiled where the cache does not hold them.
 
     Args:
-        plans: What is needed.
+        sources: What is needed; each name once.
         cache: Where compiled kernels are kept.
         progress: Wraps what comes out one by one, for a progress bar.
 
     Raises:
-        DependencyError: If CUTLASS is not installed.
         TargetError: If a kernel does not compile.
     """
-    wanted = {instance: cutlass.emit(instance) for plan in plans for instance in plan.instances}
-    built: Iterable[tuple[KernelSource, BuiltKernel]] = cache.stream([*wanted.values()])
+    built: Iterable[tuple[KernelSource, BuiltKernel]] = cache.stream(sources)
     if progress is not None:
-        built = progress(built, len(wanted), "compiling kernels")
-    found = {source.name: kernel for source, kernel in built}
-    return {instance: found[instance.name] for instance in wanted}
+        built = progress(built, len(sources), "compiling kernels")
+    return {source.name: kernel for source, kernel in built}
 
 
 def package(
@@ -137,21 +137,53 @@ def package(
         tensors: The tensors that it names.
         targets: Architectures, such as ``sm_100a``.
         options: The user's settings.
-        progress: As for :func:`build_kernels`.
+        progress: Wraps what comes out one by one, for a progress bar.
 
     Raises:
         DependencyError: If there is no nvcc, or CUTLASS is not installed.
         TargetError: If there is no such architecture, a kernel does not compile, or a target has
             no kernel for any layer.
     """
-    gemms = gemms_of(plan, tensors)
-    plans = [plan_kernels(gemms, target) for target in targets]
+    plans = [plan_kernels(gemms_of(plan, tensors), target) for target in targets]
     for each in plans:
         _require_some(each)
-    kernels = build_kernels(plans, KernelCache.from_options(options), progress)
+    quantizers = [_Quantizers.of(each, plan, tensors) for each in plans]
+    sources = [cutlass.emit(instance) for each in plans for instance in each.instances]
+    sources += [each.source for each in quantizers if each.source is not None]
+    kernels = build_sources(sources, KernelCache.from_options(options), progress)
     files: dict[str, bytes] = {}
-    index = KernelIndex({each.arch.name: _target(each, kernels, files) for each in plans})
+    operators = _operators(options, files)
+    parts = zip(plans, quantizers, strict=True)
+    index = KernelIndex({p.arch.name: _target(p, q, kernels, operators, files) for p, q in parts})
     return {INDEX: jsonfile.dump(index.to_json()), **files}
+
+
+@dataclass(frozen=True)
+class _Quantizers:
+    """The kernels that quantize inputs on one target: one library.
+
+    Attributes:
+        layers: The layers whose input they quantize.
+        problems: What they compute.
+        source: The library's source; None if there are none.
+    """
+
+    layers: frozenset[str]
+    problems: tuple[QuantizeProblem, ...]
+    source: KernelSource | None
+
+    @classmethod
+    def of(cls, kernels: KernelPlan, plan: Plan, tensors: Mapping[str, Tensor]) -> _Quantizers:
+        """Return those for the layers that have GEMMs."""
+        elements = {
+            layer: next(iter(row.values()))[1].a
+            for layer, row in kernels.layers.items()
+            if not isinstance(row, str)
+        }
+        found = quantizers_of(plan, tensors, elements)
+        problems = tuple(dict.fromkeys(found.values()))
+        source = quantize_kernels(problems, kernels.arch.name) if problems else None
+        return cls(frozenset(found), problems, source)
 
 
 def _problems(gemm: Gemm, machine: Arch) -> dict[Rows, GemmProblem] | str:
@@ -183,43 +215,62 @@ def _require_some(plan: KernelPlan) -> None:
 
 def _target(
     plan: KernelPlan,
-    kernels: Mapping[cutlass.Instance, BuiltKernel],
+    quantizers: _Quantizers,
+    kernels: Mapping[str, BuiltKernel],
+    operators: Instance,
     files: dict[str, bytes],
 ) -> TargetKernels:
-    instances = {}
-    for instance in plan.instances:
-        kernel = kernels[instance]
-        instances[instance.name] = _instance(instance, kernel, files)
-    metadata = [kernels[instance].metadata for instance in plan.instances]
-    toolchain = {
-        "compiler": str(metadata[0]["toolchain"]),
-        "headers": str(metadata[0]["headers"]),
+    instances = {operators.name: operators}
+    for gemm in plan.instances:
+        kernel = kernels[gemm.name]
+        instances[gemm.name] = _instance("gemm", cutlass.describe(gemm), kernel, files)
+    first = kernels[plan.instances[0].name].metadata
+    name = ""
+    if quantizers.source is not None:
+        name = quantizers.source.name
+        described = quantizers.source.description
+        instances[name] = _instance("quantize", described, kernels[name], files)
+    layers = {
+        layer: _layer(row, name if layer in quantizers.layers else "")
+        for layer, row in plan.layers.items()
     }
-    capabilities = tuple(f"{major}.{minor}" for major, minor in plan.arch.capabilities)
-    layers = {name: _layer(row) for name, row in plan.layers.items()}
-    return TargetKernels(plan.arch.name, capabilities, toolchain, instances, layers)
+    return TargetKernels(
+        target=plan.arch.name,
+        capabilities=tuple(f"{major}.{minor}" for major, minor in plan.arch.capabilities),
+        toolchain={"compiler": str(first["toolchain"]), "headers": str(first["headers"])},
+        instances=instances,
+        layers=layers,
+    )
 
 
-def _instance(instance: cutlass.Instance, kernel: BuiltKernel, files: dict[str, bytes]) -> Instance:
+def _instance(
+    role: str, problem: Mapping[str, Any], kernel: BuiltKernel, files: dict[str, bytes]
+) -> Instance:
+    name = str(kernel.metadata["name"])
     parts = {
         "library": (".so", kernel.path),
         "source": (".cu", kernel.source),
         "log": (".log", kernel.log),
     }
-    names = {}
-    for part, (suffix, path) in parts.items():
-        names[part] = f"{instance.name}{suffix}"
-        files[names[part]] = path.read_bytes()
-    return Instance(
-        name=instance.name,
-        role=_GEMM,
-        problem=cutlass.describe(instance),
-        files=names,
-        sha256=str(kernel.metadata["sha256"]),
-    )
+    for suffix, path in parts.values():
+        files[f"{name}{suffix}"] = path.read_bytes()
+    named = {part: f"{name}{suffix}" for part, (suffix, _) in parts.items()}
+    return Instance(name, role, problem, named, str(kernel.metadata["sha256"]))
 
 
-def _layer(row: Mapping[Rows, tuple[GemmProblem, cutlass.Instance]] | str) -> LayerKernels:
+def _operators(options: Options, files: dict[str, bytes]) -> Instance:
+    """Return the library through which torch calls kernels, the same for all targets."""
+    data = build_operators(options).read_bytes()
+    file = f"{OPERATORS}.so"
+    files[file] = data
+    digest = hashlib.sha256(data).hexdigest()
+    return Instance(OPERATORS, OPERATORS, {}, {"library": file}, digest)
+
+
+def _layer(
+    row: Mapping[Rows, tuple[GemmProblem, cutlass.Instance]] | str, quantizer: str
+) -> LayerKernels:
     if isinstance(row, str):
         return LayerKernels(reason=row)
-    return LayerKernels({rows.value: instance.name for rows, (_, instance) in row.items()})
+    kernels = {rows.value: instance.name for rows, (_, instance) in row.items()}
+    return LayerKernels({**kernels, **({"quantize": quantizer} if quantizer else {})})

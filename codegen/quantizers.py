@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime.cuda.form import InputKind
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
@@ -56,7 +57,7 @@ def _problem(
 ) -> QuantizeProblem | None:
     given = arguments_of(layer)
     assert given is not None
-    kind = InputKind.of(given.x_operand, given.k, element)
+    kind = InputKind(Operand.parse(given.x_operand), given.k, element)
     computed = getattr(torch, given.dtype["dtype"])
     values = step.args[:_VALUES] if len(step.args) > _VALUES else step.args[:1]
     types = [_type(value, plan, tensors, computed) for value in values]

@@ -156,16 +156,29 @@ class CudaQuantizer:
 @lru_cache(maxsize=4096)
 def _problem_text(kind: InputKind, producer: str, types: tuple[str, ...]) -> str:
     """Return the text of the problem that a kernel must solve; empty if none can."""
+    problem = quantize_problem(kind, producer, types)
+    return "" if problem is None else str(problem)
+
+
+def quantize_problem(
+    kind: InputKind, producer: str, types: tuple[str, ...]
+) -> QuantizeProblem | None:
+    """Return what a kernel computes that quantizes the input of layers; None if there is none.
+
+    Args:
+        kind: What the layers read.
+        producer: A name in :data:`fpcompiler.runtime.fused.PRODUCERS`, or empty.
+        types: Of x and of the producer's weight, bias, scale and shift; empty where not given.
+    """
     block, source = kind.operand.block, kind.operand.format.name
     # Kernels put as many scales into a row of tiles as K needs, GEMMs as padded K needs.
-    ragged = (
-        block is not None and -(-kind.k // (4 * block.block)) * 4 * block.block != kind.padded_k
-    )
+    tiles = 0 if block is None else -(-kind.k // (4 * block.block)) * 4 * block.block
+    ragged = block is not None and tiles != kind.padded_k
     if ragged or kind.element not in (source, _E4M3):
-        return ""
+        return None
+    first, weight, bias, scale, shift = types
     try:
-        first, weight, bias, scale, shift = types
-        problem = QuantizeProblem(
+        return QuantizeProblem(
             operand=kind.operand,
             input=first,
             producer=producer,
@@ -174,8 +187,7 @@ def _problem_text(kind: InputKind, producer: str, types: tuple[str, ...]) -> str
             swizzled=block is not None,
         )
     except FormatError:
-        return ""
-    return str(problem)
+        return None
 
 
 def _problems_of(path: Path) -> Iterator[str]:
