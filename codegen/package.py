@@ -30,6 +30,7 @@ from fpcompiler.codegen.gemms import Gemm, gemms_of
 from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
 from fpcompiler.codegen.legalize import legalize
 from fpcompiler.codegen.problem import Epilogue, GemmProblem, Rows
+from fpcompiler.codegen.proof.stored import recorded_proof
 from fpcompiler.codegen.quantizers import quantizers_of
 from fpcompiler.codegen.rebuild import quantize_kernels
 from fpcompiler.codegen.torch_operators import OPERATORS, build_operators
@@ -151,10 +152,12 @@ def package(
     sources = [cutlass.emit(instance) for each in plans for instance in each.instances]
     sources += [each.source for each in quantizers if each.source is not None]
     kernels = build_sources(sources, KernelCache.from_options(options), progress)
+    gemms = [instance.name for each in plans for instance in each.instances]
+    proofs = _proofs([kernels[name] for name in gemms], options, progress)
     files: dict[str, bytes] = {}
-    operators = _operators(options, files)
+    packer = _Packer(kernels, proofs, _operators(options, files), files)
     parts = zip(plans, quantizers, strict=True)
-    index = KernelIndex({p.arch.name: _target(p, q, kernels, operators, files) for p, q in parts})
+    index = KernelIndex({p.arch.name: packer.target(p, q) for p, q in parts})
     return {INDEX: jsonfile.dump(index.to_json()), **files}
 
 
@@ -213,49 +216,79 @@ def _require_some(plan: KernelPlan) -> None:
         raise TargetError(f"No layer has a kernel on {plan.arch.name}. The first: {reasons[0]}")
 
 
-def _target(
-    plan: KernelPlan,
-    quantizers: _Quantizers,
-    kernels: Mapping[str, BuiltKernel],
-    operators: Instance,
-    files: dict[str, bytes],
-) -> TargetKernels:
-    instances = {operators.name: operators}
-    for gemm in plan.instances:
-        kernel = kernels[gemm.name]
-        instances[gemm.name] = _instance("gemm", cutlass.describe(gemm), kernel, files)
-    first = kernels[plan.instances[0].name].metadata
-    name = ""
-    if quantizers.source is not None:
-        name = quantizers.source.name
-        described = quantizers.source.description
-        instances[name] = _instance("quantize", described, kernels[name], files)
-    layers = {
-        layer: _layer(row, name if layer in quantizers.layers else "")
-        for layer, row in plan.layers.items()
-    }
-    return TargetKernels(
-        target=plan.arch.name,
-        capabilities=tuple(f"{major}.{minor}" for major, minor in plan.arch.capabilities),
-        toolchain={"compiler": str(first["toolchain"]), "headers": str(first["headers"])},
-        instances=instances,
-        layers=layers,
-    )
+def _proofs(
+    kernels: Sequence[BuiltKernel], options: Options, progress: Progress | None
+) -> dict[str, dict[str, Any]]:
+    """Return what was checked of each kernel, by name.
+
+    Raises:
+        TargetError: If a check failed: such a kernel is not given to anyone.
+    """
+    todo: Iterable[BuiltKernel] = kernels
+    if progress is not None:
+        todo = progress(kernels, len(kernels), "checking kernels")
+    records = {}
+    for kernel in todo:
+        record = recorded_proof(kernel, options)
+        failed = [check for check in record["checks"] if check["outcome"] == "failed"]
+        if failed:
+            first = failed[0]
+            found = "; ".join(first["findings"]) or "a control was not noticed"
+            raise TargetError(
+                f"{record['kernel']} was compiled, but does not pass {first['level']}, "
+                f"{first['name']}: {found}. This is a defect of fpcompiler or of the compiler "
+                f"({record['toolchain']}); please report it."
+            )
+        records[record["kernel"]] = record
+    return records
 
 
-def _instance(
-    role: str, problem: Mapping[str, Any], kernel: BuiltKernel, files: dict[str, bytes]
-) -> Instance:
-    name = str(kernel.metadata["name"])
-    parts = {
-        "library": (".so", kernel.path),
-        "source": (".cu", kernel.source),
-        "log": (".log", kernel.log),
-    }
-    for suffix, path in parts.values():
-        files[f"{name}{suffix}"] = path.read_bytes()
-    named = {part: f"{name}{suffix}" for part, (suffix, _) in parts.items()}
-    return Instance(name, role, problem, named, str(kernel.metadata["sha256"]))
+@dataclass(frozen=True)
+class _Packer:
+    """Puts kernels among the files of an artifact and says what they are."""
+
+    kernels: Mapping[str, BuiltKernel]
+    proofs: Mapping[str, Mapping[str, Any]]
+    operators: Instance
+    files: dict[str, bytes]
+
+    def target(self, plan: KernelPlan, quantizers: _Quantizers) -> TargetKernels:
+        """Return what an index says of a target."""
+        instances = {self.operators.name: self.operators}
+        for gemm in plan.instances:
+            instances[gemm.name] = self._instance("gemm", gemm.name, cutlass.describe(gemm))
+        name = ""
+        if quantizers.source is not None:
+            name = quantizers.source.name
+            instances[name] = self._instance("quantize", name, quantizers.source.description)
+        first = self.kernels[plan.instances[0].name].metadata
+        layers = {
+            layer: _layer(row, name if layer in quantizers.layers else "")
+            for layer, row in plan.layers.items()
+        }
+        return TargetKernels(
+            target=plan.arch.name,
+            capabilities=tuple(f"{major}.{minor}" for major, minor in plan.arch.capabilities),
+            toolchain={"compiler": str(first["toolchain"]), "headers": str(first["headers"])},
+            instances=instances,
+            layers=layers,
+        )
+
+    def _instance(self, role: str, name: str, problem: Mapping[str, Any]) -> Instance:
+        kernel = self.kernels[name]
+        parts = {
+            "library": (".so", kernel.path.read_bytes()),
+            "source": (".cu", kernel.source.read_bytes()),
+            "log": (".log", kernel.log.read_bytes()),
+        }
+        if name in self.proofs:
+            record = self.proofs[name]
+            parts["proof"] = (".proof.json", jsonfile.dump(record))
+            if record["machine_code"]:
+                parts["sass"] = (".sass.json", jsonfile.dump(record["machine_code"]))
+        self.files.update({f"{name}{suffix}": data for suffix, data in parts.values()})
+        named = {part: f"{name}{suffix}" for part, (suffix, _) in parts.items()}
+        return Instance(name, role, problem, named, str(kernel.metadata["sha256"]))
 
 
 def _operators(options: Options, files: dict[str, bytes]) -> Instance:

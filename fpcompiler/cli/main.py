@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from typing import Final
 
 from fpcompiler import __version__
-from fpcompiler.cli import bench, doctor, formats, inspect, methods, opt, run, targets, verify
+from fpcompiler.cli import (
+    bench,
+    doctor,
+    formats,
+    inspect,
+    methods,
+    opt,
+    prove,
+    run,
+    selftest,
+    targets,
+    verify,
+)
 from fpcompiler.cli import compile as compile_command
 from fpcompiler.cli import eval as eval_command
 from fpcompiler.cli.command import FAILED, Command
@@ -23,6 +35,8 @@ COMMANDS: Final[tuple[Command, ...]] = (
     run.COMMAND,
     inspect.COMMAND,
     verify.COMMAND,
+    prove.COMMAND,
+    selftest.COMMAND,
     bench.COMMAND,
     eval_command.COMMAND,
     opt.COMMAND,
