@@ -271,7 +271,7 @@ class CompiledModel:
             artifact = self.artifact
             kernels = self._load_kernels(artifact)
             if self._strict:
-                target = kernels and kernels.target
+                target = kernels.target if kernels else None
                 require_kernels(artifact.plan, artifact.tensors, self._device, target)
             # Kernels have weights in an order of their own: those of the file are read once.
             release = artifact.pages.release

@@ -200,8 +200,9 @@ def _shared_quantizers(plan: Plan, functions: Sequence[Function]) -> dict[int, C
 
 
 def _reader(step: Step, function: Function, quantizer: Step) -> CudaLayer | None:
-    fits = isinstance(function, CudaLayer) and reads_whole(step, quantizer)
-    return function if fits else None
+    if isinstance(function, CudaLayer) and reads_whole(step, quantizer):
+        return function
+    return None
 
 
 def _check_of(status: Tensor, steps: Sequence[Step]) -> Check:

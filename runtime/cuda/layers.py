@@ -161,7 +161,7 @@ class CudaLinear:
                 f"{self.kind}."
             )
         gemm = self._decode if x.rows <= DECODE_ROWS else self._prefill
-        y = torch.ops.fpc_cuda.gemm(
+        y: Tensor = torch.ops.fpc_cuda.gemm(
             gemm.library, x.codes, x.block_scale, self._codes, self._scales, x.token_scale,
             self._row_scale, self._bias, None, x.scalar, self._alpha, x.rows, self._padded,
             self.kind.padded_k, self._machine.sms, self._dtype,

@@ -37,7 +37,7 @@ def load_operators(path: Path) -> None:
     """
     if not _are_there():
         try:
-            torch.ops.load_library(path)
+            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         except (OSError, RuntimeError) as error:
             raise ArtifactError(f"{path} holds no operators: {error}") from error
         if not _are_there():

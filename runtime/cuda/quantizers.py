@@ -141,7 +141,8 @@ class CudaQuantizer:
         values, operand, layer = args[:-2], args[-2], args[-1]
         kind, x = self.linear.kind, values[0]
         if len(values) > 1:
-            beside, producer, eps = values[1:5], values[5], values[6]
+            weight, bias, scale, shift, producer, eps = values[1:]
+            beside = weight, bias, scale, shift
             found = self.kernels.quantize(kind, x, self.status, producer, beside, eps)
             if found is not None:
                 return found

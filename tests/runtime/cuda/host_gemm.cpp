@@ -8,6 +8,7 @@
 FPC_EXPORT int32_t fpc_on_host() { return 1; }
 FPC_EXPORT int32_t fpc_gemm_abi() { return kAbi; }
 
+static const int kStep = kBlock ? kBlock : 1;
 static int32_t calls = 0;
 FPC_EXPORT int32_t fpc_host_calls() { return calls; }
 
@@ -17,7 +18,7 @@ FPC_EXPORT int64_t fpc_gemm_workspace(int32_t, int32_t, int32_t, int32_t) { retu
 static int64_t up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
 static int64_t scale_bytes(int64_t rows, int64_t k) {
-    return kBlock ? up(rows, 128) * up(k / kBlock, 4) : 0;
+    return kBlock ? up(rows, 128) * up(k / kStep, 4) : 0;
 }
 FPC_EXPORT int64_t fpc_gemm_scale_bytes_a(int32_t m, int32_t, int32_t k) { return scale_bytes(m, k); }
 FPC_EXPORT int64_t fpc_gemm_scale_bytes_b(int32_t, int32_t n, int32_t k) { return scale_bytes(n, k); }
@@ -33,7 +34,7 @@ static double value(const void* codes, int64_t row, int64_t i, int64_t k, int bi
 
 static double scale(const void* scales, int64_t row, int64_t i, int64_t k) {
     if (!kBlock) return 1;
-    const int64_t block = i / kBlock, columns = up(k / kBlock, 4);
+    const int64_t block = i / kStep, columns = up(k / kStep, 4);
     const int64_t tile = row / 128 * (columns / 4) + block / 4;
     const int64_t byte = tile * 512 + row % 32 * 16 + row % 128 / 32 * 4 + block % 4;
     return kScaleValues[static_cast<const uint8_t*>(scales)[byte]];

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -60,7 +61,10 @@ def host_gemm(description: Mapping[str, Any], path: Path, abi: int = 1) -> Path:
     a, b = (FORMATS[description[name]] for name in ("a", "b"))
     templates = resources.files("fpcompiler.codegen.cutlass") / "templates"
     output = {"f32": 4, "bf16": 2}[description["output"]]
-    text = f"""{(templates / "kernel_abi.h").read_text("utf-8").replace("#pragma once", "")}
+    # The name, so that the libraries of one model for few and for many rows differ.
+    text = f"""// {path.stem}
+extern const char kName[] = "{path.stem}";
+{(templates / "kernel_abi.h").read_text("utf-8").replace("#pragma once", "")}
 #include <cmath>
 static const int kAbi = {abi}, kBlock = {block}, kOutputBytes = {output};
 static const int kBitsA = {a.storage_bits}, kBitsB = {b.storage_bits};
@@ -150,14 +154,22 @@ class Kernels:
 
 
 def _compile(text: str, path: Path) -> Path:
-    source = path.with_suffix(".cpp")
-    source.write_text(text, encoding="utf-8")
+    path.with_suffix(".cpp").write_text(text, encoding="utf-8")
+    path.write_bytes(_compiled(text))
+    return path
+
+
+@functools.cache
+def _compiled(text: str) -> bytes:
+    """Return a library; tests need the same ones again and again."""
     command = [
         "g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden",
-        "-Wno-psabi", "-Wno-unknown-pragmas", str(source), "-o", str(path),
+        "-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++", "-", "-o",
     ]  # fmt: skip
-    subprocess.run(command, check=True)
-    return path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "library.so"
+        subprocess.run([*command, str(path)], input=text.encode(), check=True)
+        return path.read_bytes()
 
 
 def _table(values: Sequence[float]) -> str:

@@ -108,7 +108,7 @@ def test_results_in_bfloat16(tmp_path: Path) -> None:
     kernels = Kernels(tmp_path, weight, activation, "sm_90a", "bf16").open("up")
     plain, fast = executors(artifact, kernels)
     assert_near(plain.run_leaves([input_of(4)]), fast.run_leaves([input_of(4)]))
-    with pytest.raises(ArtifactError, match="'down'.*they give torch.bfloat16, the layer"):
+    with pytest.raises(ArtifactError, match=r"'down'.*they give torch.bfloat16, the layer"):
         executors(artifact, replace(kernels, target=Kernels(
             tmp_path, weight, activation, "sm_90a", "bf16").target("down")))  # fmt: skip
 
@@ -120,6 +120,8 @@ QUANTIZED = [
     ("sm_100a", NVFP4, NVFP4, {"swizzled": True}),
 ]
 
+PROBLEMS = [QuantizeProblem(Operand.parse(a), "f32", **form) for _, _, a, form in QUANTIZED]
+
 
 @pytest.mark.parametrize(("arch", "weight", "activation", "form"), QUANTIZED)
 def test_kernels_quantize_the_same_codes(
@@ -127,10 +129,11 @@ def test_kernels_quantize_the_same_codes(
 ) -> None:
     artifact = artifact_of(weight, activation, 112, 96)
     problem = QuantizeProblem(Operand.parse(activation), "f32", **form)
+    assert problem in PROBLEMS
     with_torch = Kernels(tmp_path, weight, activation, arch).open("up", "down")
-    kernels = Kernels(tmp_path, weight, activation, arch, quantizers=[problem])
+    kernels = Kernels(tmp_path, weight, activation, arch, quantizers=PROBLEMS)
     with_kernels = kernels.open("up", "down")
-    assert list(with_kernels.quantizers.places) == [str(problem)]
+    assert [*with_kernels.quantizers.places] == [str(each) for each in PROBLEMS]
     results = []
     for each in (with_torch, with_kernels):
         executor = Executor(artifact.plan, artifact.tensors, kernels=each)
@@ -140,8 +143,7 @@ def test_kernels_quantize_the_same_codes(
 
 def test_nan_is_found_by_the_kernels_and_the_layer_is_named(tmp_path: Path) -> None:
     activation = "f6E2M3FN@token:f32"
-    problem = QuantizeProblem(Operand.parse(activation), "f32", widened=True)
-    kernels = Kernels(tmp_path, ROW, activation, "sm_90a", quantizers=[problem])
+    kernels = Kernels(tmp_path, ROW, activation, "sm_90a", quantizers=PROBLEMS)
     artifact = artifact_of(ROW, activation)
     executor = Executor(artifact.plan, artifact.tensors, kernels=kernels.open("up", "down"))
     good, bad = input_of(3), input_of(3)
@@ -184,8 +186,7 @@ def test_codes_that_others_read_too_stay_codes(tmp_path: Path) -> None:
 def test_torch_compile_traces_kernels(tmp_path: Path) -> None:
     activation = "f6E2M3FN@token:f32"
     artifact = artifact_of(ROW, activation)
-    problem = QuantizeProblem(Operand.parse(activation), "f32", widened=True)
-    kernels = Kernels(tmp_path, ROW, activation, "sm_90a", quantizers=[problem])
+    kernels = Kernels(tmp_path, ROW, activation, "sm_90a", quantizers=PROBLEMS)
     executor = Executor(artifact.plan, artifact.tensors, kernels=kernels.open("up", "down"))
     x = input_of(4)
     expected = executor.run(x)["logits"]

@@ -41,7 +41,7 @@ ROWS = (1, 16, 77, DECODE_ROWS, DECODE_ROWS + 1, 4096)
 SHAPES = ((64, 128), (77, 200), (1000, 1000), (520, 16384))
 MODELS = ("mlp-a4", "mlp-a6", "mlp-a8", "llama")
 _CHUNK = 128
-"""CUTLASS adds the sums of so many products to fp32 accumulators, unless fast sums are asked for."""
+"""Sums of so many products are added in fp32, unless fast sums are asked of CUTLASS."""
 
 
 @pytest.fixture(scope="module")

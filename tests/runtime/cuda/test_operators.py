@@ -112,7 +112,7 @@ def test_quantizers_refuse_what_does_not_fit(gemm: int, tmp_path: Path) -> None:
     x[2, 2] = torch.inf
     quantize(*quantize_arguments(library, x, status))
     assert int(status) == 1
-    with pytest.raises(RuntimeError, match="kernel 1 of .* does not quantize 4 rows of 10"):
+    with pytest.raises(RuntimeError, match=r"kernel 1 of .* does not quantize 4 rows of 10"):
         quantize(*quantize_arguments(library, x, status, index=1))
     with pytest.raises(RuntimeError, match="status has another type"):
         quantize(*quantize_arguments(library, x, status.float()))
