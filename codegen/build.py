@@ -114,8 +114,6 @@ class KernelCache:
     def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # What lies here is loaded: nobody else may put anything there.
-            (self.folder / "kernels").mkdir(mode=0o700, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise OptionError(
@@ -210,7 +208,8 @@ def _failure(source: KernelSource, folder: Path) -> TargetError:
 
 def _move(work: Path, final: Path) -> Path:
     """Give a finished folder its name, in place of what has that name."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    # What lies here is loaded: nobody else may put anything there.
+    final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if final.exists():  # damaged, or of an earlier failure; its lock is ours
         shutil.rmtree(final)
     return work.rename(final)

@@ -12,7 +12,7 @@ from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime.cuda.form import InputKind
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
-from fpcompiler.runtime.cuda.quantizers import quantize_problem
+from fpcompiler.runtime.cuda.quantizers import problem_of
 from fpcompiler.runtime.layer_steps import arguments_of, readers_of, reads_whole
 from fpcompiler.runtime.operators import QUANTIZERS
 
@@ -63,7 +63,7 @@ def _problem(
     types = [_type(value, plan, tensors, computed) for value in values]
     types += [""] * (_VALUES - len(types))
     producer = step.args[_VALUES] if len(step.args) > _VALUES else ""
-    return quantize_problem(kind, producer, tuple(types))
+    return problem_of(kind, producer, tuple(types))
 
 
 def _type(value: Any, plan: Plan, tensors: Mapping[str, Tensor], computed: torch.dtype) -> str:

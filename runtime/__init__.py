@@ -1,1 +1,4 @@
-"""Runs compiled models: no part of the compiler is imported, and no code from an artifact runs."""
+"""Runs compiled models: no part of the compiler is imported.
+
+No code from an artifact runs but compiled kernels for GPUs, see :mod:`fpcompiler.runtime.trust`.
+"""

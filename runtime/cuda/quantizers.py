@@ -78,7 +78,7 @@ class QuantizeKernels:
             None if there is no kernel for it.
         """
         types = tuple("" if t is None else _TYPES.get(t.dtype, "?") for t in (x, *beside))
-        place = self.places.get(_problem_text(kind, producer, types))
+        place = self.places.get(_text_of(kind, producer, types))
         forms = (None if t is None else _form(t) for t in (x, *beside))
         form = None if place is None else form_of_rows(producer or _WITHOUT, *forms)
         if place is None or form is None:
@@ -154,22 +154,13 @@ class CudaQuantizer:
         return self.linear.prepare_codes(codes_and_scales)
 
 
-@lru_cache(maxsize=4096)
-def _problem_text(kind: InputKind, producer: str, types: tuple[str, ...]) -> str:
-    """Return the text of the problem that a kernel must solve; empty if none can."""
-    problem = quantize_problem(kind, producer, types)
-    return "" if problem is None else str(problem)
-
-
-def quantize_problem(
-    kind: InputKind, producer: str, types: tuple[str, ...]
-) -> QuantizeProblem | None:
-    """Return what a kernel computes that quantizes the input of layers; None if there is none.
+def problem_of(kind: InputKind, producer: str, types: tuple[str, ...]) -> QuantizeProblem | None:
+    """Return the problem that a kernel must solve to make what layers read; None if none can.
 
     Args:
-        kind: What the layers read.
+        kind: What layers read.
         producer: A name in :data:`fpcompiler.runtime.fused.PRODUCERS`, or empty.
-        types: Of x and of the producer's weight, bias, scale and shift; empty where not given.
+        types: Of ``x`` and of the producer's weight, bias, scale and shift; empty where not given.
     """
     block, source = kind.operand.block, kind.operand.format.name
     # Kernels put as many scales into a row of tiles as K needs, GEMMs as padded K needs.
@@ -177,8 +168,8 @@ def quantize_problem(
     ragged = block is not None and tiles != kind.padded_k
     if ragged or kind.element not in (source, _E4M3):
         return None
-    first, weight, bias, scale, shift = types
     try:
+        first, weight, bias, scale, shift = types
         return QuantizeProblem(
             operand=kind.operand,
             input=first,
@@ -189,6 +180,11 @@ def quantize_problem(
         )
     except FormatError:
         return None
+
+
+@lru_cache(maxsize=4096)
+def _text_of(kind: InputKind, producer: str, types: tuple[str, ...]) -> str:
+    return str(problem_of(kind, producer, types) or "")
 
 
 def _problems_of(path: Path) -> Iterator[str]:

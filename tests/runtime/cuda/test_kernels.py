@@ -10,16 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpcompiler.artifact import Artifact
-from fpcompiler.artifact.kernels import DECODE_ROWS, LayerKernels
+from fpcompiler.artifact import Artifact, jsonfile, read, save
+from fpcompiler.artifact.kernels import DECODE_ROWS, INDEX, KernelIndex, LayerKernels
 from fpcompiler.errors import ArtifactError, NumericsError
 from fpcompiler.operand import Operand
+from fpcompiler.options import Options
 from fpcompiler.plan import Symbol
+from fpcompiler.runtime.cuda import kernels as module
 from fpcompiler.runtime.cuda.kernels import CudaKernels
-from fpcompiler.runtime.cuda.layers import CudaLayer
+from fpcompiler.runtime.cuda.layers import CudaLayer, Machine
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
 from fpcompiler.runtime.cuda.quantizers import CudaQuantizer
 from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.trust import Gatekeeper
 from tests.plans import Mlp, mlp_artifact
 from tests.runtime.cuda.host_kernels import Kernels
 
@@ -245,3 +248,36 @@ def test_the_operators_must_be_there(tmp_path: Path) -> None:
     del kernels.instances["operators"]
     with pytest.raises(ArtifactError, match="without the operators"):
         kernels.open("up")
+
+
+def test_a_saved_artifact_loads_by_the_capability_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way of a file, but for the device, which is a CPU."""
+    activation = "f6E2M3FN@token:f32"
+    kernels = Kernels(tmp_path, ROW, activation, "sm_90a")
+    index = KernelIndex({"sm_90a": kernels.target("up", "down")})
+    files = {INDEX: jsonfile.dump(index.to_json()), **kernels.files()}
+    artifact = artifact_of(ROW, activation)
+    save(tmp_path / "model.fpc", replace(artifact, kernels=files))
+    found = read(tmp_path / "model.fpc")
+    gatekeeper = Gatekeeper(Options(cache=tmp_path / "cache"), trust=True)
+    monkeypatch.setattr(module, "capability_of", lambda device: (0, 0))
+    monkeypatch.setattr(Machine, "of", classmethod(lambda cls, device: cls(device, 1)))
+    loaded = module.load_kernels(found.kernels, torch.device("cpu"), gatekeeper)
+    assert loaded is not None
+    plain, fast = executors(found, loaded)
+    assert_near(plain.run_leaves([input_of(4)]), fast.run_leaves([input_of(4)]))
+    assert len({*(tmp_path / "cache" / "loaded").iterdir()}) == 3  # with the operators
+
+
+def test_executors_of_one_set_of_kernels_have_weights_of_their_own(tmp_path: Path) -> None:
+    activation = "f6E2M3FN@token:f32"
+    kernels = Kernels(tmp_path, ROW, activation, "sm_90a").open("up", "down")
+    first, other = artifact_of(ROW, activation), artifact_of(ROW, activation)
+    swapped = {**other.tensors, "up.w1": 2 * other.tensors["up.w1"]}
+    one = Executor(first.plan, first.tensors, kernels=kernels).run_leaves([input_of(2)])
+    two = Executor(other.plan, swapped, kernels=kernels).run_leaves([input_of(2)])
+    again = Executor(first.plan, first.tensors, kernels=kernels).run_leaves([input_of(2)])
+    assert not torch.equal(one[0], two[0])
+    assert torch.equal(one[0], again[0])
