@@ -42,5 +42,5 @@ $(READY): pyproject.toml constraints.txt examples/requirements.txt
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps -r examples/requirements.txt
-	$(PIP) --no-deps nvidia-cutlass nvidia-matmul-heuristics
+	$(PIP) --no-deps nvidia-cutlass nvidia-matmul-heuristics nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@

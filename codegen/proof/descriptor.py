@@ -180,6 +180,11 @@ def _and(x: _Bits, y: _Bits) -> _Bits:
     return x[0] & y[0], x[1] & y[1] | zeros
 
 
+def _select(x: _Bits, y: _Bits, _: _Bits) -> _Bits:
+    known = x[1] & y[1] & ~(x[0] ^ y[0])
+    return x[0] & known, known
+
+
 _OPERATIONS: Final[Mapping[str, Callable[..., _Bits]]] = MappingProxyType(
-    {"mov": _move, "or": _or, "and": _and}
+    {"mov": _move, "or": _or, "and": _and, "selp": _select}
 )

@@ -18,6 +18,7 @@ from fpcompiler.codegen.proof.binary_levels import (
 from fpcompiler.codegen.proof.disassembly import Disassembler, find_disassembler
 from fpcompiler.codegen.proof.number_levels import check_formats, check_golden, check_packing
 from fpcompiler.codegen.proof.record import Check, ProofRecord
+from fpcompiler.codegen.proof.second_compiler import check_second_compiler
 from fpcompiler.errors import DependencyError, OptionError
 from fpcompiler.options import Options
 
@@ -30,9 +31,10 @@ LEVELS: Final = MappingProxyType(
         "L2": "the library asks the GPU for the right tensors and the right launch",
         "L3": "the machine code multiplies the right formats and spills nothing",
         "L5": "the results that a GPU must give are on record",
+        "L6": "a second compiler, CuTe DSL, asks for the same product and the same tensors",
     }
 )
-"""What each level shows. L4, L6 and L7 need a GPU, or a second compiler."""
+"""What each level shows. L4 and L7 are runs on a GPU."""
 
 
 def prove(
@@ -73,6 +75,8 @@ def prove(
         checks += check_code(code, tool, built, instance)
     if "L5" in levels:
         checks += check_golden(instance)
+    if "L6" in levels:
+        checks += check_second_compiler(built, instance, options)
     metadata = built.metadata
     return ProofRecord(
         instance.name, instance.arch, metadata["description"], metadata["sha256"],

@@ -20,6 +20,11 @@ def sample(kind: str) -> str:
     return (_FOLDER / f"sm_100a.{kind}").read_text(encoding="utf-8")
 
 
+def dsl_ptx() -> str:
+    """Return PTX that CuTe DSL makes for the same instance."""
+    return (_FOLDER / "dsl_sm_100a.ptx").read_text(encoding="utf-8")
+
+
 def launch() -> LaunchRecord:
     """Return the recorded launch."""
     return LaunchRecord.of_output(SHAPE, sample("launch"))

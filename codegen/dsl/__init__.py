@@ -1,0 +1,1 @@
+"""A second compiler for the same GEMMs: NVIDIA's CuTe DSL, where the extra ``dsl`` is installed."""
