@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fpcompiler.codegen.container import NATIVE
 from fpcompiler.codegen.proof.host_reference import Stored
 from fpcompiler.errors import TargetError
 from fpcompiler.formats import FORMATS
@@ -24,8 +25,8 @@ from fpcompiler.numerics.shift_lowering import Container, container
 from fpcompiler.numerics.tensor_core import Factor
 from fpcompiler.operand import Operand
 
-_HELD_IN: Final = tuple(FORMATS[n] for n in ("f4E2M1FN", "f6E2M3FN", "f6E3M2FN", "f8E4M3FN"))
-"""What the instructions take, the narrowest first."""
+_HELD_IN: Final = tuple(FORMATS[name] for name in NATIVE["mxf8f6f4"])
+"""What the instructions take, in the order in which kernels choose."""
 
 _BLOCKS: Final = (None, (32, "f8E8M0FNU"), (16, "f8E4M3FN"))
 """What blocks Blackwell's instructions have."""
