@@ -88,7 +88,9 @@ def compare_descriptors(
 
 def compare_maps(ours: tuple[TensorMap, ...], theirs: tuple[TensorMap, ...]) -> tuple[str, ...]:
     """Return in what the tensor maps of operands and scales differ."""
-    pairs = [{one.tensor: one for one in maps if one.tensor in _COMPARED} for maps in (ours, theirs)]
+    pairs = [
+        {one.tensor: one for one in maps if one.tensor in _COMPARED} for maps in (ours, theirs)
+    ]
     names = sorted(pairs[0].keys() | pairs[1].keys())
     return tuple(
         f"{name}: {first} is not {second}"
