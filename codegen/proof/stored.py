@@ -5,17 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fpcompiler.codegen.kernel import BuiltKernel
 from fpcompiler.codegen.proof.prove import prove
 from fpcompiler.options import Options
 
 __all__ = ["recorded_proof"]
+
+_PACKAGES: Final = (
+    "torch", "nvidia-cutlass", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm",
+    "nvidia-cutlass-dsl", "nvidia-cutlass-operators",
+)  # fmt: skip
 
 
 def recorded_proof(kernel: BuiltKernel, options: Options) -> dict[str, Any]:
@@ -55,9 +61,21 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @lru_cache(maxsize=1)
 def _checks() -> str:
-    """Return a hash of the checks' own sources: another version of them checks again."""
-    digest = hashlib.sha256(metadata.version("torch").encode())
+    """Return a hash of the checks' own sources and of the tools they use.
+
+    With another version of them, or with a tool that was missing, kernels are checked again.
+    """
+    programs = [shutil.which(name) or "" for name in ("g++", "cuobjdump", "nvdisasm")]
+    versions = [_version(name) for name in _PACKAGES]
+    digest = hashlib.sha256("\0".join([*programs, *versions]).encode())
     for path in sorted(Path(__file__).parent.iterdir()):
         if path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
