@@ -47,6 +47,12 @@ class _Axes:
     others: tuple[tuple[int, int, int], ...]
     swizzle: Swizzle
 
+    def __str__(self) -> str:
+        """Return it in words, for findings."""
+        size, copied = self.contiguous
+        others = ", ".join(f"{n} x {step} bytes by {box}" for step, n, box in self.others)
+        return f"{self.type.name} [{size} by {copied}, {others}] swizzle {self.swizzle.name}"
+
     @classmethod
     def of(cls, found: TensorMap) -> _Axes:
         """Return the axes of a map."""

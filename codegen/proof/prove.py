@@ -22,7 +22,7 @@ from fpcompiler.codegen.proof.second_compiler import check_second_compiler
 from fpcompiler.errors import DependencyError, OptionError
 from fpcompiler.options import Options
 
-__all__ = ["LEVELS", "prove"]
+__all__ = ["LEVELS", "prove", "require_levels"]
 
 LEVELS: Final = MappingProxyType(
     {
@@ -55,8 +55,7 @@ def prove(
         ArtifactError: If the kernel's metadata describe no instance of this version.
         TargetError: If the library is none of ours.
     """
-    if unknown := sorted(set(levels) - set(LEVELS)):
-        raise OptionError(f"there is no level {unknown[0]}; levels: {', '.join(LEVELS)}.")
+    require_levels(levels)
     options = options or Options.from_env()
     instance = parse_instance(built.metadata["description"])
     checks: list[Check] = []
@@ -82,6 +81,16 @@ def prove(
         instance.name, instance.arch, metadata["description"], metadata["sha256"],
         metadata["toolchain"], tuple(checks), launches, code,
     )  # fmt: skip
+
+
+def require_levels(levels: Collection[str]) -> None:
+    """Check that all levels exist.
+
+    Raises:
+        OptionError: If one does not.
+    """
+    if unknown := sorted(set(levels) - set(LEVELS)):
+        raise OptionError(f"there is no level {unknown[0]}; levels: {', '.join(LEVELS)}.")
 
 
 def _disassembler(options: Options) -> Disassembler | Check:

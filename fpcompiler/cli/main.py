@@ -40,6 +40,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     bench.COMMAND,
     eval_command.COMMAND,
     opt.COMMAND,
+    prove.COMMAND,
     formats.COMMAND,
     targets.COMMAND,
     methods.COMMAND,

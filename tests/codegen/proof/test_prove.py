@@ -112,7 +112,7 @@ def test_without_an_object_file_launches_are_not_recorded(tmp_path) -> None:
 
 
 def test_another_level_is_refused(tmp_path) -> None:
-    with pytest.raises(OptionError, match="there is no level L9; levels: L0, L1, L2, L3, L5"):
+    with pytest.raises(OptionError, match="there is no level L9; levels: L0, L1, L2, L3, L5, L6"):
         prove(fake(tmp_path), ["L2", "L9"])
 
 
