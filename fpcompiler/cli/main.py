@@ -40,7 +40,6 @@ COMMANDS: Final[tuple[Command, ...]] = (
     bench.COMMAND,
     eval_command.COMMAND,
     opt.COMMAND,
-    prove.COMMAND,
     formats.COMMAND,
     targets.COMMAND,
     methods.COMMAND,
