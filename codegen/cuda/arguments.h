@@ -26,7 +26,7 @@ typedef struct {
     int64_t pitch;         // bytes from one row of codes to the next
     float* outer_scale;    // [m] per row, [1] per tensor: written, or read if it is given
     void* block_scale;     // rows of scales, or atoms of 128 rows by 4 scales, padded with zeros
-    int64_t scale_pitch;   // scales from one row to the next; not for atoms
+    int64_t scale_pitch;   // scales of a row, with those that are padding
     int32_t* amax;         // [1], for a scale per tensor that is not given: used by the kernels
     int32_t* status;       // [1]: set to 1 if a value is NaN or infinite, and otherwise left alone
 } FpcQuantizeArguments;

@@ -110,8 +110,8 @@ struct Encoder {
         const int column = chunk / kLanes, columns = ((int)a.k + P::kBlock - 1) / P::kBlock;
         const bool there = column < columns && m < a.m;
         if constexpr (P::kSwizzled) {
-            if (column >= (columns + 3) / 4 * 4) return;
-            uint8_t* to = (uint8_t*)a.block_scale + swizzled(m, column, columns);
+            if (column >= (a.scale_pitch + 3) / 4 * 4) return;
+            uint8_t* to = (uint8_t*)a.block_scale + swizzled(m, column, (int)a.scale_pitch);
             *to = there ? code_of(scale) : 0;
         } else if (there) {
             const int64_t index = m * a.scale_pitch + column;

@@ -18,8 +18,7 @@ __host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
     const int of_codes = (int)((a.pitch + kBytes - 1) / kBytes);
     if constexpr (P::kSwizzled) {
         // Four scales of an atom belong together.
-        constexpr int kUnit = 4 * P::kBlock;
-        const int of_scales = ((int)a.k + kUnit - 1) / kUnit * (kUnit / kChunk);
+        const int of_scales = ((int)a.scale_pitch + 3) / 4 * (4 * P::kBlock / kChunk);
         return of_codes > of_scales ? of_codes : of_scales;
     }
     return of_codes;
@@ -111,8 +110,10 @@ bool is_possible(const FpcQuantizeArguments& a) {
     const int64_t needed = (a.k * P::kCodeBits + 7) / 8;
     if (a.m < 0 || a.m > kMostRows || a.k < 1 || a.k > kLongest) return false;
     if (a.pitch < needed || a.pitch > kLongest) return false;
-    if constexpr (P::kBlock != 0 && !P::kSwizzled)
-        if (a.scale_pitch < (a.k + P::kBlock - 1) / P::kBlock) return false;
+    if constexpr (P::kBlock != 0) {
+        const int64_t scales = (a.k + P::kBlock - 1) / P::kBlock;
+        if (a.scale_pitch < scales || a.scale_pitch > kLongest) return false;
+    }
     if constexpr (P::kHadamard != 0)
         if (a.k % P::kHadamard) return false;
     return a.scale.repeat >= 1 && a.shift.repeat >= 1;

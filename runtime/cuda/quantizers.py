@@ -162,11 +162,8 @@ def problem_of(kind: InputKind, producer: str, types: tuple[str, ...]) -> Quanti
         producer: A name in :data:`fpcompiler.runtime.fused.PRODUCERS`, or empty.
         types: Of ``x`` and of the producer's weight, bias, scale and shift; empty where not given.
     """
-    block, source = kind.operand.block, kind.operand.format.name
-    # Kernels put as many scales into a row of tiles as K needs, GEMMs as padded K needs.
-    tiles = 0 if block is None else -(-kind.k // (4 * block.block)) * 4 * block.block
-    ragged = block is not None and tiles != kind.padded_k
-    if ragged or kind.element not in (source, _E4M3):
+    source = kind.operand.format.name
+    if kind.element not in (source, _E4M3):
         return None
     try:
         first, weight, bias, scale, shift = types
@@ -176,7 +173,7 @@ def problem_of(kind: InputKind, producer: str, types: tuple[str, ...]) -> Quanti
             producer=producer,
             beside=(weight, bias, scale, shift),
             widened=kind.element != source,
-            swizzled=block is not None,
+            swizzled=kind.operand.block is not None,
         )
     except FormatError:
         return None

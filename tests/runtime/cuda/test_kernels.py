@@ -126,11 +126,17 @@ QUANTIZED = [
 PROBLEMS = [QuantizeProblem(Operand.parse(a), "f32", **form) for _, _, a, form in QUANTIZED]
 
 
+@pytest.mark.parametrize("sizes", [(112, 96), (64, 328)])  # with padding behind codes and scales
 @pytest.mark.parametrize(("arch", "weight", "activation", "form"), QUANTIZED)
 def test_kernels_quantize_the_same_codes(
-    arch: str, weight: str, activation: str, form: dict[str, bool], tmp_path: Path
+    arch: str,
+    weight: str,
+    activation: str,
+    form: dict[str, bool],
+    sizes: tuple[int, int],
+    tmp_path: Path,
 ) -> None:
-    artifact = artifact_of(weight, activation, 112, 96)
+    artifact = artifact_of(weight, activation, *sizes)
     problem = QuantizeProblem(Operand.parse(activation), "f32", **form)
     assert problem in PROBLEMS
     with_torch = Kernels(tmp_path, weight, activation, arch).open("up", "down")
@@ -140,7 +146,7 @@ def test_kernels_quantize_the_same_codes(
     results = []
     for each in (with_torch, with_kernels):
         executor = Executor(artifact.plan, artifact.tensors, kernels=each)
-        results.append(executor.run_leaves([input_of(130, 112)]))
+        results.append(executor.run_leaves([input_of(130, sizes[0])]))
     assert all(map(torch.equal, *results))
 
 

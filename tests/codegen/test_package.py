@@ -1,0 +1,170 @@
+"""Which kernels a compiled model gets, and the files that it carries them in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fpcompiler
+from fpcompiler.artifact import jsonfile
+from fpcompiler.artifact.kernels import INDEX, KernelIndex
+from fpcompiler.codegen import package as packaging
+from fpcompiler.codegen.gemms import gemms_of
+from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
+from fpcompiler.codegen.package import package, plan_kernels
+from fpcompiler.codegen.problem import Activation, OutputType
+from fpcompiler.errors import DependencyError, TargetError
+from fpcompiler.options import Options
+
+
+class Mixed(nn.Module):
+    """Norm and activation in front of quantizers, an activation behind a layer, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 160), nn.Linear(160, 64)
+        self.gate, self.lm_head = nn.Linear(64, 40, bias=False), nn.Linear(40, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        result: torch.Tensor = self.lm_head(nn.functional.silu(self.gate(x)))
+        return result
+
+
+def compiled(scheme: str, dtype: torch.dtype = torch.float32, **options: Any):
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return fpcompiler.compile(Mixed().eval().to(dtype), scheme, example_inputs=(x,), **options)
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Take the place of the compiler and of the proof; return what was compiled."""
+    compiled_names: list[str] = []
+
+    class Cache:
+        @classmethod
+        def from_options(cls, options: Options) -> Cache:
+            return cls()
+
+        def stream(
+            self, sources: Sequence[KernelSource]
+        ) -> Iterator[tuple[KernelSource, BuiltKernel]]:
+            for source in sources:
+                compiled_names.append(source.name)
+                yield source, _built(source, tmp_path / source.name)
+
+    def proof(kernel: BuiltKernel, options: Options) -> dict[str, Any]:
+        check = {"level": "L2", "name": "launch", "outcome": outcome[0], "findings": ["too wide"]}
+        name = kernel.metadata["name"]
+        return {
+            "kernel": name, "toolchain": "nvcc", "checks": [check], "machine_code": {"name": name}
+        }  # fmt: skip
+
+    outcome = ["passed"]
+    operators = tmp_path / "operators.so"
+    operators.write_bytes(b"operators")
+    monkeypatch.setattr(packaging, "KernelCache", Cache)
+    monkeypatch.setattr(packaging, "recorded_proof", proof)
+    monkeypatch.setattr(packaging, "build_operators", lambda options: operators)
+    return compiled_names, outcome
+
+
+def _built(source: KernelSource, folder: Path) -> BuiltKernel:
+    folder.mkdir(exist_ok=True)
+    library = source.name.encode()
+    for name, data in (("kernel.so", library), ("kernel.cu", b"cu"), ("build.log", b"log")):
+        (folder / name).write_bytes(data)
+    digest = hashlib.sha256(library).hexdigest()
+    metadata = {"name": source.name, "sha256": digest, "toolchain": "nvcc", "headers": "cutlass"}
+    return BuiltKernel(folder / "kernel.so", metadata, cached=False)
+
+
+def test_gemms_are_read_from_the_plan() -> None:
+    artifact = compiled("nvfp4", torch.bfloat16).artifact
+    found = {gemm.layer: gemm for gemm in gemms_of(artifact.plan, artifact.tensors)}
+    assert {name: (g.n, g.k, g.bias) for name, g in found.items()} == {
+        "up": (160, 64, True), "down": (64, 160, True), "gate": (40, 64, False),
+    }  # fmt: skip
+    assert found["gate"].function is Activation.SILU
+    assert found["up"].function is Activation.NONE  # its GELU is fused with the next quantizer
+    assert {gemm.output for gemm in found.values()} == {OutputType.BF16}
+
+
+def test_layers_share_kernels_and_a_reason_is_kept() -> None:
+    artifact = compiled("nvfp4; gate: w4a16").artifact
+    plan = plan_kernels(gemms_of(artifact.plan, artifact.tensors), "sm_100a")
+    assert len(plan.instances) == 2
+    assert "there is no FP4 kernel" in str(plan.layers["gate"])
+    assert "16 bits" in str(plan.layers["gate"])
+
+
+def test_an_artifact_carries_kernels_for_several_targets(fake, tmp_path) -> None:
+    names, _ = fake
+    model = compiled("nvfp4", target=["cpu", "sm_100a", "sm_120a"])
+    assert model.artifact.targets == ("cpu", "sm_100a", "sm_120a")
+    model.save(tmp_path / "model.fpc")
+    read = fpcompiler.artifact.read(tmp_path / "model.fpc")
+    index = KernelIndex.of(read.kernels)
+    assert [*index.targets] == ["sm_100a", "sm_120a"]
+    assert sorted(names) == sorted(
+        instance.name for _, instance in index.all_instances() if instance.role != "operators"
+    )
+    for target in index.targets.values():
+        assert {i.role for i in target.instances.values()} == {"gemm", "quantize", "operators"}
+        uses = target.layers["up"].kernels
+        assert {*uses} == {"decode", "prefill", "quantize"}
+        assert target.instances[uses["decode"]].files["proof"].endswith(".proof.json")
+        assert uses["prefill"] != target.layers["gate"].kernels["prefill"]  # SiLU behind it
+    described = index.targets["sm_100a"].instances["quantize_sm_100a"].problem
+    producers = {row["producer"] for row in described["problems"]}
+    assert producers == {"layer_norm", "gelu", ""}
+    x = torch.randn(3, 64)
+    assert torch.equal(fpcompiler.load(tmp_path / "model.fpc")(x), model(x))
+
+
+def test_a_kernel_that_is_not_proved_is_not_given_to_anyone(fake) -> None:
+    fake[1][0] = "failed"
+    with pytest.raises(TargetError, match="does not pass L2, launch: too wide"):
+        compiled("nvfp4", target="sm_100a")
+
+
+def test_no_kernel_for_any_layer_is_an_error(fake) -> None:
+    with pytest.raises(TargetError, match=r"No layer has a kernel on sm_100a.*16 bits"):
+        compiled("w4a16", target="sm_100a")
+
+
+def test_missing_tools_are_said_before_the_model_is_captured(monkeypatch) -> None:
+    def missing(options: Options) -> None:
+        raise DependencyError("There is no nvcc.")
+
+    monkeypatch.setattr(packaging, "require_tools", missing)
+    with pytest.raises(DependencyError, match="no nvcc"):
+        fpcompiler.compile(nn.Linear(4, 4), "nvfp4", target="sm_100a")
+
+
+@pytest.mark.nvcc
+def test_a_real_model_for_a_real_target(tmp_path) -> None:
+    artifact = compiled("nvfp4; gate: w4a16", torch.bfloat16, target="cpu,sm_120a").artifact
+    files = package(artifact.plan, artifact.tensors, ["sm_120a"], Options.from_env())
+    index = KernelIndex.of(files)
+    (gemm,) = [i for _, i in index.all_instances() if i.role == "gemm"]
+    assert gemm.name == "gemm_sm_120a_nvf4_e2m1_e2m1_bf16_128x128x128"
+    record = jsonfile.parse(files[gemm.files["proof"]], "proof", 1 << 26)
+    assert record["passed"] is True
+    assert record["sha256"] == gemm.sha256
+    assert json.loads(bytes(files[INDEX]))["targets"]["sm_120a"]["capabilities"] == ["12.0"]
+    assert fpcompiler.cli.main.main(["prove", str(_saved(artifact, tmp_path)), "--recorded"]) == 0
+
+
+def _saved(artifact: Any, folder: Path) -> Path:
+    path = folder / "model.fpc"
+    fpcompiler.artifact.save(path, artifact)
+    return path
