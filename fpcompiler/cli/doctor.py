@@ -153,7 +153,7 @@ def _nvcc() -> Check:
     folders = (Path(folder) / "nvcc" for folder in _CUDA_FOLDERS)
     found = shutil.which("nvcc") or next((str(path) for path in folders if path.exists()), None)
     return _tool(
-        "nvcc", found, r"release [\d.]+", "CUDA kernels (none in this version)",
+        "nvcc", found, r"release [\d.]+", "compiling kernels for GPUs",
         "install the CUDA toolkit 13, with its bin folder on PATH",
     )  # fmt: skip
 
