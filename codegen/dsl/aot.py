@@ -43,8 +43,8 @@ class DslKernel:
     Attributes:
         object: The object file, with host code and machine code.
         ptx: The PTX.
-        import_seconds: What importing CuTe DSL took.
-        compile_seconds: What compiling took.
+        import_seconds: CPU time of importing CuTe DSL.
+        compile_seconds: CPU time of compiling.
     """
 
     object: Path

@@ -8,11 +8,17 @@ request in JSON; what comes out is ``k.o``, ``k.h`` and PTX in its folder, and t
 from __future__ import annotations
 
 import json
+import os
 import sys
-import time
 from typing import Any
 
-_started = time.perf_counter()
+
+def _processor_time() -> float:
+    """Return the seconds of CPU that this process and those that it waited for have taken."""
+    return sum(os.times()[:4])
+
+
+_started = _processor_time()
 
 import cutlass  # noqa: E402
 from cutlass import cute  # noqa: E402
@@ -24,8 +30,8 @@ from cutlass.operators.providers.cutedsl.gemm.implementations import (  # noqa: 
 
 
 def main(request: dict[str, Any]) -> dict[str, float]:
-    """Compile what a request describes; return seconds by what took them."""
-    imported = time.perf_counter()
+    """Compile what a request describes; return seconds of CPU by what took them."""
+    imported = _processor_time()
     cluster_m, cluster_n = request["cluster"]
     kernel = implementation.PersistentDenseBlockScaledGemmKernel(
         request["block"], tuple(request["tile"]), (cluster_m, cluster_n)
@@ -42,7 +48,7 @@ def main(request: dict[str, Any]) -> dict[str, float]:
         make_fake_stream(),
         lambda value: value,
     )
-    done = time.perf_counter()
+    done = _processor_time()
     compiled.export_to_c(file_path=request["folder"], file_name="k", function_prefix="fpc_dsl")
     return {"import_seconds": imported - _started, "compile_seconds": done - imported}
 

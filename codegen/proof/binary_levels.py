@@ -13,7 +13,7 @@ from fpcompiler.codegen.kernel import BuiltKernel
 from fpcompiler.codegen.nvcc import find_nvcc
 from fpcompiler.codegen.proof.contract import check_launch, launch_controls
 from fpcompiler.codegen.proof.descriptor import mma_descriptors
-from fpcompiler.codegen.proof.disassembly import Disassembler, MachineCode
+from fpcompiler.codegen.proof.disassembly import MachineCode, find_disassembler
 from fpcompiler.codegen.proof.launch import (
     LaunchRecord,
     LaunchShape,
@@ -32,7 +32,7 @@ from fpcompiler.codegen.proof.record import Check
 from fpcompiler.errors import DependencyError, TargetError
 from fpcompiler.options import Options
 
-__all__ = ["LAUNCH_SHAPES", "record_launches", "check_launches", "check_code", "check_object"]
+__all__ = ["LAUNCH_SHAPES", "check_launches", "check_code"]
 
 LAUNCH_SHAPES: Final = (
     LaunchShape(1, 8, 128), LaunchShape(300, 520, 640), LaunchShape(4096, 11008, 4096),
@@ -40,66 +40,72 @@ LAUNCH_SHAPES: Final = (
 """What launches are recorded for: the least, nothing whole, and more tiles than SMs."""
 
 
-def record_launches(
-    built: BuiltKernel, options: Options
+def check_launches(
+    built: BuiltKernel, instance: Instance, options: Options
 ) -> tuple[tuple[LaunchRecord, ...], tuple[Check, ...]]:
-    """Return what calls of a kernel ask of a GPU, or checks that say why that is not known."""
+    """Return level 2, with what calls of the kernel ask of a GPU.
+
+    The checks are that tensor maps and launches are those of the instance, and that the library is
+    made of the object file which was called.
+    """
     if reason := why_no_recorder(built):
         return (), (Check.skipped("L2", "launches", reason),)
     try:
-        return tuple(record_launch(built, shape, options) for shape in LAUNCH_SHAPES), ()
+        records = tuple(record_launch(built, shape, options) for shape in LAUNCH_SHAPES)
     except TargetError as error:
         return (), (Check.of("L2", "launches", "", (str(error),)),)
+    checks = (_check_launch(record, instance) for record in records)
+    return records, (*checks, _check_object(built, options))
 
 
-def check_launches(records: tuple[LaunchRecord, ...], instance: Instance) -> tuple[Check, ...]:
-    """Return level 2: the tensor maps and launches are those of the instance."""
-    return tuple(_check_launch(record, instance) for record in records)
+def check_code(
+    built: BuiltKernel, instance: Instance, options: Options
+) -> tuple[MachineCode | None, tuple[Check, ...]]:
+    """Return level 3, with the machine code: instructions, formats that they read, registers."""
+    try:
+        tool = find_disassembler(options)
+        code = tool.machine_code(built.path)
+    except DependencyError as error:
+        return None, (Check.skipped("L3", "machine code", str(error)),)
+    except TargetError as error:
+        return None, (Check.of("L3", "machine code", "", (str(error),)),)
+    checks = [_check_instructions(code, instance), _check_registers(code)]
+    if instance.machine.collectives == 100:
+        checks.append(_check_descriptors(tool.ptx(built.path), instance))
+    return code, tuple(checks)
 
 
-def check_object(built: BuiltKernel, options: Options) -> tuple[Check, ...]:
-    """Return whether the object file, which level 2 runs, is the one that the library is made of.
-
-    It is linked again: the same bytes come out of the same object file only.
-    """
+def _check_object(built: BuiltKernel, options: Options) -> Check:
+    """Link the object file again: the same bytes come out of the same object file only."""
     name = "the library is this object"
-    if not built.object.is_file():
-        return (Check.skipped("L2", name, "the object file is not beside it"),)
     try:
         nvcc = find_nvcc(options)
     except DependencyError as error:
-        return (Check.skipped("L2", name, str(error)),)
+        return Check.skipped("L2", name, str(error))
     if nvcc.toolchain != built.metadata["toolchain"]:
-        return (Check.skipped("L2", name, f"it was linked by {built.metadata['toolchain']}"),)
+        return Check.skipped("L2", name, f"it was linked by {built.metadata['toolchain']}")
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder)
         shutil.copyfile(built.object, again / "kernel.o")
         linked = nvcc.link(again)
-        same = linked is not None and _sha256(again / "kernel.so") == built.metadata["sha256"]
+        same = linked is not None and _sha256(again / "kernel.so") == _sha256(built.path)
     findings = () if same else ("linked again, it is another library",)
-    return (Check.of("L2", name, "linked again, it has the same bytes", findings),)
+    return Check.of("L2", name, "linked again, it has the same bytes", findings)
 
 
-def check_code(
-    code: MachineCode, tool: Disassembler, built: BuiltKernel, instance: Instance
-) -> tuple[Check, ...]:
-    """Return level 3: instructions, the formats that they read, and registers."""
+def _check_instructions(code: MachineCode, instance: Instance) -> Check:
     controls = {
         wrong: bool(check_machine_code(code, other))
         for wrong, other in machine_code_controls(instance).items()
     }
-    found = check_machine_code(code, instance)
     detail = f"{sum(code.opcodes.values())} instructions of {code.arch}"
-    checks = [
-        Check.of("L3", "instructions", detail, found, controls),
-        Check.of(
-            "L3", "registers", f"{code.registers} registers, no stack, no spills",
-            check_resources(code), {"a spilled register": bool(check_resources(spilled(code)))},
-        ),
-    ]  # fmt: skip
-    if instance.machine.collectives == 100:
-        checks.append(_check_descriptors(tool.ptx(built.path), instance))
-    return tuple(checks)
+    return Check.of("L3", "instructions", detail, check_machine_code(code, instance), controls)
+
+
+def _check_registers(code: MachineCode) -> Check:
+    controls = {"a spilled register": bool(check_resources(spilled(code)))}
+    detail = f"{code.registers} registers, no stack, no spills"
+    return Check.of("L3", "registers", detail, check_resources(code), controls)
 
 
 def _check_launch(record: LaunchRecord, instance: Instance) -> Check:

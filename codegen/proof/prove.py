@@ -9,17 +9,13 @@ from typing import Final
 from fpcompiler.codegen.cutlass.library import GemmLibrary
 from fpcompiler.codegen.cutlass.record import parse_instance
 from fpcompiler.codegen.kernel import BuiltKernel
-from fpcompiler.codegen.proof.binary_levels import (
-    check_code,
-    check_launches,
-    check_object,
-    record_launches,
-)
-from fpcompiler.codegen.proof.disassembly import Disassembler, find_disassembler
+from fpcompiler.codegen.proof.binary_levels import check_code, check_launches
+from fpcompiler.codegen.proof.disassembly import MachineCode
+from fpcompiler.codegen.proof.launch import LaunchRecord
 from fpcompiler.codegen.proof.number_levels import check_formats, check_golden, check_packing
 from fpcompiler.codegen.proof.record import Check, ProofRecord
 from fpcompiler.codegen.proof.second_compiler import check_second_compiler
-from fpcompiler.errors import DependencyError, OptionError
+from fpcompiler.errors import OptionError
 from fpcompiler.options import Options
 
 __all__ = ["LEVELS", "prove", "require_levels"]
@@ -59,19 +55,18 @@ def prove(
     options = options or Options.from_env()
     instance = parse_instance(built.metadata["description"])
     checks: list[Check] = []
+    launches: tuple[LaunchRecord, ...] = ()
+    code: MachineCode | None = None
     if "L0" in levels:
         checks += check_formats(instance, options)
     if "L1" in levels:
         checks += check_packing(instance, GemmLibrary(built.path), options)
-    launches, failed = record_launches(built, options) if "L2" in levels else ((), ())
     if "L2" in levels:
-        checks += (*failed, *check_launches(launches, instance), *check_object(built, options))
-    tool = _disassembler(options) if "L3" in levels else None
-    code = tool.machine_code(built.path) if isinstance(tool, Disassembler) else None
-    if isinstance(tool, Check):
-        checks.append(tool)
-    elif tool and code:
-        checks += check_code(code, tool, built, instance)
+        launches, found = check_launches(built, instance, options)
+        checks += found
+    if "L3" in levels:
+        code, found = check_code(built, instance, options)
+        checks += found
     if "L5" in levels:
         checks += check_golden(instance)
     if "L6" in levels:
@@ -91,10 +86,3 @@ def require_levels(levels: Collection[str]) -> None:
     """
     if unknown := sorted(set(levels) - set(LEVELS)):
         raise OptionError(f"there is no level {unknown[0]}; levels: {', '.join(LEVELS)}.")
-
-
-def _disassembler(options: Options) -> Disassembler | Check:
-    try:
-        return find_disassembler(options)
-    except DependencyError as error:
-        return Check.skipped("L3", "machine code", str(error))

@@ -33,6 +33,7 @@ class Check:
         detail: What was compared, or why it was skipped.
         findings: What is not as it must be.
         controls: Whether the same check noticed what is wrong on purpose, by what that is.
+        measured: Numbers that came with it.
     """
 
     level: str
@@ -41,6 +42,7 @@ class Check:
     detail: str
     findings: tuple[str, ...] = ()
     controls: Mapping[str, bool] = field(default_factory=dict, hash=False)
+    measured: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(
@@ -50,12 +52,14 @@ class Check:
         detail: str,
         findings: Iterable[str] = (),
         controls: Mapping[str, bool] = MappingProxyType({}),
+        measured: Mapping[str, float] = MappingProxyType({}),
     ) -> Check:
         """Return a check that was carried out."""
         found = tuple(findings)
         good = not found and all(controls.values())
         outcome = Outcome.PASSED if good else Outcome.FAILED
-        return cls(level, name, outcome, detail, found, MappingProxyType(dict(controls)))
+        seen, numbers = MappingProxyType(dict(controls)), MappingProxyType(dict(measured))
+        return cls(level, name, outcome, detail, found, seen, numbers)
 
     @classmethod
     def skipped(cls, level: str, name: str, reason: str) -> Check:
@@ -76,6 +80,7 @@ class Check:
             "detail": self.detail,
             "findings": list(self.findings),
             "controls": dict(self.controls),
+            "measured": dict(self.measured),
         }
 
 

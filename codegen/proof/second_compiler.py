@@ -55,26 +55,21 @@ _MUST_BE_KNOWN: Final = 0x1FFF9F80
 def check_second_compiler(
     built: BuiltKernel, instance: Instance, options: Options
 ) -> tuple[Check, ...]:
-    """Return level 6: both compilers agree on the product and on the tensors.
-
-    Raises:
-        TargetError: If either kernel cannot be recorded.
-    """
+    """Return level 6: both compilers agree on the product and on the tensors."""
     names = ("descriptors of CuTe DSL", "tensor maps of CuTe DSL")
-    reason = why_not(instance) or why_no_recorder(built)
-    if reason:
+    if reason := why_not(instance) or why_no_recorder(built):
         return tuple(Check.skipped("L6", name, reason) for name in names)
     try:
-        ptx = find_disassembler(options).ptx(built.path)
+        ours = mma_descriptors(find_disassembler(options).ptx(built.path))
+        maps = record_launch(built, SHAPE, options).maps
+        with tempfile.TemporaryDirectory() as folder:
+            kernel = build(instance, Path(folder))
+            theirs = _record(kernel, Path(folder), SHAPE)
     except DependencyError as error:
         return tuple(Check.skipped("L6", name, str(error)) for name in names)
-    with tempfile.TemporaryDirectory() as folder:
-        kernel = build(instance, Path(folder))
-        theirs = _record(kernel, Path(folder), SHAPE)
-    return (
-        _check_descriptors(kernel, mma_descriptors(ptx), built),
-        _check_maps(theirs, record_launch(built, SHAPE, options).maps),
-    )
+    except TargetError as error:
+        return tuple(Check.of("L6", name, "", (str(error),)) for name in names)
+    return _check_descriptors(kernel, ours, built), _check_maps(theirs, maps)
 
 
 def compare_descriptors(
@@ -140,14 +135,14 @@ def _check_descriptors(
         "another format of A": bool(compare_descriptors(flipped, theirs)),
         "another N": bool(compare_descriptors(wider, theirs)),
     }
-    nvcc = built.metadata["cost"]["seconds"]
-    detail = (
-        f"compiled in {kernel.compile_seconds:.1f} s ({kernel.import_seconds:.1f} s more for "
-        f"imports); nvcc took {nvcc} s"
-    )
-    return Check.of(
-        "L6", "descriptors of CuTe DSL", detail, compare_descriptors(ours, theirs), controls
-    )
+    measured = {
+        "nvcc_seconds": built.metadata["cost"]["seconds"],
+        "dsl_seconds": round(kernel.compile_seconds, 1),
+        "dsl_import_seconds": round(kernel.import_seconds, 1),
+    }
+    detail = "compiled in {dsl_seconds} s of CPU, by nvcc in {nvcc_seconds} s".format(**measured)
+    found = compare_descriptors(ours, theirs)
+    return Check.of("L6", "descriptors of CuTe DSL", detail, found, controls, measured)
 
 
 def _check_maps(theirs: tuple[TensorMap, ...], ours: tuple[TensorMap, ...]) -> Check:
