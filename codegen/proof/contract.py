@@ -124,11 +124,11 @@ def _check_maps(record: LaunchRecord, instance: Instance) -> Iterator[str]:
         yield from _driver_rules(one)
     if differ := set(found) ^ (set(expected) | outputs):
         yield f"tensor maps of {', '.join(sorted(differ))} are missing or one too many"
-    for name in expected.keys() & found.keys():
+    for name in sorted(expected.keys() & found.keys()):
         axes = _Axes.of(found[name])
         if axes != expected[name]:
             yield f"{name}: {axes} is not the expected {expected[name]}"
-    for name in outputs & found.keys():
+    for name in sorted(outputs & found.keys()):
         yield from _check_output(found[name], instance, record.shape)
 
 

@@ -1,6 +1,6 @@
 // A CUDA runtime for object files of CuTe DSL that runs nothing, and a program that calls a GEMM
-// with it. CuTe DSL fills in tensor maps itself, so that they are shown as the words that the kernel
-// would be given. ENTRY is the name of the function in the object file.
+// with it. CuTe DSL fills in tensor maps itself, so that they are shown as the words that the
+// kernel would be given. ENTRY is the name of the function in the object file.
 //
 //   dsl_recorder M N K
 #include <cuda_runtime_api.h>
@@ -32,9 +32,18 @@ cudaError_t _cudaLibraryGetKernel(void** kernel, void*, const char*) {
   *kernel = &some;
   return cudaSuccess;
 }
-cudaError_t _cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t _cudaDeviceGetAttribute(int* value, int, int) { return *value = 227 << 10, cudaSuccess; }
-int _cuKernelGetAttribute(int* value, ...) { return *value = 0; }
+cudaError_t _cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t _cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 227 << 10;  // it asks for the shared memory of a thread block
+  return cudaSuccess;
+}
+int _cuKernelGetAttribute(int* value, ...) {
+  *value = 0;
+  return 0;
+}
 cudaError_t _cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 cudaError_t _cudaKernelSetAttributeForDevice(void*, int, int, int) { return cudaSuccess; }
 
