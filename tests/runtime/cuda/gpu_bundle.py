@@ -1,7 +1,8 @@
 """Builds what ``test_on_gpu.py`` needs, on a machine with nvcc and the compiler, without a GPU.
 
 Run ``python -m tests.runtime.cuda.gpu_bundle FOLDER`` in the root of the repository, and bring the
-folder to the machine with the GPU: ``pytest -m gpu tests/runtime/cuda --gpu-bundle FOLDER``.
+folder to the machine with the GPU: ``pytest tests/runtime/cuda/test_on_gpu.py --gpu-bundle
+FOLDER``.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from fpcompiler.runtime.cuda.layers import CudaLayer, Machine
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
 from fpcompiler.runtime.cuda.quantizers import CudaQuantizer
 from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.kernels import CUDA, TORCH, kernel_of
 from fpcompiler.runtime.trust import Gatekeeper
 from tests.plans import Mlp, mlp_artifact
 from tests.runtime.cuda.host_kernels import Kernels
@@ -143,11 +144,13 @@ def test_kernels_quantize_the_same_codes(
     kernels = Kernels(tmp_path, weight, activation, arch, quantizers=PROBLEMS)
     with_kernels = kernels.open("up", "down")
     assert [*with_kernels.quantizers.places] == [str(each) for each in PROBLEMS]
-    results = []
-    for each in (with_torch, with_kernels):
-        executor = Executor(artifact.plan, artifact.tensors, kernels=each)
-        results.append(executor.run_leaves([input_of(130, sizes[0])]))
-    assert all(map(torch.equal, *results))
+    pair = [
+        Executor(artifact.plan, artifact.tensors, kernels=each)
+        for each in (with_torch, with_kernels)
+    ]
+    for rows in (130, 1, 0):
+        results = [executor.run_leaves([input_of(rows, sizes[0])]) for executor in pair]
+        assert all(map(torch.equal, *results))
 
 
 def test_nan_is_found_by_the_kernels_and_the_layer_is_named(tmp_path: Path) -> None:
@@ -179,6 +182,17 @@ def test_quantizers_are_shared_and_constants_stay_off_the_gpu(tmp_path: Path) ->
     assert layers[0].linear is layers[1].linear  # packed once
     quantizers = [f for f in bound.functions if isinstance(f, CudaQuantizer)]
     assert len({f.status.data_ptr() for f in quantizers}) == 2
+
+
+def test_reports_call_them_kernels(tmp_path: Path) -> None:
+    activation = "f6E2M3FN@token:f32"
+    artifact = artifact_of(ROW, activation)
+    kernels = Kernels(tmp_path, ROW, activation, "sm_90a").open("up", "down")
+    executor = Executor(artifact.plan, artifact.tensors, kernels=kernels)
+    assert executor.program([input_of(4)]) is None  # those of the native library know no kernels
+    names = [kernel_of(item.step, item.function, (), {}) for item in executor._code]
+    layer = [CUDA, CUDA, TORCH]
+    assert names == [*layer, *layer, *layer, CUDA, CUDA, TORCH, TORCH]
 
 
 def test_codes_that_others_read_too_stay_codes(tmp_path: Path) -> None:

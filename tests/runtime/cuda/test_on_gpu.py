@@ -1,7 +1,8 @@
 """Compiled kernels on a Hopper GPU, from the operator of one layer to whole models.
 
 ``python -m tests.runtime.cuda.gpu_bundle FOLDER`` builds the kernels and models elsewhere;
-``pytest -m gpu tests/runtime/cuda --gpu-bundle FOLDER`` runs this. No compiler is needed here.
+``pytest tests/runtime/cuda/test_on_gpu.py --gpu-bundle FOLDER`` runs this. No compiler is needed
+here.
 """
 
 from __future__ import annotations
