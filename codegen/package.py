@@ -31,13 +31,14 @@ from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
 from fpcompiler.codegen.legalize import legalize
 from fpcompiler.codegen.problem import Epilogue, GemmProblem, Rows
 from fpcompiler.codegen.proof.stored import recorded_proof
-from fpcompiler.codegen.quantizers import quantizers_of
+from fpcompiler.codegen.quantize_problems import quantize_problems
 from fpcompiler.codegen.rebuild import quantize_kernels
 from fpcompiler.codegen.torch_operators import OPERATORS, build_operators
 from fpcompiler.errors import TargetError
 from fpcompiler.options import Options
 from fpcompiler.plan import Plan
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
+from fpcompiler.runtime.executor import Executor
 
 __all__ = ["KernelPlan", "require_tools", "plan_kernels", "build_sources", "package"]
 
@@ -127,6 +128,7 @@ def build_sources(
 def package(
     plan: Plan,
     tensors: Mapping[str, Tensor],
+    call: Sequence[Tensor],
     targets: Sequence[str],
     options: Options,
     progress: Progress | None = None,
@@ -136,6 +138,8 @@ def package(
     Args:
         plan: The compiled model.
         tensors: The tensors that it names.
+        call: The tensors of a call, which is run to see what is quantized; without one, torch
+            quantizes.
         targets: Architectures, such as ``sm_100a``.
         options: The user's settings.
         progress: Wraps what comes out one by one, for a progress bar.
@@ -148,7 +152,8 @@ def package(
     plans = [plan_kernels(gemms_of(plan, tensors), target) for target in targets]
     for each in plans:
         _require_some(each)
-    quantizers = [_Quantizers.of(each, plan, tensors) for each in plans]
+    executor = Executor(plan, tensors)
+    quantizers = [_Quantizers.of(each, executor, call) for each in plans]
     sources = [cutlass.emit(instance) for each in plans for instance in each.instances]
     sources += [each.source for each in quantizers if each.source is not None]
     kernels = build_sources(sources, KernelCache.from_options(options), progress)
@@ -176,14 +181,14 @@ class _Quantizers:
     source: KernelSource | None
 
     @classmethod
-    def of(cls, kernels: KernelPlan, plan: Plan, tensors: Mapping[str, Tensor]) -> _Quantizers:
-        """Return those for the layers that have GEMMs."""
+    def of(cls, kernels: KernelPlan, executor: Executor, call: Sequence[Tensor]) -> _Quantizers:
+        """Return those for the layers that have GEMMs, if there is a call that shows types."""
         elements = {
             layer: next(iter(row.values()))[1].a
             for layer, row in kernels.layers.items()
             if not isinstance(row, str)
         }
-        found = quantizers_of(plan, tensors, elements)
+        found = quantize_problems(executor, call, elements) if call else {}
         problems = tuple(dict.fromkeys(found.values()))
         source = quantize_kernels(problems, kernels.arch.name) if problems else None
         return cls(frozenset(found), problems, source)

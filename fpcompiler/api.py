@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fpcompiler.arguments import PATH, require_type
-from fpcompiler.artifact import Artifact
+from fpcompiler.artifact import Artifact, Golden
 from fpcompiler.errors import CaptureError, OptionError
 from fpcompiler.options import Options
 from fpcompiler.plan import Plan
@@ -321,15 +321,16 @@ class _Job:
         )
         self._warn_unmatched(plan)
         self._warn_of_method(results)
+        golden = record_golden(plan, tensors, batch)
         return Artifact(
             plan=plan,
             tensors=tensors,
             scheme=str(self.scheme),
             pipeline=passes.pipeline_text(pipeline),
             targets=(self.targets.plan, *self.targets.archs),
-            golden=record_golden(plan, tensors, batch),
+            golden=golden,
             graph=ir.print_program(program),
-            kernels=self._kernels(plan, tensors),
+            kernels=self._kernels(plan, tensors, golden),
             recipe={
                 "scheme": self.scheme.to_recipe(),
                 **self.chosen,
@@ -338,12 +339,16 @@ class _Job:
             },
         )
 
-    def _kernels(self, plan: Plan, tensors: Mapping[str, Tensor]) -> Mapping[str, bytes]:
+    def _kernels(
+        self, plan: Plan, tensors: Mapping[str, Tensor], golden: Sequence[Golden]
+    ) -> Mapping[str, bytes]:
         from fpcompiler.codegen.package import package
 
         if not self.targets.archs:
             return {}
-        return package(plan, tensors, self.targets.archs, Options.from_env(), self.progress)
+        call = golden[0].inputs if golden else ()
+        options = Options.from_env()
+        return package(plan, tensors, call, self.targets.archs, options, self.progress)
 
     def _warn_of_method(self, results: Sequence[PassResult]) -> None:
         from fpcompiler.passes import advice

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Final, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import fused
+from fpcompiler.runtime.operators import QUANTIZERS
 from fpcompiler.runtime.ops import LinearArguments
 
 _OUTSIDE: Final = -1
@@ -68,7 +69,30 @@ def weight_names(step: Step) -> tuple[str, ...]:
     return tuple(part["v"] for part in parts)
 
 
-def readers_of(plan: Plan) -> list[list[int]]:
+def shared_quantizers(plan: Plan, kinds: Mapping[int, Hashable]) -> dict[int, int]:
+    """Return the quantizers whose results are read by known layers only, all in the same form.
+
+    Such a quantizer can give its results in that form; of any other they stay codes and scales.
+
+    Args:
+        plan: The plan.
+        kinds: The form in which a layer reads its input, by the index of its step.
+
+    Returns:
+        The index of one of the layers by that of the quantizer's step.
+    """
+    found = {}
+    for index, readers in enumerate(_readers_of(plan)):
+        step = plan.steps[index]
+        if step.op not in QUANTIZERS or step.kwargs or not readers:
+            continue
+        whole = all(i in kinds and _reads_whole(plan.steps[i], step) for i in readers)
+        if whole and len({kinds[i] for i in readers}) == 1:
+            found[index] = readers[0]
+    return found
+
+
+def _readers_of(plan: Plan) -> list[list[int]]:
     """Return the steps that read results of each step; -1 for the results of the plan itself."""
     makers = {out: index for index, step in enumerate(plan.steps) for out in step.outs}
     readers: list[list[int]] = [[] for _ in plan.steps]
@@ -82,10 +106,8 @@ def readers_of(plan: Plan) -> list[list[int]]:
     return readers
 
 
-def reads_whole(step: Step, quantizer: Step) -> bool:
+def _reads_whole(step: Step, quantizer: Step) -> bool:
     """Return whether a layer reads all results of a quantizer as its input."""
-    if step.op != "fpc.linear":
-        return False
     outs = [{"v": name} for name in quantizer.outs]
     given = LinearArguments(*step.args)
     return list(given.x) == outs and given.x_operand == quantizer.args[-2]

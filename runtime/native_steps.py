@@ -19,12 +19,12 @@ from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import expanded, fused, onednn
 from fpcompiler.runtime.arithmetic import takes
 from fpcompiler.runtime.expanded import ExpandedLayer, ExpandedLinear, announce
-from fpcompiler.runtime.layer_steps import LayerArguments, read_layer, readers_of, reads_whole
+from fpcompiler.runtime.layer_steps import LayerArguments, read_layer, shared_quantizers
 from fpcompiler.runtime.native import NativeLinear, PreparedInput
 from fpcompiler.runtime.native_ops import TracedLinear
 from fpcompiler.runtime.native_producers import describe
 from fpcompiler.runtime.onednn import OneDnnLayer, OneDnnLinear
-from fpcompiler.runtime.operators import QUANTIZERS, resolve
+from fpcompiler.runtime.operators import resolve
 from fpcompiler.runtime.ops import LinearArguments
 
 Function: TypeAlias = Callable[..., Any]
@@ -148,23 +148,9 @@ def _bind_expanded(layer: LayerArguments, operator: Function) -> ExpandedLayer |
 def share_inputs(plan: Plan, functions: Sequence[Function]) -> list[Function]:
     """Return the functions of all steps; quantizers for native layers only become native."""
     result = list(functions)
-    readers = readers_of(plan)
-    for index, step in enumerate(plan.steps):
-        if step.op not in QUANTIZERS or step.kwargs:
-            continue
-        layers = [
-            _native_reader(plan.steps[i], functions[i], step) if i >= 0 else None
-            for i in readers[index]
-        ]
-        kinds = {layer.linear.kind for layer in layers if layer}
-        if layers and None not in layers and len(kinds) == 1:
-            first = next(layer for layer in layers if layer)
-            result[index] = NativeQuantizer(first.linear, first.traced, len(step.outs) - 1)
+    layers = {i: f for i, f in enumerate(functions) if isinstance(f, NativeLayer)}
+    kinds = {index: layer.linear.kind for index, layer in layers.items()}
+    for index, reader in shared_quantizers(plan, kinds).items():
+        first, scales = layers[reader], len(plan.steps[index].outs) - 1
+        result[index] = NativeQuantizer(first.linear, first.traced, scales)
     return result
-
-
-def _native_reader(step: Step, function: Function, quantizer: Step) -> NativeLayer | None:
-    """Return a layer that reads all results of a quantizer as its input, and nothing else of it."""
-    if not isinstance(function, NativeLayer):
-        return None
-    return function if reads_whole(step, quantizer) else None

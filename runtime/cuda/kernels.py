@@ -23,8 +23,8 @@ from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine
 from fpcompiler.runtime.cuda.operators import load_operators, open_library
 from fpcompiler.runtime.cuda.quantizers import CudaQuantizer, QuantizeKernels
 from fpcompiler.runtime.cuda.select import capability_of, select
-from fpcompiler.runtime.layer_steps import read_layer, readers_of, reads_whole, weight_names
-from fpcompiler.runtime.operators import QUANTIZERS, Function
+from fpcompiler.runtime.layer_steps import read_layer, shared_quantizers, weight_names
+from fpcompiler.runtime.operators import Function
 from fpcompiler.runtime.trust import Gatekeeper
 
 OPERATORS: Final = "operators"
@@ -91,23 +91,30 @@ class CudaKernels:
             ArtifactError: If the kernels of a layer do not compute it.
         """
         result = list(functions)
-        linears: dict[tuple[str, ...], CudaLinear] = {}  # one for all steps with the same weights
-        for index, step in enumerate(plan.steps):
-            if self.runs(step):
-                key = (*weight_names(step), *map(str, step.args[3:]))
-                linears[key] = linears.get(key) or self._linear(step, constants)
-                result[index] = CudaLayer(linears[key])
-        found = _shared_quantizers(plan, result)
+        layers = self._layers(plan, constants)
+        found = shared_quantizers(plan, {i: linear.kind for i, linear in layers.items()})
         status = torch.zeros(len(found), dtype=torch.int32, device=self.machine.device)
-        for place, (index, layer) in enumerate(found.items()):
+        for index, linear in layers.items():
+            result[index] = CudaLayer(linear)
+        for place, (index, reader) in enumerate(found.items()):
             result[index] = CudaQuantizer(
-                layer.linear,
+                layers[reader],
                 self.quantizers,
                 functions[index],
                 len(plan.steps[index].outs) - 1,
                 status[place : place + 1],
             )
         return Bound(result, _check_of(status, [plan.steps[index] for index in found]))
+
+    def _layers(self, plan: Plan, constants: Mapping[str, Tensor]) -> dict[int, CudaLinear]:
+        """Return the layers that have kernels, one for all steps with the same weights."""
+        found: dict[int, CudaLinear] = {}
+        made: dict[tuple[str, ...], CudaLinear] = {}
+        for index, step in enumerate(plan.steps):
+            if self.runs(step):
+                key = (*weight_names(step), *map(str, step.args[3:]))
+                made[key] = found[index] = made.get(key) or self._linear(step, constants)
+        return found
 
     def _linear(self, step: Step, constants: Mapping[str, Tensor]) -> CudaLinear:
         layer = read_layer(step, constants)
@@ -177,32 +184,6 @@ def open_target(
     gemms = {i.name: Gemm.of(i, open_library(admit(i))) for i in by_role.get("gemm", [])}
     quantizers = QuantizeKernels.of([admit(i) for i in by_role.get("quantize", [])])
     return CudaKernels(target, gemms, quantizers, machine)
-
-
-def _shared_quantizers(plan: Plan, functions: Sequence[Function]) -> dict[int, CudaLayer]:
-    """Return the quantizers that only layers with kernels read, each with one of those layers.
-
-    What a quantizer makes is then in the form that all of them read; otherwise it is codes and
-    scales, which each layer brings into its own form.
-    """
-    found = {}
-    readers = readers_of(plan)
-    for index, step in enumerate(plan.steps):
-        if step.op not in QUANTIZERS or step.kwargs:
-            continue
-        layers = [
-            _reader(plan.steps[i], functions[i], step) if i >= 0 else None for i in readers[index]
-        ]
-        known = [layer for layer in layers if layer is not None]
-        if known and len(known) == len(layers) and len({item.linear.kind for item in known}) == 1:
-            found[index] = known[0]
-    return found
-
-
-def _reader(step: Step, function: Function, quantizer: Step) -> CudaLayer | None:
-    if isinstance(function, CudaLayer) and reads_whole(step, quantizer):
-        return function
-    return None
 
 
 def _check_of(status: Tensor, steps: Sequence[Step]) -> Check:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from fpcompiler.runtime.cuda.form import CudaInput, InputKind, with_scales
 from fpcompiler.runtime.cuda.layers import CudaLinear
 from fpcompiler.runtime.cuda.operators import open_library
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
+from fpcompiler.runtime.fused import SLOTS
 from fpcompiler.runtime.native_producers import Form, ProducedForm, RowsForm, form_of_rows
 from fpcompiler.runtime.operators import Function
 
@@ -77,8 +78,7 @@ class QuantizeKernels:
         Returns:
             None if there is no kernel for it.
         """
-        types = tuple("" if t is None else _TYPES.get(t.dtype, "?") for t in (x, *beside))
-        place = self.places.get(_text_of(kind, producer, types))
+        place = self.places.get(_text_of(kind, producer, type_names((x, *beside))))
         forms = (None if t is None else _form(t) for t in (x, *beside))
         form = None if place is None else form_of_rows(producer or _WITHOUT, *forms)
         if place is None or form is None:
@@ -152,6 +152,12 @@ class CudaQuantizer:
             return found
         codes_and_scales = torch.ops.fpc.quantize(x, operand, layer)
         return self.linear.prepare_codes(codes_and_scales)
+
+
+def type_names(tensors: Sequence[Tensor | None]) -> tuple[str, ...]:
+    """Return the types of ``x`` and of a producer's tensors as problems have them: five texts."""
+    names = ["" if t is None else _TYPES.get(t.dtype, "?") for t in tensors]
+    return (*names, *[""] * (1 + len(SLOTS) - len(names)))
 
 
 def problem_of(kind: InputKind, producer: str, types: tuple[str, ...]) -> QuantizeProblem | None:

@@ -153,7 +153,8 @@ def test_missing_tools_are_said_before_the_model_is_captured(monkeypatch) -> Non
 @pytest.mark.nvcc
 def test_a_real_model_for_a_real_target(tmp_path) -> None:
     artifact = compiled("nvfp4; gate: w4a16", torch.bfloat16, target="cpu,sm_120a").artifact
-    files = package(artifact.plan, artifact.tensors, ["sm_120a"], Options.from_env())
+    call = artifact.golden[0].inputs
+    files = package(artifact.plan, artifact.tensors, call, ["sm_120a"], Options.from_env())
     index = KernelIndex.of(files)
     (gemm,) = [i for _, i in index.all_instances() if i.role == "gemm"]
     assert gemm.name == "gemm_sm_120a_nvf4_e2m1_e2m1_bf16_128x128x128"

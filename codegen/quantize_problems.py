@@ -1,0 +1,70 @@
+"""What kernels must quantize so that the layers of a plan can run on kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from torch import Tensor
+
+from fpcompiler.operand import Operand
+from fpcompiler.plan import Step
+from fpcompiler.runtime.cuda import QuantizeProblem
+from fpcompiler.runtime.cuda.form import InputKind
+from fpcompiler.runtime.cuda.quantizers import problem_of, type_names
+from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.layer_steps import shared_quantizers
+from fpcompiler.runtime.operators import Function
+
+__all__ = ["quantize_problems"]
+
+_X_OPERAND: Final = 3
+_K: Final = 5
+_PLAIN: Final = 3  # arguments of fpc.quantize: values, operand and layer
+
+
+def quantize_problems(
+    executor: Executor, leaves: Sequence[Tensor], elements: Mapping[str, str]
+) -> dict[str, QuantizeProblem]:
+    """Return the problem of each layer's input; the runtime looks for kernels that solve these.
+
+    A plan does not say of what types its values are, so a call is run. Its results are thrown away,
+    and the state of the executor stays as it is.
+
+    Args:
+        executor: Runs the plan, anywhere.
+        leaves: The tensors of a call, such as the recorded one.
+        elements: The format in which kernels read a layer's input, by the layer's name; layers
+            that have no kernels are left out.
+
+    Returns:
+        By the layer's name; without those whose input no kernel makes: torch quantizes it then.
+    """
+    plan = executor.plan
+    kinds = {
+        index: InputKind(Operand.parse(step.args[_X_OPERAND]), step.args[_K], elements[step.layer])
+        for index, step in enumerate(plan.steps)
+        if step.op == "fpc.linear" and step.layer in elements
+    }
+    shared = shared_quantizers(plan, kinds)
+    made_by = {out: index for index in shared for out in plan.steps[index].outs}
+    found: dict[int, QuantizeProblem] = {}
+
+    def look(step: Step, function: Function, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        index = made_by.get(step.outs[0])
+        if index is not None:
+            tensors = args[:5] if len(args) > _PLAIN else args[:1]
+            producer = args[5] if len(args) > _PLAIN else ""
+            problem = problem_of(kinds[shared[index]], producer, type_names(tensors))
+            if problem is not None:
+                found[index] = problem
+        return function(*args, **kwargs)
+
+    executor.fresh().run_leaves(leaves, caller=look)
+    inputs = {out: found[index] for out, index in made_by.items() if index in found}
+    return {
+        plan.steps[index].layer: inputs[name]
+        for index in kinds
+        for name in plan.steps[index].uses()
+        if name in inputs
+    }
