@@ -141,7 +141,11 @@ class CudaLinear:
         self._scales = kernel_scales(parts[-1], block.block, k) if block else None
         x_held = held_in(x_operand.format, self._decode.a)
         self._alpha = math.prod(c.factor for c in (held, x_held) if c)
-        self._row_scale = self._scale_rows(parts[1] if w_operand.outer else None, w_operand)
+        self._row_scale = None
+        if w_operand.outer and w_operand.outer.granularity is Granularity.TENSOR:
+            self._alpha *= float(parts[1].view(-1)[0])  # times a power of two: exact
+        elif w_operand.outer:
+            self._row_scale = self._padded_rows(parts[1])
         self._bias = None if bias is None else self._padded_rows(bias.to(machine.device))
         self._table = code_table(x_operand.format, self._decode.a, machine.device)
 
@@ -176,17 +180,8 @@ class CudaLinear:
         parts = (self._codes, self._scales, self._row_scale)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def _scale_rows(self, scale: Tensor | None, operand: Operand) -> Tensor | None:
-        """Return the scales of rows; that of a whole tensor goes into the factor of all sums."""
-        if scale is None or operand.outer is None:
-            return None
-        if operand.outer.granularity is Granularity.TENSOR:
-            # Times a power of two: exact.
-            self._alpha *= float(scale.view(-1)[0])
-            return None
-        return self._padded_rows(scale)
-
     def _padded_rows(self, values: Tensor) -> Tensor:
+        """Return a number for each row of the padded weight, fp32."""
         flat = values.detach().reshape(-1).to(torch.float32)
         return pad(flat, (0, self._padded - self.outputs)).contiguous()
 

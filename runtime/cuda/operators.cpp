@@ -1,9 +1,9 @@
 // The operators that run compiled kernels, torch.ops.fpc_cuda: one library for all of them.
 //
-// It uses the stable C interface of torch only, so that a build serves every torch from 2.10 on, and
-// no header of CUDA: it loads kernels by path and knows them by their C interface. What a launch
-// writes is allocated by torch, and nothing is waited for, so that calls can be captured in a CUDA
-// graph. Schemas and fake implementations are in operators.py.
+// It uses the stable C interface of torch only, so that a build serves every torch from 2.10 on,
+// and no header of CUDA: it loads kernels by path and knows them by their C interface. What a
+// launch writes is allocated by torch, and nothing is waited for, so that calls can be captured in a
+// CUDA graph. Fake implementations are in operators.py.
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -46,6 +46,7 @@ void require(bool condition, const Parts&... parts) {
 struct Library {
     std::string path;
     bool on_host;  // a stand-in that tests compile for the CPU
+    ScalarType output;  // of a GEMM
     int32_t (*run)(const FpcGemmArguments*);
     int64_t (*workspace)(int32_t, int32_t, int32_t, int32_t);
     int64_t (*scale_bytes_a)(int32_t, int32_t, int32_t);
@@ -62,31 +63,43 @@ void find(void* handle, const char* name, Function& function) {
     function = reinterpret_cast<Function>(dlsym(handle, name));
 }
 
+// The description is JSON as Python writes it.
+ScalarType output_of(const std::string& description, const std::string& path) {
+    if (description.find("\"output\": \"bf16\"") != std::string::npos) return ScalarType::BFloat16;
+    if (description.find("\"output\": \"f16\"") != std::string::npos) return ScalarType::Half;
+    const bool floats = description.find("\"output\": \"f32\"") != std::string::npos;
+    require(floats, path, " gives results of a type that this version does not know.");
+    return ScalarType::Float;
+}
+
 Library load(const std::string& path) {
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     const char* error = handle ? "" : dlerror();
     require(handle != nullptr, "the kernels in ", path, " do not load: ", error);
-    Library found{path, dlsym(handle, "fpc_on_host") != nullptr, {}, {}, {}, {}, {}};
+    Library found{path, dlsym(handle, "fpc_on_host") != nullptr, {}, {}, {}, {}, {}, {}};
     int32_t (*abi)() = nullptr;
+    const char* (*description)() = nullptr;
     find(handle, "fpc_gemm_abi", abi);
+    find(handle, "fpc_gemm_description", description);
     find(handle, "fpc_gemm_run", found.run);
     find(handle, "fpc_gemm_workspace", found.workspace);
     find(handle, "fpc_gemm_scale_bytes_a", found.scale_bytes_a);
     find(handle, "fpc_gemm_scale_bytes_b", found.scale_bytes_b);
     find(handle, "fpc_quantize_rows", found.quantize);
-    const bool gemm = abi && found.run && found.workspace && found.scale_bytes_a &&
+    const bool gemm = abi && description && found.run && found.workspace && found.scale_bytes_a &&
                       found.scale_bytes_b;
     require(gemm || found.quantize != nullptr, path, " holds no kernels of fpcompiler.");
     if (!gemm) found.run = nullptr;
     const int32_t version = gemm ? abi() : FPC_GEMM_ABI;
     require(version == FPC_GEMM_ABI, path, " has version ", version,
             " of the interface of kernels, not ", FPC_GEMM_ABI, ": compile the model again.");
+    if (gemm) found.output = output_of(description(), path);
     return found;
 }
 
 int64_t version() { return kVersion; }
 
-int64_t open(std::string path) {
+int64_t open_library(std::string path) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (size_t i = 0; i < libraries.size(); i++)
         if (libraries[i].path == path) return static_cast<int64_t>(i);
@@ -96,27 +109,26 @@ int64_t open(std::string path) {
 
 const Library& library_of(int64_t index) {
     const std::lock_guard<std::mutex> lock(mutex);
-    require(index >= 0 && index < static_cast<int64_t>(libraries.size()),
-                    "there is no library ", index, "; open() returns the numbers of those there are.");
+    require(index >= 0 && index < static_cast<int64_t>(libraries.size()), "there is no library ",
+            index, "; open() returns the numbers of those there are.");
     return libraries[static_cast<size_t>(index)];  // elements of a deque stay where they are
 }
 
-// --- tensors ---------------------------------------------------------------------------------------
+// --- tensors -------------------------------------------------------------------------------------
 
 void check_place(const Library& library, const Tensor& x) {
     require(x.is_cuda() != library.on_host, "the kernels of ", library.path, " run on ",
-                    library.on_host ? "the CPU" : "a GPU", ", and their input is elsewhere.");
+            library.on_host ? "the CPU" : "a GPU", ", and their input is elsewhere.");
 }
 
 void check(const Tensor& tensor, const Tensor& x, ScalarType dtype, int64_t count,
            const char* name) {
     require(tensor.scalar_type() == dtype && tensor.is_contiguous(), name,
-                    " has another type than the kernel reads, or gaps.");
+            " has another type than the kernel reads, or gaps.");
     require(tensor.numel() >= count, name, " has ", tensor.numel(), " numbers; the kernel ",
-                    "reads ", count, ".");
-    require(tensor.is_cuda() == x.is_cuda() &&
-                        tensor.get_device_index() == x.get_device_index(),
-                    name, " is on another device than the first input.");
+            "reads ", count, ".");
+    require(tensor.is_cuda() == x.is_cuda() && tensor.get_device_index() == x.get_device_index(),
+            name, " is on another device than the first input.");
 }
 
 const void* address(const MaybeTensor& tensor) {
@@ -146,7 +158,7 @@ class Launch {
                          : nullptr;
         }();
         require(get && !get(x.get_device_index(), &stream_),
-                        "this torch tells no current stream of CUDA; install a build for CUDA.");
+                "this torch tells no current stream of CUDA; install a build for CUDA.");
     }
 
     void* stream() const { return stream_; }
@@ -156,7 +168,7 @@ class Launch {
     void* stream_ = nullptr;
 };
 
-// --- GEMM ------------------------------------------------------------------------------------------
+// --- GEMM ----------------------------------------------------------------------------------------
 
 const char* cause_of(int32_t status) {
     switch (status & 0xFF) {
@@ -174,9 +186,8 @@ const char* cause_of(int32_t status) {
 void check_codes(const Tensor& codes, const Tensor& x, int64_t rows, int64_t k, const char* name) {
     check(codes, x, ScalarType::Byte, 0, name);
     const int64_t bits = codes.dim() == 2 ? codes.size(1) * 8 : 0;
-    require(codes.dim() == 2 && codes.size(0) == rows &&
-                        (bits == 4 * k || bits == 6 * k || bits == 8 * k),
-                    name, " does not hold ", rows, " rows of ", k, " codes.");
+    const bool whole = bits == 4 * k || bits == 6 * k || bits == 8 * k;
+    require(whole && codes.size(0) == rows, name, " does not hold ", rows, " rows of ", k, " codes.");
 }
 
 Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const Tensor& b,
@@ -186,16 +197,17 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
             ScalarType out) {
     const Library& kernel = library_of(library);
     require(kernel.run != nullptr, kernel.path, " holds no GEMM.");
+    require(out == kernel.output, "the kernel of ", kernel.path, " gives results of another type.");
     require(m >= 0 && n > 0 && k > 0 && m <= kMost && n <= kMost && k <= kMost,
-                    "there is no GEMM of M = ", m, ", N = ", n, " and K = ", k, ".");
+            "there is no GEMM of M = ", m, ", N = ", n, " and K = ", k, ".");
     check_place(kernel, a);
     check_codes(a, a, m, k, "A");
     check_codes(b, a, n, k, "B");
-    const auto sizes = std::make_tuple((int32_t)m, (int32_t)n, (int32_t)k);
-    if (a_scales)
-        check(*a_scales, a, ScalarType::Byte, std::apply(kernel.scale_bytes_a, sizes), "A's scales");
-    if (b_scales)
-        check(*b_scales, a, ScalarType::Byte, std::apply(kernel.scale_bytes_b, sizes), "B's scales");
+    const int32_t sizes[] = {(int32_t)m, (int32_t)n, (int32_t)k};
+    const int64_t bytes_a = kernel.scale_bytes_a(sizes[0], sizes[1], sizes[2]);
+    const int64_t bytes_b = kernel.scale_bytes_b(sizes[0], sizes[1], sizes[2]);
+    if (a_scales) check(*a_scales, a, ScalarType::Byte, bytes_a, "A's scales");
+    if (b_scales) check(*b_scales, a, ScalarType::Byte, bytes_b, "B's scales");
     if (residual) check(*residual, a, out, m * n, "the residual");
     const Tensor d = empty(a, {m, n}, out);
     if (m == 0) return d;
@@ -209,7 +221,7 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
     args.bias = floats(bias, a, n, "the bias");
     args.scalar_a = floats(scalar, a, 1, "the scale of A");
     args.alpha = (float)alpha;
-    args.m = (int32_t)m, args.n = (int32_t)n, args.k = (int32_t)k, args.sm_count = (int32_t)sms;
+    args.m = sizes[0], args.n = sizes[1], args.k = sizes[2], args.sm_count = (int32_t)sms;
     const Launch launch(a);
     args.stream = launch.stream();
     const int64_t bytes = kernel.workspace(args.m, args.n, args.k, args.sm_count);
@@ -219,12 +231,12 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
     args.workspace = bytes ? workspace.mutable_data_ptr() : nullptr;
     args.workspace_bytes = (size_t)bytes;
     const int32_t status = kernel.run(&args);
-    require(status == FPC_OK, "the kernel of ", kernel.path, " did not compute M = ", m,
-                    ", N = ", n, ", K = ", k, ": ", cause_of(status), " (status ", status, ")");
+    require(status == FPC_OK, "the kernel of ", kernel.path, " did not compute M = ", m, ", N = ",
+            n, ", K = ", k, ": ", cause_of(status), " (status ", status, ")");
     return d;
 }
 
-// --- quantizing ------------------------------------------------------------------------------------
+// --- quantizing ----------------------------------------------------------------------------------
 
 // The arguments are those of FpcQuantizeArguments; the sizes of scales are in numbers.
 std::tuple<Tensor, Tensor, Tensor> quantize(
@@ -254,10 +266,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize(
     args.status = static_cast<int32_t*>(status.mutable_data_ptr());
     const Launch launch(x);
     const int32_t result = kernel.quantize((int32_t)problem, &args, launch.stream());
-    require(result != FPC_REFUSED, "kernel ", problem, " of ", kernel.path,
-                    " does not quantize ", m, " rows of ", k, " values.");
-    require(result == FPC_LAUNCHED, "CUDA error ", result, " at the launch of kernel ",
-                    problem, " of ", kernel.path, "; was it compiled for this GPU?");
+    require(result != FPC_REFUSED, "kernel ", problem, " of ", kernel.path, " does not quantize ",
+            m, " rows of ", k, " values.");
+    require(result == FPC_LAUNCHED, "CUDA error ", result, " at the launch of kernel ", problem,
+            " of ", kernel.path, "; was it compiled for this GPU?");
     return {codes, outer_scale, block_scale};
 }
 
@@ -279,7 +291,7 @@ STABLE_TORCH_LIBRARY(fpc_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CompositeExplicitAutograd, m) {
     m.impl("version", TORCH_BOX(&version));
-    m.impl("open", TORCH_BOX(&open));
+    m.impl("open", TORCH_BOX(&open_library));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CPU, m) {

@@ -1,12 +1,12 @@
 """The operators that run compiled kernels, ``torch.ops.fpc_cuda``, and what torch.compile sees.
 
-========================  ======================================================================
-``open(path)``            loads a library of kernels and returns its number
-``gemm(library, ...)``    ``[m, n]``: see ``FpcGemmArguments``; ``scalar`` is a scale of all of A
-``quantize(library, ..)``  codes ``[m, pitch]``, ``outer`` real scales and ``blocks`` scales of a
-                          byte: see ``FpcQuantizeArguments``. ``status`` becomes 1 if a value is
-                          NaN or infinite, and is left alone otherwise
-========================  ======================================================================
+===================  ============================================================================
+``open(path)``       loads a library of kernels and returns its number
+``gemm(..)``         ``[m, n]``: see ``FpcGemmArguments``; ``scalar`` is a scale of all of A
+``quantize(..)``     codes ``[m, pitch]``, ``outer`` real scales and ``blocks`` scales of a byte:
+                     see ``FpcQuantizeArguments``. ``status`` becomes 1 if a value is NaN or
+                     infinite, and is left alone otherwise
+===================  ============================================================================
 
 Operands are packed as kernels read them (:mod:`fpcompiler.numerics.kernel_layout`). Kernels run on
 the current stream; nothing is waited for.

@@ -7,6 +7,7 @@
 
 FPC_EXPORT int32_t fpc_on_host() { return 1; }
 FPC_EXPORT int32_t fpc_gemm_abi() { return kAbi; }
+FPC_EXPORT const char* fpc_gemm_description() { return kDescription; }
 
 static const int kStep = kBlock ? kBlock : 1;
 static int32_t calls = 0;
@@ -20,8 +21,12 @@ static int64_t up(int64_t size, int64_t to) { return (size + to - 1) / to * to; 
 static int64_t scale_bytes(int64_t rows, int64_t k) {
     return kBlock ? up(rows, 128) * up(k / kStep, 4) : 0;
 }
-FPC_EXPORT int64_t fpc_gemm_scale_bytes_a(int32_t m, int32_t, int32_t k) { return scale_bytes(m, k); }
-FPC_EXPORT int64_t fpc_gemm_scale_bytes_b(int32_t, int32_t n, int32_t k) { return scale_bytes(n, k); }
+FPC_EXPORT int64_t fpc_gemm_scale_bytes_a(int32_t m, int32_t, int32_t k) {
+    return scale_bytes(m, k);
+}
+FPC_EXPORT int64_t fpc_gemm_scale_bytes_b(int32_t, int32_t n, int32_t k) {
+    return scale_bytes(n, k);
+}
 
 static double value(const void* codes, int64_t row, int64_t i, int64_t k, int bits,
                     const float* values) {
@@ -70,8 +75,9 @@ FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* args) {
                 sum += value(args->a, m, i, k, kBitsA, kValuesA) * scale(args->a_scales, m, i, k) *
                        value(args->b, n, i, k, kBitsB, kValuesB) * scale(args->b_scales, n, i, k);
             const float factor = args->alpha * of(args->scalar_a, 0, 1) * of(args->scalar_b, 0, 1);
-            const float y = of(args->token_scale, m, 1) * (of(args->row_scale, n, 1) * (factor * (float)sum));
-            store(args->d, m * args->n + n, y + of(args->bias, n, 0));
+            const float scaled = of(args->row_scale, n, 1) * (factor * (float)sum);
+            const float y = of(args->token_scale, m, 1) * scaled + of(args->bias, n, 0);
+            store(args->d, m * args->n + n, y);
         }
     return FPC_OK;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import json
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -61,9 +62,10 @@ def host_gemm(description: Mapping[str, Any], path: Path, abi: int = 1) -> Path:
     a, b = (FORMATS[description[name]] for name in ("a", "b"))
     templates = resources.files("fpcompiler.codegen.cutlass") / "templates"
     output = {"f32": 4, "bf16": 2}[description["output"]]
-    # The name, so that the libraries of one model for few and for many rows differ.
-    text = f"""// {path.stem}
-extern const char kName[] = "{path.stem}";
+    said = json.dumps(dict(description), sort_keys=True)
+    # The name, so that the libraries of a model for few and for many rows differ.
+    text = f"""char name[] = "{path.stem}";
+static const char kDescription[] = R"json({said})json";
 {(templates / "kernel_abi.h").read_text("utf-8").replace("#pragma once", "")}
 #include <cmath>
 static const int kAbi = {abi}, kBlock = {block}, kOutputBytes = {output};
@@ -155,12 +157,12 @@ class Kernels:
 
 def _compile(text: str, path: Path) -> Path:
     path.with_suffix(".cpp").write_text(text, encoding="utf-8")
-    path.write_bytes(_compiled(text))
+    path.write_bytes(compiled(text))
     return path
 
 
 @functools.cache
-def _compiled(text: str) -> bytes:
+def compiled(text: str) -> bytes:
     """Return a library; tests need the same ones again and again."""
     command = [
         "g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +89,7 @@ def quantize_arguments(library: int, x: Tensor, status: Tensor, index: int = 0) 
         ({"scalar": torch.ones(0)}, "scale of A has 0 numbers"),
         ({"residual": torch.ones(2)}, "the residual has 2 numbers; the kernel reads 24"),
         ({"n": 6, "b": torch.zeros(6, 64, dtype=torch.uint8)}, "does not compute these sizes"),
+        ({"out": torch.bfloat16}, "gives results of another type"),
         ({"m": -1}, "no GEMM of M = -1"),
         ({"k": 1 << 31}, "no GEMM of M"),
         ({"library": 9999}, "there is no library 9999"),
@@ -140,6 +140,16 @@ def test_files_that_are_no_kernels_are_refused(tmp_path: Path) -> None:
         open_library(host_kernels.operators())
 
 
+def test_an_unknown_type_of_results_is_refused(tmp_path: Path) -> None:
+    host_kernels.operators()
+    description = host_kernels.describe_gemm(*PAIR)
+    path = host_kernels.host_gemm(description, tmp_path / "gemm.so")
+    source = path.with_suffix(".cpp").read_text().replace('"output": "f32"', '"output": "f64"')
+    path.write_bytes(host_kernels.compiled(source))
+    with pytest.raises(ArtifactError, match="results of a type that this version does not know"):
+        open_library(path)
+
+
 def test_another_version_of_the_interface_is_refused(tmp_path: Path) -> None:
     host_kernels.operators()
     path = host_kernels.host_gemm(host_kernels.describe_gemm(*PAIR), tmp_path / "new.so", abi=2)
@@ -151,11 +161,9 @@ def test_kernels_for_a_gpu_do_not_run_on_the_cpu(tmp_path: Path) -> None:
     """A library without the mark of tests is one for a GPU."""
     host_kernels.operators()
     path = host_kernels.host_gemm(host_kernels.describe_gemm(*PAIR), tmp_path / "gemm.so")
-    source = path.with_suffix(".cpp")
-    source.write_text(source.read_text().replace("fpc_on_host", "fpc_elsewhere"))
+    source = path.with_suffix(".cpp").read_text().replace("fpc_on_host", "fpc_elsewhere")
     other = tmp_path / "gpu.so"
-    command = ["g++", "-shared", "-fPIC", "-fvisibility=hidden", str(source), "-o", str(other)]
-    subprocess.run(command, check=True)
+    other.write_bytes(host_kernels.compiled(source))
     with pytest.raises(RuntimeError, match="run on a GPU, and their input is elsewhere"):
         torch.ops.fpc_cuda.gemm(*arguments(open_library(other)))
 
