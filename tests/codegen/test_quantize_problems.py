@@ -50,8 +50,7 @@ MX = "f6E2M3FN@block32:f8E8M0FNU"
         (ROW, TOKEN, "f6E2M3FN", {}),
         (ROW, TOKEN, "f8E4M3FN", {"widened": True}),
         ("f4E2M1FN@block32:f8E8M0FNU", MX, "f6E2M3FN", {"swizzled": True}),
-        # K = 64 has fewer scales in a row of tiles than the padded K that GEMMs see.
-        (NVFP4, NVFP4, "f4E2M1FN", None),
+        (NVFP4, NVFP4, "f4E2M1FN", {"swizzled": True}),
         # A wider container with other codes than E4M3's.
         (ROW, "f4E1M2FN@token:f32", "f6E2M3FN", None),
     ],
