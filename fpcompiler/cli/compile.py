@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli import calibration
 from fpcompiler.cli.command import OK, Command
+from fpcompiler.cli.kernels import kernel_rows
 from fpcompiler.cli.output import print_json, progress
 from fpcompiler.cli.source import load_source
 from fpcompiler.cli.tensors import read_inputs
@@ -79,6 +80,8 @@ def _run(args: argparse.Namespace) -> int:
     print(f"{size_text(plan.bytes_before)} -> {size_text(plan.bytes_after)}")
     if plan.caches:
         print(plan.cache_text)
+    for gpu, _, layers, gemms, passed, kernel_size in kernel_rows(compiled.artifact.kernels):
+        print(f"kernels for {gpu}: {layers} layers, {gemms} GEMMs, {passed} proved, {kernel_size}")
     if dumps:
         print(f"dumps: {dumps}")
     for text in compiled.reports.values():

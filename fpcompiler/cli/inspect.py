@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli.command import OK, Command
+from fpcompiler.cli.kernels import HEADERS, kernel_reasons, kernel_rows
 from fpcompiler.cli.output import print_json, print_rich, print_table
 
 if TYPE_CHECKING:
@@ -28,12 +29,19 @@ def _run(args: argparse.Namespace) -> int:
     plan = PlanTable.of(artifact.plan.layers, artifact.scheme)
     facts = _facts(artifact, Path(args.file).stat().st_size)
     if args.json:
-        print_json({**facts, "inputs": _inputs(artifact), "plan": plan.to_json()})
+        kernels = [dict(zip(HEADERS, row, strict=True)) for row in kernel_rows(artifact.kernels)]
+        rest = {"inputs": _inputs(artifact), "plan": plan.to_json(), "kernels": kernels}
+        print_json({**facts, **rest})
         return OK
     print_table(args.file, ("", ""), [(name, _text(value)) for name, value in facts.items()])
     rows = [(name, dtype, " x ".join(map(str, shape))) for name, dtype, shape in _inputs(artifact)]
     print_table("inputs", ("name", "dtype", "shape"), rows)
     print_rich(plan)
+    if artifact.kernels:
+        print_table("GPU kernels", HEADERS, kernel_rows(artifact.kernels))
+    reasons = kernel_reasons(artifact.kernels)
+    if reasons:
+        print_table("layers without GPU kernels", ("GPU", "layer", "reason"), reasons)
     return OK
 
 
