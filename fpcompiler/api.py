@@ -5,7 +5,6 @@ Loading needs no compiler, so everything that does is imported inside of ``compi
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import warnings
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fpcompiler.arguments import PATH, require_type
 from fpcompiler.artifact import Artifact, Golden
+from fpcompiler.dumps import Dumps
 from fpcompiler.errors import CaptureError, OptionError
 from fpcompiler.options import Options
 from fpcompiler.plan import Plan
@@ -167,7 +167,7 @@ def compile(
                 f"the method {method} needs at least {least} batches of calibration data, since "
                 "one is not learned from and decides. Split the data into more batches."
             )
-    dumps, bar = _Dumps(_dump_folder(dump_dir), dump_weights), progress or _progress()
+    dumps, bar = Dumps.of(dump_dir, weights=dump_weights), progress or _progress()
     if dump_weights and dumps.folder is None:
         raise OptionError("dump_weights= needs a folder: give dump_dir= too, or FPC_DUMP.")
     targets = _Targets(plan_target, archs)
@@ -208,14 +208,6 @@ class _Targets:
 
     plan: str
     archs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Dumps:
-    """Where dumps go, if anywhere, and whether with the values of weights."""
-
-    folder: Path | None
-    weights: bool
 
 
 class _Data:
@@ -271,7 +263,7 @@ class _Job:
         targets: _Targets,
         dynamic: Any,
         pipeline: Pipeline,
-        dumps: _Dumps,
+        dumps: Dumps,
         progress: Progress,
         data: _Data | None,
         chosen: Mapping[str, Any],
@@ -383,25 +375,6 @@ def _progress() -> Progress:
 
     console = Console(stderr=True)
     return lambda items, total, label: track(items, label, total, console=console, transient=True)
-
-
-def _dump_folder(dump_dir: str | os.PathLike[str] | None) -> Path | None:
-    if dump_dir is not None:
-        return Path(dump_dir)
-    root = Options.from_env().dump
-    if root is None:
-        return None
-    for number in itertools.count(1):
-        folder = root / f"compile-{number:03}"
-        try:
-            # Made at once: another compilation must not choose it before this one writes to it.
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise OptionError(f"FPC_DUMP: {folder} cannot be made: {error.strerror}.") from error
-        break
-    return folder
 
 
 def _example(

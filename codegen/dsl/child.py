@@ -18,19 +18,23 @@ def _processor_time() -> float:
     return sum(os.times()[:4])
 
 
-_started = _processor_time()
-
-import cutlass  # noqa: E402
-from cutlass import cute  # noqa: E402
-from cutlass.cute.nvgpu import OperandMajorMode  # noqa: E402
-from cutlass.cute.runtime import make_fake_stream, make_ptr  # noqa: E402
-from cutlass.operators.providers.cutedsl.gemm.implementations import (  # noqa: E402
-    sm100_dense_blockscaled_static_persistent_impl as implementation,
-)
-
-
 def main(request: dict[str, Any]) -> dict[str, float]:
     """Compile what a request describes; return seconds of CPU by what took them."""
+    started = _processor_time()
+    # Not at the top: this file can be read where CuTe DSL is not installed.
+    import cutlass
+    from cutlass import cute
+    from cutlass.cute.nvgpu import OperandMajorMode
+    from cutlass.cute.runtime import make_fake_stream, make_ptr
+    from cutlass.operators.providers.cutedsl.gemm.implementations import (
+        sm100_dense_blockscaled_static_persistent_impl as implementation,
+    )
+
+    def null(name: str, alignment: int) -> Any:
+        """Return a pointer of a type to nothing: compiling reads no data."""
+        space = cute.AddressSpace.gmem
+        return make_ptr(getattr(cutlass, name), 0, space, assumed_align=alignment)
+
     imported = _processor_time()
     cluster_m, cluster_n = request["cluster"]
     kernel = implementation.PersistentDenseBlockScaledGemmKernel(
@@ -39,9 +43,9 @@ def main(request: dict[str, Any]) -> dict[str, float]:
     k_major = OperandMajorMode.K
     compiled = cute.compile(
         kernel,
-        *(_null(name, 16) for name in (request["a"], request["b"])),
-        *(_null(request["scale"], 32) for _ in range(2)),
-        _null(request["output"], 16),
+        *(null(name, 16) for name in (request["a"], request["b"])),
+        *(null(request["scale"], 32) for _ in range(2)),
+        null(request["output"], 16),
         (k_major, k_major, cutlass.tensor_utils.LayoutEnum.ROW_MAJOR),
         (cutlass.Int32(0),) * 4,  # M, N, K and the batch come with the call
         request["sms"] // (cluster_m * cluster_n),
@@ -50,13 +54,7 @@ def main(request: dict[str, Any]) -> dict[str, float]:
     )
     done = _processor_time()
     compiled.export_to_c(file_path=request["folder"], file_name="k", function_prefix="fpc_dsl")
-    return {"import_seconds": imported - _started, "compile_seconds": done - imported}
-
-
-def _null(name: str, alignment: int) -> Any:
-    """Return a pointer of a type to nothing: compiling reads no data."""
-    space = cute.AddressSpace.gmem
-    return make_ptr(getattr(cutlass, name), 0, space, assumed_align=alignment)
+    return {"import_seconds": imported - started, "compile_seconds": done - imported}
 
 
 if __name__ == "__main__":

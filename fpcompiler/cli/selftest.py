@@ -14,13 +14,13 @@ __all__ = ["COMMAND"]
 _HEADERS: Final = ("kernel", "problem", "outcome", "largest error, of the bound", "as modelled")
 _TIMES: Final = ("kernel", "M x N x K", "microseconds", "TFLOP/s")
 _EXAMPLE: Final = """\
-  fpcompiler compile my_package.models:build --scheme nvfp4 --target cpu,sm_100a -o model.fpc
   fpcompiler selftest model.fpc --trust
 
-The kernels multiply operands whose results are known, then the recorded calls of the model are
-replayed. A number fails if it is beyond the bound that holds for every order of additions; how many
-have the very bits of our model of the tensor cores is told beside it. Please send us what it says:
-no Blackwell GPU has run these kernels here."""
+The model was compiled for this GPU too, such as with --target cpu,sm_100a. Its kernels multiply
+operands whose results are known, then the recorded calls of the model are replayed. A number fails
+if it is beyond the bound that holds for every order of additions; how many have the very bits of
+our model of the tensor cores is told beside it. Please send us what it says: no
+Blackwell GPU has run these kernels here."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

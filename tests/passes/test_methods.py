@@ -86,7 +86,7 @@ def test_arguments_that_cannot_be_meant_are_refused(arguments: dict, message: st
 WRONG = {
     "example_inputs": (3, "a tensor, or a tuple of positional arguments such as (x,)"),
     "example_kwargs": ([X], "a dict of keyword arguments, such as {'x': x}"),
-    "target": (None, "the name of a target, such as 'reference'"),
+    "target": (None, "the name of a target, such as 'cpu'"),
     "method": (3, "the name of a method, such as 'gptq'"),
     "attention": (True, "an operand such as 'f8E4M3FN@token:f32'"),
     "pipeline": (3, "a text or a tuple of passes"),
