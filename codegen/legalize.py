@@ -6,10 +6,9 @@ from dataclasses import replace
 from typing import Final
 
 from fpcompiler.codegen.arch import Arch, arch
-from fpcompiler.codegen.container import NATIVE, Container, exact_container
+from fpcompiler.codegen.container import NATIVE, container_for
 from fpcompiler.codegen.problem import BlockScale, Epilogue, GemmProblem, OutputType, Rows
 from fpcompiler.errors import TargetError, describe_layer
-from fpcompiler.formats import FloatSpec
 from fpcompiler.operand import Granularity, Operand
 from fpcompiler.target import GemmKind
 
@@ -52,7 +51,7 @@ def legalize(
     machine = arch(arch_name)
     kind = _kind(layer, weight, activation, machine)
     assert activation is not None
-    containers = [_container(operand.format, kind) for operand in (weight, activation)]
+    containers = [container_for(operand.format, kind.name) for operand in (weight, activation)]
     shift = sum(container.shift for container in containers)
     n, k = shape
     if min(n, k) < 1:
@@ -84,12 +83,6 @@ def _with_scales(epilogue: Epilogue, weight: Operand, activation: Operand, shift
         row_scale=vectors[0],
         token_scale=vectors[1],
     )
-
-
-def _container(source: FloatSpec, kind: GemmKind) -> Container:
-    container = exact_container(source, NATIVE[kind.name])
-    assert container is not None, f"{kind.name} lists {source} and has no container for it"
-    return container
 
 
 def _kind(layer: str, weight: Operand, activation: Operand | None, machine: Arch) -> GemmKind:

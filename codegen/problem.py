@@ -16,7 +16,7 @@ from typing import Final
 
 from fpcompiler.artifact.kernels import DECODE_ROWS
 from fpcompiler.codegen.arch import ARCHS, Arch
-from fpcompiler.codegen.container import Container
+from fpcompiler.numerics.shift_lowering import Container
 
 __all__ = [
     "GemmProblem", "Epilogue", "Activation", "BlockScale", "OutputType", "Rows", "K_PADDING",

@@ -166,8 +166,8 @@ def _instance(problem: GemmProblem, tile: Tile) -> Instance:
     return Instance(
         arch=problem.arch,
         kind=problem.kind,
-        a=problem.activation.element,
-        b=problem.weight.element,
+        a=problem.activation.format.name,
+        b=problem.weight.format.name,
         scale=problem.scale,
         output=problem.output,
         activation=problem.epilogue.activation,

@@ -151,7 +151,12 @@ def _is_of(weight: Operand, activation: Operand, instance: Instance) -> bool:
     if kind is None or kind.name != instance.kind:
         return False
     problem = legalize("", weight, activation, (8, 128), instance.arch, rows=Rows.DECODE)
-    found = (problem.kind, problem.activation.element, problem.weight.element, problem.scale)
+    found = (
+        problem.kind,
+        problem.activation.format.name,
+        problem.weight.format.name,
+        problem.scale,
+    )
     return found == (instance.kind, instance.a, instance.b, instance.scale)
 
 

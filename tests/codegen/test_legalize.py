@@ -37,8 +37,8 @@ def outcome(weight: str, activation: str | None, levels: tuple[str, str], arch: 
         assert f"w={w},a={a or 'none'} on {arch}: " in text
         assert "Kernels there take " in text
         return "."
-    assert (found.weight.source, found.activation.source) == (weight, activation)
-    assert {found.weight.element, found.activation.element} <= set(NATIVE[found.kind])
+    assert (found.weight.source.name, found.activation.source.name) == (weight, activation)
+    assert {found.weight.format.name, found.activation.format.name} <= set(NATIVE[found.kind])
     return LETTERS[found.kind]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 import fpcompiler
 from fpcompiler.artifact import jsonfile
 from fpcompiler.artifact.kernels import INDEX, KernelIndex
+from fpcompiler.cli.main import main
 from fpcompiler.codegen import package as packaging
 from fpcompiler.codegen.gemms import gemms_of
 from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
@@ -106,7 +107,7 @@ def test_layers_share_kernels_and_a_reason_is_kept() -> None:
     assert "16 bits" in str(plan.layers["gate"])
 
 
-def test_an_artifact_carries_kernels_for_several_targets(fake, tmp_path) -> None:
+def test_an_artifact_carries_kernels_for_several_targets(fake, tmp_path, capsys) -> None:
     names, _ = fake
     model = compiled("nvfp4", target=["cpu", "sm_100a", "sm_120a"])
     assert model.artifact.targets == ("cpu", "sm_100a", "sm_120a")
@@ -128,6 +129,11 @@ def test_an_artifact_carries_kernels_for_several_targets(fake, tmp_path) -> None
     assert producers == {"layer_norm", "gelu", ""}
     x = torch.randn(3, 64)
     assert torch.equal(fpcompiler.load(tmp_path / "model.fpc")(x), model(x))
+    assert main(["inspect", str(tmp_path / "model.fpc")]) == 0
+    assert "3 of 3" in capsys.readouterr().out
+    assert main(["inspect", "--json", str(tmp_path / "model.fpc")]) == 0
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert [row["GPU"] for row in kernels] == ["sm_100a", "sm_120a"]
 
 
 def test_a_kernel_that_is_not_proved_is_not_given_to_anyone(fake) -> None:
@@ -162,7 +168,7 @@ def test_a_real_model_for_a_real_target(tmp_path) -> None:
     assert record["passed"] is True
     assert record["sha256"] == gemm.sha256
     assert json.loads(bytes(files[INDEX]))["targets"]["sm_120a"]["capabilities"] == ["12.0"]
-    assert fpcompiler.cli.main.main(["prove", str(_saved(artifact, tmp_path)), "--recorded"]) == 0
+    assert main(["prove", str(_saved(artifact, tmp_path)), "--recorded"]) == 0
 
 
 def _saved(artifact: Any, folder: Path) -> Path:
