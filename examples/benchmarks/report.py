@@ -34,7 +34,7 @@ LAYER_ROWS, LAYER_THREADS = (1, 16, 512), 2
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-DOCUMENTS = dict.fromkeys(("all", "dit", "layers", "bars"), HERE / "README.md")
+DOCUMENTS = dict.fromkeys(("all", "dit", "layers", "bars", "kernels", "proofs"), HERE / "README.md")
 """Where tables are that are not in the README of the project."""
 
 
@@ -76,6 +76,8 @@ def tables() -> dict[str, str]:
         "llm": llm(),
         "layers": layers(),
         "bars": bars(),
+        "kernels": kernels(),
+        "proofs": proofs(),
     }
 
 
@@ -151,6 +153,44 @@ def llm() -> str:
         share = grown(report, name) / grown(report, base)
         cells = [f"{speed:.2f}x" for speed in speeds if speed is not None]
         lines.append(f"| {name} | " + " | ".join([*cells, f"{share:.2f}x"]) + " |")
+    return "\n".join(lines)
+
+
+def kernels() -> str:
+    """Return how many layers of each model have a GPU kernel, and how many kernels that takes."""
+    models = _read("gpu_kernels.json")["models"]
+    headers = [f"{name}, {model['gemms']} layers" for name, model in models.items()]
+    lines = [
+        "| " + " | ".join(["target", "scheme", *headers]) + " |",
+        "| --- | --- |" + " ---: |" * len(models),
+    ]
+    for case in next(iter(models.values()))["cases"]:
+        target, _, scheme = case.partition(" ")
+        found = [model["cases"][case] for model in models.values()]
+        cells = [
+            f"{c['with_kernels']} ({len(c['kernels'])})" if c["kernels"] else "0" for c in found
+        ]
+        lines.append("| " + " | ".join([target, f"`{scheme}`", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def proofs() -> str:
+    """Return what was checked of kernels without the GPUs that they are for."""
+    rows = _read("prove_kernels.json")["kernels"]
+    headers = ["kernel", *rows[0]["levels"], "controls red", "nvcc, s of CPU", "CuTe DSL, s of CPU"]
+    lines = [
+        "| " + " | ".join(headers) + " |",
+        "| --- |" + " ---: |" * (len(headers) - 1),
+    ]
+    for row in rows:
+        cells = [
+            row["kernel"].removeprefix("gemm_"),
+            *(level.removesuffix(" passed") for level in row["levels"].values()),
+            f"{row['controls_noticed']} of {row['controls']}",
+            f"{row['nvcc_seconds']:.0f}",
+            "" if row["dsl_seconds"] is None else f"{row['dsl_seconds']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
