@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from fpcompiler.numerics.kernel_layout import K_ALIGNMENT, aligned, kernel_scale
 from fpcompiler.numerics.packing import pack, packed_bytes
 from fpcompiler.numerics.shift_lowering import Container, container
 from fpcompiler.operand import Granularity, Operand
+
+_BOUNDARY: Final = 32
+"""Bytes; the kernels refuse operands that begin elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,15 @@ def input_of_codes(kind: InputKind, x: Sequence[Tensor], table: Tensor | None) -
     if table is not None:
         codes = table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
     packed = pack(pad(codes, (0, kind.padded_k - kind.k)), FORMATS[kind.element].storage_bits)
-    outer = x[1].reshape(-1) if operand.outer else None
+    outer = at_boundary(x[1].reshape(-1)) if operand.outer else None
     block = None
     if operand.block:
         block = kernel_scales(x[-1].reshape(rows, x[-1].shape[-1]), operand.block.block, kind.k)
-    return with_scales(kind, tuple(shape), rows, packed, outer, block)
+    return with_scales(kind, tuple(shape), rows, at_boundary(packed), outer, block)
+
+
+def at_boundary(tensor: Tensor) -> Tensor:
+    """Return a tensor that begins where kernels can read it: part of a larger one is copied."""
+    # Allocations begin at multiples of more; an address would break graphs of torch.compile.
+    start = tensor.storage_offset() * tensor.itemsize
+    return tensor.clone() if start % _BOUNDARY else tensor

@@ -15,7 +15,10 @@ from fpcompiler.runtime.cuda import Quantized, QuantizeLibrary, QuantizeProblem
 from fpcompiler.runtime.cuda.problem import TYPES
 from tests.codegen.cuda import checks, problems
 
-pytestmark = [pytest.mark.gpu, pytest.mark.nvcc]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
+]
 
 ELEMENTS = ("f4E2M1FN", "f6E2M3FN", "f8E4M3FN")
 FORMATS = problems.formats()

@@ -17,6 +17,7 @@ from fpcompiler.operand import Operand
 from fpcompiler.options import Options
 from fpcompiler.plan import Symbol
 from fpcompiler.runtime.cuda import kernels as module
+from fpcompiler.runtime.cuda.form import at_boundary
 from fpcompiler.runtime.cuda.kernels import CudaKernels
 from fpcompiler.runtime.cuda.layers import CudaLayer, Machine
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
@@ -301,3 +302,12 @@ def test_executors_of_one_set_of_kernels_have_weights_of_their_own(tmp_path: Pat
     again = Executor(first.plan, first.tensors, kernels=kernels).run_leaves([input_of(2)])
     assert not torch.equal(one[0], two[0])
     assert torch.equal(one[0], again[0])
+
+
+def test_parts_of_tensors_are_read_at_boundaries() -> None:
+    whole = torch.arange(64.0)
+    assert at_boundary(whole) is whole
+    assert at_boundary(whole[8:]).data_ptr() == whole[8:].data_ptr()
+    part = at_boundary(whole[3:20])
+    assert part.data_ptr() % 32 == 0
+    assert torch.equal(part, whole[3:20])
