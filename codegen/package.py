@@ -22,7 +22,7 @@ from fpcompiler.artifact.kernels import (
     LayerKernels,
     TargetKernels,
 )
-from fpcompiler.codegen import cutlass
+from fpcompiler.codegen import cutlass, hopper
 from fpcompiler.codegen.arch import Arch, arch
 from fpcompiler.codegen.build import KernelCache
 from fpcompiler.codegen.cutlass import heuristics
@@ -43,6 +43,7 @@ from fpcompiler.runtime.executor import Executor
 __all__ = ["KernelPlan", "require_tools", "plan_kernels", "build_sources", "package"]
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
+GemmInstance = cutlass.Instance | hopper.PackedGemm
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,20 @@ class KernelPlan:
 
     Attributes:
         arch: The architecture.
-        layers: For each layer the problem and the instance by range of rows, or the reason why
-            there are none.
+        layers: For each layer the instance by range of rows, or the reason why there are none.
     """
 
     arch: Arch
-    layers: Mapping[str, Mapping[Rows, tuple[GemmProblem, cutlass.Instance]] | str]
+    layers: Mapping[str, Mapping[Rows, GemmInstance] | str]
 
     @property
-    def instances(self) -> tuple[cutlass.Instance, ...]:
+    def instances(self) -> tuple[GemmInstance, ...]:
         """The kernels to compile, each once."""
         found = {
             instance: None
             for kernels in self.layers.values()
             if not isinstance(kernels, str)
-            for _, instance in kernels.values()
+            for instance in kernels.values()
         }
         return tuple(found)
 
@@ -94,16 +94,18 @@ def plan_kernels(gemms: Sequence[Gemm], name: str) -> KernelPlan:
         TargetError: If kernels cannot be compiled for it at all.
     """
     machine = arch(name)
-    problems = {gemm.layer: _problems(gemm, machine) for gemm in gemms}
+    packed = {gemm.layer: _packed(gemm, machine) for gemm in gemms}
+    problems = {g.layer: _problems(g, machine) for g in gemms if packed[g.layer] is None}
     known = [p for rows in problems.values() if not isinstance(rows, str) for p in rows.values()]
     chosen = cutlass.choose(known, heuristics.load())
-    return KernelPlan(
-        machine,
-        {
-            layer: rows if isinstance(rows, str) else {r: (p, chosen[p]) for r, p in rows.items()}
-            for layer, rows in problems.items()
-        },
-    )
+    layers: dict[str, Mapping[Rows, GemmInstance] | str] = {}
+    for layer, instance in packed.items():
+        if instance is not None:
+            layers[layer] = dict.fromkeys(Rows, instance)
+            continue
+        rows = problems[layer]
+        layers[layer] = rows if isinstance(rows, str) else {r: chosen[p] for r, p in rows.items()}
+    return KernelPlan(machine, layers)
 
 
 def build_sources(
@@ -154,11 +156,11 @@ def package(
         _require_some(each)
     executor = Executor(plan, tensors)
     quantizers = [_Quantizers.of(each, executor, call) for each in plans]
-    sources = [cutlass.emit(instance) for each in plans for instance in each.instances]
+    sources = [emit(instance) for each in plans for instance in each.instances]
     sources += [each.source for each in quantizers if each.source is not None]
     kernels = build_sources(sources, KernelCache.from_options(options), progress)
-    gemms = [instance.name for each in plans for instance in each.instances]
-    proofs = _proofs([kernels[name] for name in gemms], options, progress)
+    generated = [i for each in plans for i in each.instances if isinstance(i, cutlass.Instance)]
+    proofs = _proofs([kernels[instance.name] for instance in generated], options, progress)
     files: dict[str, bytes] = {}
     packer = _Packer(kernels, proofs, _operators(options, files), files)
     parts = zip(plans, quantizers, strict=True)
@@ -184,7 +186,7 @@ class _Quantizers:
     def of(cls, kernels: KernelPlan, executor: Executor, call: Sequence[Tensor]) -> _Quantizers:
         """Return those for the layers that have GEMMs, if there is a call that shows types."""
         elements = {
-            layer: next(iter(row.values()))[1].a
+            layer: next(iter(row.values())).a
             for layer, row in kernels.layers.items()
             if not isinstance(row, str)
         }
@@ -192,6 +194,22 @@ class _Quantizers:
         problems = tuple(dict.fromkeys(found.values()))
         source = quantize_kernels(problems, kernels.arch.name) if problems else None
         return cls(frozenset(found), problems, source)
+
+
+def emit(instance: GemmInstance) -> KernelSource:
+    """Return the source of a kernel, whoever generates it.
+
+    Raises:
+        DependencyError: If it takes CUTLASS, and that is not installed.
+    """
+    return hopper.emit(instance) if isinstance(instance, hopper.PackedGemm) else cutlass.emit(instance)
+
+
+def _packed(gemm: Gemm, machine: Arch) -> hopper.PackedGemm | None:
+    """Return the kernels that keep the weights of a layer in four bits, if there are some."""
+    return hopper.packed_gemm(
+        gemm.weight, gemm.activation, machine.name, gemm.output, gemm.function
+    )
 
 
 def _problems(gemm: Gemm, machine: Arch) -> dict[Rows, GemmProblem] | str:
@@ -261,7 +279,9 @@ class _Packer:
         """Return what an index says of a target."""
         instances = {self.operators.name: self.operators}
         for gemm in plan.instances:
-            instances[gemm.name] = self._instance("gemm", gemm.name, cutlass.describe(gemm))
+            packed = isinstance(gemm, hopper.PackedGemm)
+            description = hopper.describe(gemm) if packed else cutlass.describe(gemm)
+            instances[gemm.name] = self._instance("gemm", gemm.name, description)
         name = ""
         if quantizers.source is not None:
             name = quantizers.source.name
@@ -306,9 +326,9 @@ def _operators(options: Options, files: dict[str, bytes]) -> Instance:
 
 
 def _layer(
-    row: Mapping[Rows, tuple[GemmProblem, cutlass.Instance]] | str, quantizer: str
+    row: Mapping[Rows, GemmInstance] | str, quantizer: str
 ) -> LayerKernels:
     if isinstance(row, str):
         return LayerKernels(reason=row)
-    kernels = {rows.value: instance.name for rows, (_, instance) in row.items()}
+    kernels = {rows.value: instance.name for rows, instance in row.items()}
     return LayerKernels({**kernels, **({"quantize": quantizer} if quantizer else {})})

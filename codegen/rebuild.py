@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from fpcompiler.codegen import hopper
 from fpcompiler.codegen.arch import arch
 from fpcompiler.codegen.build import KernelCache
 from fpcompiler.codegen.cuda import quantize_source
@@ -39,12 +40,18 @@ def rebuild(role: str, problem: Mapping[str, Any], options: Options) -> Path:
     if role == OPERATORS:
         return build_operators(options)
     if role == "gemm":
-        source = emit(parse_instance(dict(problem)))
+        source = _gemm(dict(problem))
     elif role == "quantize":
         source = _quantizers(problem)
     else:
         raise ArtifactError(f"this version builds no kernels with the role {role!r}.")
     return KernelCache.from_options(options).build(source).path
+
+
+def _gemm(problem: dict[str, Any]) -> KernelSource:
+    if "mode" in problem:
+        return hopper.emit(hopper.parse_instance(problem))
+    return emit(parse_instance(problem))
 
 
 def quantize_kernels(problems: Sequence[QuantizeProblem], arch_name: str) -> KernelSource:

@@ -118,10 +118,9 @@ class CudaKernels:
 
     def _linear(self, step: Step, constants: Mapping[str, Tensor]) -> CudaLinear:
         layer = read_layer(step, constants)
-        if isinstance(layer, str) or layer.x_operand is None:
-            cause = layer if isinstance(layer, str) else "its activations are not quantized"
+        if isinstance(layer, str):
             raise ArtifactError(
-                f"{describe_layer(step.layer)} has kernels in the artifact, but {cause}. Compile "
+                f"{describe_layer(step.layer)} has kernels in the artifact, but {layer}. Compile "
                 "the model again."
             )
         names = self.target.layers[step.layer].kernels

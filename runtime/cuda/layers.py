@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fpcompiler.artifact.kernels import DECODE_ROWS, Instance
 from fpcompiler.errors import ArtifactError, NumericsError, describe_layer
 from fpcompiler.formats import FORMATS
-from fpcompiler.numerics.kernel_layout import aligned, kernel_codes, kernel_scales
-from fpcompiler.operand import Granularity, Operand
+from fpcompiler.operand import Operand
 from fpcompiler.runtime.cuda.form import (
     CudaInput,
     InputKind,
+    check_held,
     code_table,
+    factor_of,
     held_in,
     input_of_codes,
+    input_of_values,
 )
+from fpcompiler.runtime.cuda.fragments import Mode, fragment_weights
+from fpcompiler.runtime.cuda.stored import STORED
+from fpcompiler.runtime.cuda.weights import KernelWeights, tiled_weights
 from fpcompiler.runtime.fused import ACTIVATIONS
 
 _OUTPUTS: Final = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_MODES: Final = {mode.value: mode for mode in Mode}
 _NO_SCALES: Final = "none"
 _PLAIN: Final = "none"
 _OUTPUT_BYTES: Final = 16  # N is padded so that rows of D are whole runs of so many bytes.
@@ -39,9 +43,11 @@ class Gemm:
         library: Its number for ``torch.ops.fpc_cuda``.
         a: Element format of activations.
         b: Element format of weights.
-        scale: The block scales of both, such as ``block32:f8E8M0FNU``, or ``none``.
+        scale: The block scales of both, such as ``block32:f8E8M0FNU``, or ``none``; those of
+            weights alone if there is a mode.
         output: The type of its result.
         activation: The function of its result; ``none`` without.
+        mode: How weights that stay packed are multiplied; None for CUTLASS's kernels.
     """
 
     library: int
@@ -50,6 +56,7 @@ class Gemm:
     scale: str
     output: torch.dtype
     activation: str
+    mode: Mode | None = None
 
     @classmethod
     def of(cls, instance: Instance, library: int) -> Gemm:
@@ -62,14 +69,16 @@ class Gemm:
         a, b, scale = (problem.get(name) for name in ("a", "b", "scale"))
         output = _OUTPUTS.get(str(problem.get("output")))
         activation = str(problem.get("activation"))
-        known = a in FORMATS and b in FORMATS and isinstance(scale, str)
+        mode = _MODES.get(str(problem.get("mode", "")))
+        known = a in (*FORMATS, *STORED) and b in FORMATS and isinstance(scale, str)
+        known = known and ("mode" not in problem or (mode is not None and a == mode.element))
         runs = problem.get("residual") is False and activation in (_PLAIN, *ACTIVATIONS)
         if instance.role != "gemm" or not known or output is None or not runs:
             raise ArtifactError(
                 f"the kernel {instance.name} of the artifact is none that this version runs; "
                 "compile the model again."
             )
-        return cls(library, str(a), str(b), str(scale), output, activation)
+        return cls(library, str(a), str(b), str(scale), output, activation, mode)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class CudaLinear:
         w: ``[packed [N, bytes], *scales]``, as :func:`fpcompiler.runtime.reference.linear` takes
             them, on any device.
         bias: ``[N]``, or None.
-        x_operand: How activations are quantized.
+        x_operand: How activations are quantized; None for plain ones.
         w_operand: What ``w`` is.
         k: Length of a row.
         dtype: Of the results.
@@ -116,7 +125,7 @@ class CudaLinear:
         machine: Machine,
         w: Sequence[Tensor],
         bias: Tensor | None,
-        x_operand: Operand,
+        x_operand: Operand | None,
         w_operand: Operand,
         k: int,
         dtype: torch.dtype,
@@ -127,31 +136,36 @@ class CudaLinear:
         if {self._decode.activation, self._prefill.activation} != {activation or _PLAIN}:
             raise _unfit(layer, f"they do not compute {activation or 'it without an activation'}")
         self.layer = layer
-        self.outputs = w[0].shape[0]
         self.kind = InputKind(x_operand, k, self._decode.a)
         self._machine, self._dtype = machine, dtype
-        alignment = _OUTPUT_BYTES // dtype.itemsize
-        self._padded = aligned(self.outputs, alignment)
         parts = [part.to(machine.device) for part in w]
-        held = held_in(w_operand.format, self._decode.b)
-        self._codes = kernel_codes(
-            parts[0], w_operand.format, k, held=held, row_alignment=alignment
-        )
-        block = w_operand.block
-        self._scales = kernel_scales(parts[-1], block.block, k) if block else None
-        x_held = held_in(x_operand.format, self._decode.a)
-        self._alpha = math.prod(c.factor for c in (held, x_held) if c)
-        self._row_scale = None
-        if w_operand.outer and w_operand.outer.granularity is Granularity.TENSOR:
-            self._alpha *= float(parts[1].view(-1)[0])  # times a power of two: exact
-        elif w_operand.outer:
-            self._row_scale = self._padded_rows(parts[1])
-        self._bias = None if bias is None else self._padded_rows(bias.to(machine.device))
-        self._table = code_table(x_operand.format, self._decode.a, machine.device)
+        self._weights = _weights_of(self._decode, parts, w_operand, k, dtype)
+        self.outputs = self._weights.outputs
+        self._alpha = self._weights.alpha
+        self._table = None
+        if x_operand is not None:
+            self._alpha *= factor_of(x_operand.format, self._decode.a)
+            self._table = code_table(x_operand.format, self._decode.a, machine.device)
+        rows = self._weights.row
+        self._row_scale = None if rows is None else self._weights.padded_rows(rows)
+        self._bias = None if bias is None else self._weights.padded_rows(bias.to(machine.device))
 
     def prepare_codes(self, x: Sequence[Tensor]) -> CudaInput:
         """Return activations ``[codes, *scales]`` as the kernels read them."""
         return input_of_codes(self.kind, x, self._table)
+
+    def prepare_values(self, x: Tensor) -> CudaInput:
+        """Return activations that are not quantized as the kernels read them.
+
+        Raises:
+            NumericsError: If they are of a type that would be rounded.
+        """
+        if x.dtype != torch.bfloat16:
+            raise NumericsError(
+                f"{describe_layer(self.layer)}: its kernel reads bfloat16, and its input is "
+                f"{x.dtype}. Run the model in bfloat16, or load it with kernels=False."
+            )
+        return input_of_values(self.kind, x)
 
     def multiply(self, x: CudaInput) -> Tensor:
         """Return ``x @ w.T + bias``, ``[..., N]``, contiguous.
@@ -164,26 +178,21 @@ class CudaLinear:
                 f"{describe_layer(self.layer)}: its input was prepared as {x.kind}, but it is "
                 f"{self.kind}."
             )
+        weights = self._weights
         gemm = self._decode if x.rows <= DECODE_ROWS else self._prefill
         y: Tensor = torch.ops.fpc_cuda.gemm(
-            gemm.library, x.codes, x.block_scale, self._codes, self._scales, x.token_scale,
-            self._row_scale, self._bias, None, x.scalar, self._alpha, x.rows, self._padded,
+            gemm.library, x.codes, x.block_scale, weights.codes, weights.scales, x.token_scale,
+            self._row_scale, self._bias, None, x.scalar, self._alpha, x.rows, weights.padded,
             self.kind.padded_k, self._machine.sms, self._dtype,
         )  # fmt: skip
-        if self._padded != self.outputs:
+        if weights.padded != self.outputs:
             y = y[:, : self.outputs].contiguous()
         return y.view(*x.shape, self.outputs)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights with all scales, as the kernels read them."""
-        parts = (self._codes, self._scales, self._row_scale)
-        return sum(part.nbytes for part in parts if part is not None)
-
-    def _padded_rows(self, values: Tensor) -> Tensor:
-        """Return a number for each row of the padded weight, fp32."""
-        flat = values.detach().reshape(-1).to(torch.float32)
-        return pad(flat, (0, self._padded - self.outputs)).contiguous()
+        return self._weights.nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,31 +206,65 @@ class CudaLayer:
 
     def __call__(self, x: Sequence[Any], *rest: Any) -> Tensor:
         """Return what the operator returns."""
-        prepared = x[0] if isinstance(x[0], CudaInput) else self.linear.prepare_codes(x)
-        return self.linear.multiply(prepared)
+        linear = self.linear
+        if isinstance(x[0], CudaInput):
+            return linear.multiply(x[0])
+        plain = linear.kind.operand is None
+        return linear.multiply(linear.prepare_values(x[0]) if plain else linear.prepare_codes(x))
+
+
+def _weights_of(
+    gemm: Gemm, w: Sequence[Tensor], operand: Operand, k: int, dtype: torch.dtype
+) -> KernelWeights:
+    if gemm.mode is not None:
+        return fragment_weights(w, operand, k, gemm.mode)
+    return tiled_weights(w, operand, k, gemm.b, _OUTPUT_BYTES // dtype.itemsize)
 
 
 def _pair_of(
-    gemms: Mapping[str, Gemm], x: Operand, w: Operand, dtype: torch.dtype, layer: str
+    gemms: Mapping[str, Gemm], x: Operand | None, w: Operand, dtype: torch.dtype, layer: str
 ) -> tuple[Gemm, Gemm]:
     """Return the kernels for few and for many rows; one can do both."""
     found = [gemms[name] for name in ("decode", "prefill") if name in gemms]
     if not found:
         raise _unfit(layer, "there is neither one for few rows nor for many")
-    formats = {(gemm.a, gemm.b, gemm.scale, gemm.output) for gemm in found}
+    formats = {(gemm.a, gemm.b, gemm.scale, gemm.output, gemm.mode) for gemm in found}
     if len(formats) > 1:
         raise _unfit(layer, "those for few and for many rows read different formats")
-    if found[0].output != dtype:
-        raise _unfit(layer, f"they give {found[0].output}, the layer {dtype}")
-    wanted = {f"block{b.block}:{b.format}" if b else _NO_SCALES for b in (x.block, w.block)}
-    if wanted != {found[0].scale}:
-        raise _unfit(layer, f"they read the scales {found[0].scale} of w={w},a={x}")
-    for operand, element in ((x, found[0].a), (w, found[0].b)):
+    first = found[0]
+    if first.output != dtype:
+        raise _unfit(layer, f"they give {first.output}, the layer {dtype}")
+    # Kernels of packed weights find the scales of activations in their values.
+    scaled = (w,) if first.mode else (x, w)
+    wanted = {_scale_of(operand) for operand in scaled if operand}
+    if wanted != {first.scale}:
+        raise _unfit(layer, f"they read the scales {first.scale} of w={w},a={x or 'none'}")
+    _check_formats(first, x, w, layer)
+    return first, found[-1]
+
+
+def _scale_of(operand: Operand) -> str:
+    block = operand.block
+    return f"block{block.block}:{block.format}" if block else _NO_SCALES
+
+
+def _check_formats(gemm: Gemm, x: Operand | None, w: Operand, layer: str) -> None:
+    """Check that kernels read what a layer multiplies."""
+    if x is None:
+        if gemm.mode is not Mode.BF16:
+            raise _unfit(layer, f"they read {gemm.a}, and its activations are not quantized")
+    else:
         try:
-            held_in(operand.format, element)
+            check_held(x, gemm.a)
         except NumericsError as error:
-            raise _unfit(layer, f"{element} does not hold {operand.format}") from error
-    return found[0], found[-1]
+            raise _unfit(layer, f"{gemm.a} does not hold {x.format}") from error
+    try:
+        if gemm.mode is None:
+            held_in(w.format, gemm.b)
+    except NumericsError as error:
+        raise _unfit(layer, f"{gemm.b} does not hold {w.format}") from error
+    if gemm.mode is not None and w.format.name != gemm.b:
+        raise _unfit(layer, f"they read {gemm.b}, and its weights are {w.format}")
 
 
 def _unfit(layer: str, cause: str) -> ArtifactError:

@@ -29,7 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t kVersion = 1;  // VERSION of operators.py
+constexpr int64_t kVersion = 2;  // VERSION of operators.py
 constexpr int64_t kMost = INT32_MAX;
 
 // torch's own check would put this file and a line in front of the message.
@@ -182,11 +182,11 @@ const char* cause_of(int32_t status) {
     }
 }
 
-// Rows of packed codes of four, six or eight bits.
+// Rows of packed codes of four, six or eight bits, or of bf16.
 void check_codes(const Tensor& codes, const Tensor& x, int64_t rows, int64_t k, const char* name) {
     check(codes, x, ScalarType::Byte, 0, name);
     const int64_t bits = codes.dim() == 2 ? codes.size(1) * 8 : 0;
-    const bool whole = bits == 4 * k || bits == 6 * k || bits == 8 * k;
+    const bool whole = bits == 4 * k || bits == 6 * k || bits == 8 * k || bits == 16 * k;
     require(whole && codes.size(0) == rows, name, " does not hold ", rows, " rows of ", k, " codes.");
 }
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fpcompiler.errors import ArtifactError
 
-VERSION: Final = 1
+VERSION: Final = 2
 """The version of the operators; ``kVersion`` of operators.cpp."""
 
 

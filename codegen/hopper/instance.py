@@ -1,0 +1,158 @@
+"""Which layers a kernel of packed weights computes, and how it multiplies them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+from fpcompiler.codegen.problem import Activation, BlockScale, OutputType
+from fpcompiler.errors import ArtifactError
+from fpcompiler.formats import FORMATS, FloatSpec
+from fpcompiler.operand import Operand
+from fpcompiler.runtime.cuda.fragments import Mode
+from fpcompiler.runtime.cuda.stored import integer_shift, why_not
+
+__all__ = ["PackedGemm", "packed_gemm", "describe", "parse_instance"]
+
+ARCH: Final = "sm_90a"
+_E2M1: Final = "f4E2M1FN"
+_MOST_INTEGER: Final = 63
+"""The largest magnitude of a weight that kernels hold in a byte beside an offset as large."""
+_ENUMS: Final = {
+    "mode": Mode,
+    "scale": BlockScale,
+    "output": OutputType,
+    "activation": Activation,
+}
+
+
+@dataclass(frozen=True)
+class PackedGemm:
+    """One library to compile: kernels for few and for many rows of activations.
+
+    Attributes:
+        arch: The architecture's name.
+        mode: What the tensor cores multiply.
+        b: Element format of the weights, four bits.
+        scale: The scales of blocks of weights.
+        output: Element type of the result.
+        activation: The function of the result.
+    """
+
+    arch: str
+    mode: Mode
+    b: str
+    scale: BlockScale
+    output: OutputType
+    activation: Activation
+
+    @property
+    def a(self) -> str:
+        """What activations are: ``i8``, ``f8E4M3FN`` or ``bf16``."""
+        return self.mode.element
+
+    @property
+    def name(self) -> str:
+        """A name for people and files, different for different instances."""
+        scale = {0: "", 16: "_nv16", 32: "_mx32"}[self.scale.block]
+        act = "" if self.activation is Activation.NONE else f"_{self.activation.value}"
+        weight = FORMATS[self.b].short.lower()
+        return f"packed_{self.arch}_{self.mode.value}_{weight}{scale}_{self.output.value}{act}"
+
+
+def packed_gemm(
+    weight: Operand,
+    activation: Operand | None,
+    arch: str,
+    output: OutputType,
+    function: Activation = Activation.NONE,
+) -> PackedGemm | None:
+    """Return the kernels for a layer, or None if there are none of this kind.
+
+    Integers are taken where both operands are some on a scale per row and per token: such sums are
+    exact, and they are the fastest. FP8 comes next, and bf16 holds the values of all blocks.
+
+    Args:
+        weight: The weights' operand.
+        activation: The activations' operand; None for plain bf16.
+        arch: The architecture's name.
+        output: The element type of the result.
+        function: The function of the result.
+    """
+    scale = {"": BlockScale.NONE, **{each.value: each for each in BlockScale}}.get(_block(weight))
+    if arch != ARCH or scale is None or weight.format.storage_bits != 4:
+        return None
+    mode = _mode(weight, activation, output)
+    if mode is None or function is Activation.RELU:
+        return None
+    return PackedGemm(arch, mode, weight.format.name, scale, output, function)
+
+
+def describe(instance: PackedGemm) -> dict[str, Any]:
+    """Return an instance as JSON values, as the runtime and :func:`parse_instance` read it."""
+    values = asdict(instance)
+    named = {name: values[name].value for name in _ENUMS}
+    return {**values, **named, "a": instance.a, "residual": False}
+
+
+def parse_instance(values: object) -> PackedGemm:
+    """Return the instance that :func:`describe` described.
+
+    Only what this version generates is accepted: no text of a file gets into a source.
+
+    Raises:
+        ArtifactError: If it is none.
+    """
+    try:
+        return _instance(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{values!r:.300} describes no kernel of this version ({error}); compile the model "
+            "again."
+        ) from error
+
+
+def _instance(values: object) -> PackedGemm:
+    names = {field.name for field in fields(PackedGemm)}
+    if type(values) is not dict or set(values) != {*names, "a", "residual"}:
+        raise TypeError(f"it needs {', '.join(sorted(names))}")
+    own = {name: values[name] for name in names}
+    instance = PackedGemm(**{**own, **{name: kind(own[name]) for name, kind in _ENUMS.items()}})
+    if instance.arch != ARCH:
+        raise ValueError(f"there are none for {instance.arch!r}")
+    if describe(instance) != values or values["residual"] is not False:
+        raise ValueError("its parts contradict each other")
+    scaled = instance.scale is not BlockScale.NONE
+    wrong = not _reads(instance.mode, FORMATS[instance.b]) or (scaled and instance.mode is not Mode.BF16)
+    if wrong or instance.activation is Activation.RELU:
+        raise ValueError(f"{instance.mode.value} multiplies no such weights")
+    return instance
+
+
+def _mode(weight: Operand, activation: Operand | None, output: OutputType) -> Mode | None:
+    if activation is None:
+        return Mode.BF16 if weight.format.name == _E2M1 and output is OutputType.BF16 else None
+    modes = (Mode.INTEGERS, Mode.E4M3, Mode.BF16)
+    return next((mode for mode in modes if _computes(mode, weight, activation)), None)
+
+
+def _computes(mode: Mode, weight: Operand, activation: Operand) -> bool:
+    """Return whether kernels of a mode read both operands without rounding them."""
+    if not _reads(mode, weight.format) or (weight.block and mode is not Mode.BF16):
+        return False
+    if mode is Mode.E4M3 and activation.block:
+        return False
+    return activation.format.name == mode.element or not why_not(activation, mode.element)
+
+
+def _reads(mode: Mode, weight: FloatSpec) -> bool:
+    """Return whether kernels of a mode decode weights of a format."""
+    if mode is not Mode.INTEGERS:
+        return weight.name == _E2M1
+    largest = weight.max * 2 ** integer_shift(weight)
+    return weight.storage_bits == 4 and largest <= _MOST_INTEGER
+
+
+def _block(operand: Operand) -> str:
+    return f"block{operand.block.block}:{operand.block.format}" if operand.block else ""
