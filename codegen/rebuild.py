@@ -94,7 +94,7 @@ def _problem(row: Mapping[str, Any]) -> QuantizeProblem:
     names = {field.name for field in fields(QuantizeProblem)}
     if {*row} != names:
         raise TypeError(f"it needs {', '.join(sorted(names))}")
-    for name in ("widened", "swizzled", "given"):
+    for name in ("swizzled", "given"):
         if type(row[name]) is not bool:
             raise TypeError(f"{name} is no truth value")
     if type(row["hadamard"]) is not int:

@@ -22,10 +22,12 @@ typedef struct {
     FpcBeside scale;       // what the tail of a producer multiplies with
     FpcBeside shift;       // what it adds
     float eps;
-    uint8_t* codes;        // [m, pitch]: packed codes, and zeros behind them
+    uint8_t* codes;        // [m, pitch]: codes in their form, and zeros behind them
     int64_t pitch;         // bytes from one row of codes to the next
-    float* outer_scale;    // [m] per row, [1] per tensor: written, or read if it is given
-    void* block_scale;     // rows of scales, or atoms of 128 rows by 4 scales, padded with zeros
+    float* outer_scale;    // [m] per row, [1] per tensor: written, or read if it is given. Behind
+                           // the scales of rows stand the sums of their integers, int32
+    void* block_scale;     // rows of scales, or atoms of 128 rows by 4 scales, padded with zeros;
+                           // none if codes are stored as products with them
     int64_t scale_pitch;   // scales of a row, with those that are padding
     int32_t* amax;         // [1], for a scale per tensor that is not given: used by the kernels
     int32_t* status;       // [1]: set to 1 if a value is NaN or infinite, and otherwise left alone

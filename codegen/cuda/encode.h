@@ -19,24 +19,23 @@ struct Encoder {
     const int64_t m;
     const float outer;
 
-    // All lanes of a warp take part. Values may change.
-    FPC_DEVICE void encode(int chunk, float (&values)[kChunk]) const {
+    // Store a chunk, and return the sum of its integers if they are stored as such. All lanes of a
+    // warp take part. Values may change.
+    FPC_DEVICE int32_t encode(int chunk, float (&values)[kChunk]) const {
         float amax = largest_of(values);
 #pragma unroll
         for (int lanes = 1; lanes < kLanes; lanes *= 2)
             amax = larger_magnitude(amax, exchange(amax, lanes));
         if (bits_of(amax) >= kExponentMask) *a.status = 1;
         if constexpr (P::kBlockScale == kE8M0Scale && P::kRounding == kLeastError) {
-            encode_better_power(chunk, amax, values);
+            return encode_better_power(chunk, amax, values);
+        } else if constexpr (P::kBlockScale != kNoBlockScale) {
+            const float scale = amax == 0 ? 1 : scale_of(amax, values);
+            divide(values, scale);
+            return store(chunk, values, scale);
         } else {
-            if constexpr (P::kBlockScale != kNoBlockScale) {
-                const float scale = amax == 0 ? 1 : scale_of(amax, values);
-                store_scale(chunk, scale);
-                divide(values, scale);
-            } else if constexpr (P::kOuter != kNoOuter) {
-                divide_all<kPower, P::kGiven>(values, outer);
-            }
-            store_codes(chunk, values);
+            if constexpr (P::kOuter != kNoOuter) divide_all<kPower, P::kGiven>(values, outer);
+            return store(chunk, values, 1);
         }
     }
 
@@ -85,24 +84,28 @@ struct Encoder {
     }
 
     // Quotients by the larger of the two scales are half of those by the smaller one.
-    FPC_DEVICE void encode_better_power(int chunk, float amax, float (&values)[kChunk]) const {
+    FPC_DEVICE int32_t encode_better_power(int chunk, float amax, float (&values)[kChunk]) const {
         const Pair pair = scale_pair<P>(amax, outer);
         divide(values, pair.low);
         const double gain =
             sum_over_block(values, [](float x) { return gain_of_half<Element>(x); });
         const bool low = gain > 0 || pair.low == pair.high;
-        store_scale(chunk, amax == 0 ? 1 : low ? pair.low : pair.high);
         const float factor = low ? 1.0f : 0.5f;
         each(values, [=](float x, int) { return multiply(x, factor); });
-        store_codes(chunk, values);
+        return store(chunk, values, amax == 0 ? 1 : low ? pair.low : pair.high);
     }
 
-    FPC_DEVICE void store_codes(int chunk, const float (&values)[kChunk]) const {
-        Codes<Element, P::kCodeBits> codes;
+    // Store quotients by a scale of the block, and the scale: in products, or beside the codes.
+    FPC_DEVICE int32_t store(int chunk, float (&values)[kChunk], float scale) const {
+        if constexpr (P::kStored == kProducts)
+            each(values, [=](float x, int) { return multiply(nearest<Element>(x), scale); });
+        else if constexpr (P::kBlockScale != kNoBlockScale) store_scale(chunk, scale);
+        Codes<Element, P::kStored, P::kCodeBits> codes;
 #pragma unroll
         for (int i = 0; i < kChunk / 2; i++) codes.set(i, values[2 * i], values[2 * i + 1]);
         const int64_t begin = (int64_t)chunk * kChunk * P::kCodeBits / 8;
         store_words(a.codes + m * a.pitch + begin, codes.words, a.pitch - begin);
+        return P::kStored == kIntegers ? codes.sum() : 0;
     }
 
     FPC_DEVICE void store_scale(int chunk, float scale) const {

@@ -73,24 +73,47 @@ FPC_DEVICE float nearest(float value) {
     return with_sign_of(Rounded<E>(magnitude(value)).value(), value);
 }
 
-// The codes of a chunk, kBits each: those of E, or with kBits = 8 for a narrower E, E4M3 codes of
-// the numbers that E rounds to.
-template <class E, int kBits>
+// How many of the steps that all numbers of a format are multiples of make up 1: a power of two.
+template <class E>
+constexpr float kUnits = (float)(1u << (E::kMantissaBits - E::kMinExponent));
+
+// The form in which values are stored: fpcompiler/runtime/cuda/stored.py.
+enum Stored { kPacked, kE4M3Bytes, kIntegers, kProducts };
+
+// The values of a chunk as they lie in memory, kBits each.
+template <class E, Stored kStored, int kBits>
 struct Codes {
     static constexpr int kWords = kChunk * kBits / 32;
-    static constexpr bool kWiden = kBits != E::kStorageBits;
     uint32_t words[kWords] = {};
 
     FPC_DEVICE void set(int pair, float first, float second) {
-        if constexpr (kWiden) put(pair, pair_of<E4M3>(nearest<E>(first), nearest<E>(second)));
+        if constexpr (kStored == kE4M3Bytes)
+            put(pair, pair_of<E4M3>(nearest<E>(first), nearest<E>(second)));
+        else if constexpr (kStored == kIntegers)
+            put(pair, integer_of(nearest<E>(first)) | integer_of(nearest<E>(second)) << 8);
+        else if constexpr (kStored == kProducts) put(pair, bf16_pair(first, second));
         else put(pair, pair_of<E>(first, second));
     }
 
+    // The sum of the chunk's integers.
+    FPC_DEVICE int32_t sum() const {
+        int32_t sum = 0;
+#pragma unroll
+        for (int i = 0; i < kWords; i++) sum = plus_bytes(words[i], sum);
+        return sum;
+    }
+
    private:
+    // A number of E without its binary point, as a byte. The low bits of the sum are the integer.
+    FPC_DEVICE static uint32_t integer_of(float value) {
+        return (uint32_t)bits_of(fused(value, kUnits<E>, 0x1.8p23f)) & 0xFF;
+    }
+
     FPC_DEVICE void put(int pair, uint32_t codes) {
         const int word = pair * 2 * kBits / 32, bit = pair * 2 * kBits % 32;
         words[word] |= codes << bit;
-        if (bit + 2 * kBits > 32) words[(word + 1) % kWords] |= codes >> (32 - bit);
+        if constexpr (32 % (2 * kBits) != 0)
+            if (bit + 2 * kBits > 32) words[(word + 1) % kWords] |= codes >> (32 - bit);
     }
 };
 

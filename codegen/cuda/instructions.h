@@ -57,6 +57,18 @@ FPC_DEVICE float rounded_to_bf16(float value) {
 
 // --- codes of two numbers, the first one in the low bits ---------------------------------------
 
+// Two numbers of 16 bits, rounded to nearest even.
+FPC_DEVICE uint32_t bf16_pair(float first, float second) {
+    uint32_t result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+    return result;
+}
+
+// The sum and the four signed bytes of a word.
+FPC_DEVICE int32_t plus_bytes(uint32_t word, int32_t sum) {
+    return __dp4a((int32_t)word, 0x01010101, sum);
+}
+
 // Two E4M3 codes of 8 bits.
 FPC_DEVICE uint32_t e4m3_pair(float first, float second) {
     uint16_t result;

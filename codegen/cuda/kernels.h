@@ -54,7 +54,12 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
         if (!P::kGiven && m == 0 && row.first == 0) *a.outer_scale = outer;
     }
     const Encoder<P> encoder{a, m, outer};
-    row.each_chunk([&](int chunk, float (&values)[kChunk]) { encoder.encode(chunk, values); });
+    int32_t sum = 0;
+    row.each_chunk([&](int chunk, float (&values)[kChunk]) { sum += encoder.encode(chunk, values); });
+    if constexpr (P::kStored == kIntegers) {
+        sum = over_row(sum, [](int32_t x, int32_t y) { return x + y; });
+        if (threadIdx.x == 0) ((int32_t*)a.outer_scale)[a.m + m] = sum;
+    }
 }
 
 // The largest magnitude of a tensor, as its bits: they compare like the numbers.
@@ -105,12 +110,12 @@ int32_t launch_amax(const FpcQuantizeArguments& a, int chunks, void* stream) {
 
 template <class P>
 bool is_possible(const FpcQuantizeArguments& a) {
-    // Beyond that a grid would have too many blocks.
-    constexpr int64_t kMostRows = 1 << 30, kLongest = 1 << 26;
+    // Beyond that a grid would have too many blocks, and sums of integers too many bits.
+    constexpr int64_t kMostRows = 1 << 30, kLongest = P::kStored == kIntegers ? 1 << 24 : 1 << 26;
     const int64_t needed = (a.k * P::kCodeBits + 7) / 8;
     if (a.m < 0 || a.m > kMostRows || a.k < 1 || a.k > kLongest) return false;
     if (a.pitch < needed || a.pitch > kLongest) return false;
-    if constexpr (P::kBlock != 0) {
+    if constexpr (P::kBlock != 0 && P::kStored != kProducts) {
         const int64_t scales = (a.k + P::kBlock - 1) / P::kBlock;
         if (a.scale_pitch < scales || a.scale_pitch > kLongest) return false;
     }

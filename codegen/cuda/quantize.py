@@ -16,6 +16,7 @@ from typing import Final
 from fpcompiler.errors import TargetError
 from fpcompiler.operand import Granularity, ScaleRounding
 from fpcompiler.runtime.cuda import QuantizeProblem
+from fpcompiler.runtime.cuda.stored import STORED
 from fpcompiler.runtime.fused import HEADS, PRODUCERS, TAILS
 
 __all__ = ["quantize_source", "QuantizeSource", "problem_text", "HEADERS"]
@@ -42,6 +43,7 @@ _ROUNDINGS: Final = {
     ScaleRounding.RNE: "kNearest",
     ScaleRounding.MSE: "kLeastError",
 }
+_STORED: Final = dict(zip(STORED, ("kPacked", "kE4M3Bytes", "kIntegers", "kProducts"), strict=True))
 
 _CONVERTS: Final = {
     "f8E4M3FN": (1, "kConvertE4M3"),
@@ -160,6 +162,7 @@ struct Problem{index} {{
         _BLOCK_SCALES[block.format] if block else "kNoBlockScale"
     };
     static constexpr Rounding kRounding = {rounding};
+    static constexpr Stored kStored = {_STORED[problem.stored]};
     static constexpr int kCodeBits = {problem.code_bits}, kHadamard = {problem.hadamard};
     static constexpr Head kHead = {_HEADS[producer.head] if producer else "kNoHead"};
     static constexpr Tail kTail = {_TAILS[producer.tail] if producer else "kNoTail"};

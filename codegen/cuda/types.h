@@ -60,8 +60,10 @@ FPC_DEVICE void load_chunk(const void* from, int count, float (&to)[kChunk]) {
 // Write the first `count` bytes of words.
 template <int kWords>
 FPC_DEVICE void store_words(uint8_t* to, const uint32_t (&words)[kWords], int64_t count) {
-    if (count >= 4 * kWords && kWords == 4 && is_aligned(to, 16)) {
-        *(Quad*)to = Quad{{words[0], words[1], words[kWords - 2], words[kWords - 1]}};
+    if (count >= 4 * kWords && kWords % 4 == 0 && is_aligned(to, 16)) {
+#pragma unroll
+        for (int i = 0; i + 3 < kWords; i += 4)
+            *(Quad*)(to + 4 * i) = Quad{{words[i], words[i + 1], words[i + 2], words[i + 3]}};
     } else if (count >= 4 * kWords && kWords == 2 && is_aligned(to, 8)) {
         *(Twin*)to = Twin{{words[0], words[1]}};
     } else if (count >= 4 * kWords && is_aligned(to, 4)) {

@@ -48,7 +48,7 @@ def problem(text: str, **options: object) -> QuantizeProblem:
 
 PROBLEMS = (
     problem("f6E2M3FN@token:f32"),
-    problem("f6E2M3FN@token:f32", widened=True),
+    problem("f6E2M3FN@token:f32", stored="f8E4M3FN"),
     problem("f8E4M3FN@token:f32"),
     problem("f4E2M1FN@token:f32"),
     problem("f6E2M3FN@block32:f8E8M0FNU"),

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from fpcompiler.errors import FormatError
-from fpcompiler.formats import FORMATS, FloatSpec
 from fpcompiler.numerics.hadamard import HADAMARD_BLOCKS
 from fpcompiler.numerics.packing import packed_bytes
 from fpcompiler.operand import Granularity, Operand
+from fpcompiler.runtime.cuda.stored import BF16, I8, code_bits, why_not
 from fpcompiler.runtime.fused import PRODUCERS, SLOTS
 
 TYPES: Final = ("f32", "f16", "bf16")
@@ -29,8 +29,8 @@ class QuantizeProblem:
         producer: A name in :data:`fpcompiler.runtime.fused.PRODUCERS`, or empty: the values are
             those of the tensor.
         beside: The types of the producer's weight, bias, scale and shift; empty where not given.
-        widened: Whether codes of four and six bits are written as the E4M3 codes of the same
-            numbers, one a byte: what FP8 instructions of Hopper read.
+        stored: The form of the values, a name in :data:`fpcompiler.runtime.cuda.stored.STORED`;
+            empty for packed codes.
         swizzled: Whether scales of blocks are written in atoms of 128 rows by 4 scales, as
             tensor cores of Blackwell read them, and not row by row.
         given: Whether the scale of the tensor is an argument, not computed.
@@ -41,7 +41,7 @@ class QuantizeProblem:
     input: str = "bf16"
     producer: str = ""
     beside: tuple[str, str, str, str] = ("", "", "", "")
-    widened: bool = False
+    stored: str = ""
     swizzled: bool = False
     given: bool = False
     hadamard: int = 0
@@ -58,8 +58,8 @@ class QuantizeProblem:
 
     @property
     def code_bits(self) -> int:
-        """Bits that a code takes in memory: 4, 6 or 8."""
-        return 8 if self.widened else self.operand.format.storage_bits
+        """Bits that a value takes in memory: 4, 6, 8 or 16."""
+        return code_bits(self.operand.format, self.stored)
 
     @property
     def computes_tensor_scale(self) -> bool:
@@ -68,12 +68,20 @@ class QuantizeProblem:
         return outer is not None and outer.granularity is Granularity.TENSOR and not self.given
 
     def row_bytes(self, k: int) -> int:
-        """Return the least bytes of a row of ``k`` codes."""
-        return packed_bytes(k, self.code_bits)
+        """Return the least bytes of a row of ``k`` values."""
+        return 2 * k if self.stored == BF16 else packed_bytes(k, self.code_bits)
+
+    def outer_count(self, m: int) -> int:
+        """Return how many words of 32 bits hold the real scales of ``m`` rows, and their sums."""
+        outer = self.operand.outer
+        if outer is None:
+            return 0
+        return 1 if outer.granularity is Granularity.TENSOR else 2 * m if self.stored == I8 else m
 
     def scale_count(self, k: int) -> int:
-        """Return how many block scales a row of ``k`` values has; 0 without blocks."""
-        return -(-k // self.operand.block.block) if self.operand.block else 0
+        """Return how many scales of blocks are written for a row of ``k`` values."""
+        block = self.operand.block
+        return -(-k // block.block) if block and self.stored != BF16 else 0
 
     def _problem(self) -> str:
         operand, block = self.operand, self.operand.block
@@ -81,9 +89,10 @@ class QuantizeProblem:
             return f"tensors are {', '.join(TYPES)}"
         if not operand.format.zero:
             return f"{operand.format} has no zero"
-        if self.widened and not _is_in_e4m3(operand.format):
-            return f"E4M3 does not hold every number of {operand.format} in other bits than its own"
-        if self.swizzled and (block is None or block.is_real):
+        unfit = why_not(operand, self.stored)
+        if unfit:
+            return unfit
+        if self.swizzled and (block is None or block.is_real or self.stored == BF16):
             return "only scales of blocks that are one byte can be swizzled"
         outer = operand.outer
         if self.given and (outer is None or outer.granularity is not Granularity.TENSOR):
@@ -102,8 +111,10 @@ class QuantizeProblem:
 
     def __str__(self) -> str:
         """Return a text that differs where problems do."""
-        names = ("widened", "swizzled", "given")
-        parts = [f"{self.input}->{self.operand}", *(name for name in names if getattr(self, name))]
+        parts = [f"{self.input}->{self.operand}"]
+        if self.stored:
+            parts.append(f"as {self.stored}")
+        parts += [name for name in ("swizzled", "given") if getattr(self, name)]
         if self.hadamard:
             parts.append(f"hadamard{self.hadamard}")
         if self.producer:
@@ -111,7 +122,3 @@ class QuantizeProblem:
             given = ",".join(f"{name}:{type}" for name, type in types if type)
             parts.append(f"{self.producer}({given})")
         return " ".join(parts)
-
-
-def _is_in_e4m3(spec: FloatSpec) -> bool:
-    return spec.storage_bits < 8 and set(spec.values) <= set(FORMATS["f8E4M3FN"].values)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fpcompiler.errors import ArtifactError, NumericsError
-from fpcompiler.operand import Granularity
 from fpcompiler.runtime.cuda.problem import TYPES, QuantizeProblem
 from fpcompiler.runtime.native_producers import Form, ProducedForm, RowsForm, form_of_rows
 
@@ -59,7 +58,8 @@ class Quantized(NamedTuple):
 
     Attributes:
         codes: uint8 ``[M, pitch]``; behind the codes of a row there are zeros.
-        outer_scale: fp32 ``[M]`` per row, ``[1]`` per tensor, empty without.
+        outer_scale: fp32 ``[M]`` per row, ``[1]`` per tensor, empty without. With integers,
+            ``[2 * M]``: behind the scales of rows stand the bits of their sums, int32.
         block_scale: ``[M, blocks]``, or swizzled, one axis; fp32 for real scales, otherwise uint8.
         amax: int32 ``[1]`` that a kernel needs for itself.
         status: int32 ``[1]``. A kernel sets it to 1 if a value is NaN or infinite, and no kernel
@@ -90,8 +90,7 @@ class Quantized(NamedTuple):
             device: Where.
             pitch: Bytes from one row of codes to the next; by default as many as the codes take.
         """
-        outer, block = problem.operand.outer, problem.operand.block
-        shared = outer is not None and outer.granularity is Granularity.TENSOR
+        block = problem.operand.block
         columns = problem.scale_count(k)
         shape: tuple[int, ...] = (m, columns)
         if problem.swizzled:
@@ -102,7 +101,7 @@ class Quantized(NamedTuple):
         real = block is not None and block.is_real
         return cls(
             torch.empty(m, pitch or problem.row_bytes(k), dtype=torch.uint8, device=device),
-            torch.ones(0 if outer is None else 1 if shared else m, device=device),
+            torch.ones(problem.outer_count(m), device=device),
             torch.empty(shape, dtype=torch.float32 if real else torch.uint8, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),

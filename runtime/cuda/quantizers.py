@@ -18,12 +18,12 @@ from fpcompiler.runtime.cuda.form import CudaInput, InputKind, with_scales
 from fpcompiler.runtime.cuda.layers import CudaLinear
 from fpcompiler.runtime.cuda.operators import open_library
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
+from fpcompiler.runtime.cuda.stored import STORED
 from fpcompiler.runtime.fused import SLOTS
 from fpcompiler.runtime.native_producers import Form, ProducedForm, RowsForm, form_of_rows
 from fpcompiler.runtime.operators import Function
 
 _TYPES: Final = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_E4M3: Final = "f8E4M3FN"
 _NOWHERE: Final = RowsForm(1, 0, 0)
 _WITHOUT: Final = "relu"
 """Of all producers, one without tensors beside ``x``: the form of ``x`` alone is the same."""
@@ -99,17 +99,16 @@ def _launch(
 ) -> CudaInput:
     weight, bias, scale, shift = beside
     scales, shifts = form.scale or _NOWHERE, form.shift or _NOWHERE
-    rows, outer = x.numel() // kind.k, kind.operand.outer
-    block = kind.operand.block
+    rows = x.numel() // kind.k
     codes, outer_scale, block_scale = torch.ops.fpc_cuda.quantize(
         *place, x, rows, kind.k, kind.k if form.stride is None else form.stride, weight, bias,
         scale, scales.repeat, scales.stride, shift, shifts.repeat, shifts.stride, eps,
-        kind.row_bytes, 0 if outer is None else 1 if kind.has_tensor_scale else rows,
-        kind.block_scale_bytes(rows), kind.padded_k // block.block if block else 0, status,
+        kind.row_bytes, kind.outer_count(rows), kind.block_scale_bytes(rows), kind.scale_pitch,
+        status,
     )  # fmt: skip
     return with_scales(
-        kind, tuple(x.shape[:-1]), rows, codes, outer_scale if outer else None,
-        block_scale if block else None,
+        kind, tuple(x.shape[:-1]), rows, codes, outer_scale if kind.outer_count(1) else None,
+        block_scale if kind.scale_pitch else None,
     )  # fmt: skip
 
 
@@ -168,18 +167,21 @@ def problem_of(kind: InputKind, producer: str, types: tuple[str, ...]) -> Quanti
         producer: A name in :data:`fpcompiler.runtime.fused.PRODUCERS`, or empty.
         types: Of ``x`` and of the producer's weight, bias, scale and shift; empty where not given.
     """
-    source = kind.operand.format.name
-    if kind.element not in (source, _E4M3):
+    operand = kind.operand
+    if operand is None:
+        return None
+    stored = "" if kind.element == operand.format.name else kind.element
+    if stored not in STORED:
         return None
     try:
         first, weight, bias, scale, shift = types
         return QuantizeProblem(
-            operand=kind.operand,
+            operand=operand,
             input=first,
             producer=producer,
             beside=(weight, bias, scale, shift),
-            widened=kind.element != source,
-            swizzled=kind.operand.block is not None,
+            stored=stored,
+            swizzled=kind.scale_pitch > 0,
         )
     except FormatError:
         return None

@@ -30,9 +30,9 @@ def test_types_are_those_of_a_call() -> None:
         dict.fromkeys(layers, "f8E4M3FN"),
     )
     token = Operand.parse(TOKEN)
-    norm = QuantizeProblem(token, "bf16", "rms_norm", ("bf16", "", "", ""), widened=True)
-    gated = QuantizeProblem(token, "bf16", "silu_mul", ("", "", "bf16", ""), widened=True)
-    plain = QuantizeProblem(token, "bf16", widened=True)
+    norm = QuantizeProblem(token, "bf16", "rms_norm", ("bf16", "", "", ""), stored="f8E4M3FN")
+    gated = QuantizeProblem(token, "bf16", "silu_mul", ("", "", "bf16", ""), stored="f8E4M3FN")
+    plain = QuantizeProblem(token, "bf16", stored="f8E4M3FN")
     of_part = {name.rpartition(".")[2]: problem for name, problem in found.items()}
     assert of_part == {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), norm),
@@ -48,7 +48,7 @@ MX = "f6E2M3FN@block32:f8E8M0FNU"
     ("weight", "activation", "element", "form"),
     [
         (ROW, TOKEN, "f6E2M3FN", {}),
-        (ROW, TOKEN, "f8E4M3FN", {"widened": True}),
+        (ROW, TOKEN, "f8E4M3FN", {"stored": "f8E4M3FN"}),
         ("f4E2M1FN@block32:f8E8M0FNU", MX, "f6E2M3FN", {"swizzled": True}),
         (NVFP4, NVFP4, "f4E2M1FN", {"swizzled": True}),
         # A wider container with other codes than E4M3's.

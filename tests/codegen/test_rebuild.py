@@ -18,7 +18,7 @@ from tests.runtime.cuda.host_kernels import describe_gemm
 
 TOKEN = Operand.parse("f6E2M3FN@token:f32")
 PROBLEMS = (
-    QuantizeProblem(TOKEN, "bf16", widened=True),
+    QuantizeProblem(TOKEN, "bf16", stored="f8E4M3FN"),
     QuantizeProblem(TOKEN, "bf16", "silu_mul", ("", "", "bf16", ""), hadamard=32),
 )
 
@@ -36,7 +36,9 @@ def test_the_description_of_quantizers_is_json_and_says_all() -> None:
         {"operand": "f6E2M3FN@token:f32\n#include </etc/passwd>"},
         {"input": 'bf16"'},
         {"producer": "silu_add"},
-        {"widened": 1},
+        {"stored": 1},
+        {"stored": "i8*/"},
+        {"swizzled": 1},
         {"hadamard": "32"},
         {"beside": ["", ""]},
         {"beside": ["", "", "", "*/"]},

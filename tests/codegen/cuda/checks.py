@@ -10,6 +10,7 @@ from fpcompiler.numerics import decode, encode, pack, quantize
 from fpcompiler.numerics.hadamard import hadamard
 from fpcompiler.runtime.cuda import Quantized, QuantizeLibrary, QuantizeProblem
 from fpcompiler.runtime.cuda.quantize import arguments_of
+from fpcompiler.runtime.cuda.stored import BF16, I8
 from fpcompiler.runtime.fused import produce
 from tests.codegen.cuda.problems import quotients, write_values
 from tests.numerics.test_scaling import difficult, gaussian
@@ -70,6 +71,7 @@ class Runner:
         m = x.numel() // k
         out = Quantized.empty(problem, m, k, self.device, pitch)
         out.codes.fill_(POISON)
+        out.outer_scale.view(torch.uint8).fill_(POISON)
         out.block_scale.view(torch.uint8).fill_(POISON)
         if given is not None:
             out.outer_scale.copy_(given.view(-1))
@@ -112,23 +114,62 @@ def assert_is(found: Quantized, x: Tensor, problem: QuantizeProblem) -> None:
     """Check every byte that a kernel wrote against ``fpcompiler.numerics``."""
     operand, k = problem.operand, x.shape[-1]
     codes, scales = quantize(x.reshape(-1, k), operand)
-    assert_codes(found, codes, problem)
+    assert_codes(found, codes, problem, scales[-1] if operand.block else None)
     if operand.outer:
-        assert torch.equal(found.outer_scale, scales[0].view(-1))
-    if operand.block:
+        assert torch.equal(found.outer_scale[: scales[0].numel()], scales[0].view(-1))
+    if problem.stored == I8:
+        assert_sums(found, codes, problem)
+    if operand.block and problem.stored != BF16:
         expected = swizzle(scales[-1]) if problem.swizzled else scales[-1]
         assert torch.equal(found.block_scale, expected)
     assert int(found.status) == 0
 
 
-def assert_codes(found: Quantized, codes: Tensor, problem: QuantizeProblem) -> None:
-    spec = problem.operand.format
-    if problem.widened:
-        codes = encode(decode(codes, spec), FORMATS["f8E4M3FN"])
-    packed = pack(codes, problem.code_bits)
-    size = packed.shape[-1]
-    assert torch.equal(found.codes[:, :size], packed)
+def assert_codes(
+    found: Quantized, codes: Tensor, problem: QuantizeProblem, block_scale: Tensor | None = None
+) -> None:
+    """Check what a kernel stored, and that there are zeros behind it.
+
+    Args:
+        found: What it wrote.
+        codes: What numerics give.
+        problem: What was computed.
+        block_scale: The codes of the scales of blocks.
+    """
+    expected = stored(codes, problem, block_scale)
+    size = expected.shape[-1]
+    assert torch.equal(found.codes[:, :size], expected)
     assert not found.codes[:, size:].any(), "what is behind the codes must be zeros"
+
+
+def stored(codes: Tensor, problem: QuantizeProblem, block_scale: Tensor | None) -> Tensor:
+    """Return codes in the form of a problem, from their values in fp64: uint8 ``[M, bytes]``."""
+    spec, block = problem.operand.format, problem.operand.block
+    values = decode(codes, spec).double()
+    if problem.stored == "f8E4M3FN":
+        return encode(values.float(), FORMATS["f8E4M3FN"])
+    if problem.stored == I8:
+        return integers(codes, problem).to(torch.int8).view(torch.uint8)
+    if problem.stored == BF16:
+        if block and block_scale is not None:
+            scale = decode(block_scale, FORMATS[block.format]).double()
+            values *= scale.repeat_interleave(block.block, dim=-1)[:, : codes.shape[-1]]
+        return values.to(torch.bfloat16).contiguous().view(torch.uint8)
+    return pack(codes, problem.code_bits)
+
+
+def integers(codes: Tensor, problem: QuantizeProblem) -> Tensor:
+    """Return the values of codes as integers, times the least power of two, int64."""
+    numbers = torch.tensor(problem.operand.format.values, dtype=torch.float64)
+    units = next(2.0**s for s in range(64) if bool((numbers * 2.0**s % 1 == 0).all()))
+    values = decode(codes, problem.operand.format).double() * units
+    return values.to(torch.int64)
+
+
+def assert_sums(found: Quantized, codes: Tensor, problem: QuantizeProblem) -> None:
+    """Check the sums of integers, which stand behind the scales of rows."""
+    sums = found.outer_scale[len(codes) :].view(torch.int32)
+    assert torch.equal(sums.long(), integers(codes, problem).sum(-1))
 
 
 def check_rows(run: Runner, library: QuantizeLibrary, index: int, m: int, k: int) -> None:

@@ -162,6 +162,16 @@ static inline float rounded_to_bf16(float value) {
     return float_of((int32_t)((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u));
 }
 
+static inline uint32_t bf16_pair(float first, float second) {
+    const uint32_t low = (uint32_t)bits_of(rounded_to_bf16(first)) >> 16;
+    return low | ((uint32_t)bits_of(rounded_to_bf16(second)) & 0xFFFF0000u);
+}
+
+static inline int32_t plus_bytes(uint32_t word, int32_t sum) {
+    for (int i = 0; i < 4; i++) sum += (int8_t)(word >> 8 * i);
+    return sum;
+}
+
 static inline uint32_t e4m3_pair(float, float) { abort(); }  // sources are made with level 0
 
 struct alignas(16) Quad {

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fpcompiler.formats import FORMATS
 from fpcompiler.operand import Operand, ScaleRounding
 from fpcompiler.runtime.cuda import QuantizeLibrary, QuantizeProblem
 from fpcompiler.runtime.cuda.problem import TYPES
+from fpcompiler.runtime.cuda.stored import BF16, I8, why_not
 from fpcompiler.runtime.fused import HEADS, PRODUCERS, SLOTS, TAILS
 
 HERE = Path(__file__).parent
@@ -65,7 +67,7 @@ def all_scales(elements: Sequence[str], types: Sequence[str]) -> list[QuantizePr
 def special() -> list[QuantizeProblem]:
     """Return codes in E4M3 bytes, and scales that are given."""
     found = [
-        QuantizeProblem(operand(element, scale), "bf16", widened=True)
+        QuantizeProblem(operand(element, scale), "bf16", stored="f8E4M3FN")
         for element in ("f4E2M1FN", "f6E2M3FN", "f6E3M2FN", "f4E3M0FN", "f4E1M2FN")
         for scale in ("token:f32", "block32:f8E8M0FNU")
     ]
@@ -77,6 +79,32 @@ def special() -> list[QuantizeProblem]:
     ]
     found.append(QuantizeProblem(operand("f8E4M3FN", "tensor:f32"), "f32", given=True))
     return found
+
+
+def stored() -> list[QuantizeProblem]:
+    """Return integers and products: of all formats, and of one with every kind of scale."""
+    kinds = ("token:f32", "block32:f8E8M0FNU", "tensor:f32/block16:f8E4M3FN:mse")
+    pairs = [(spec.name, scale) for spec in ELEMENTS for scale in kinds]
+    pairs += [("f6E2M3FN", scale) for scale in scales()]
+    found = [
+        QuantizeProblem(operand(*pair), TYPES[i % 3], stored=name)
+        for i, pair in enumerate(dict.fromkeys(pairs))
+        for name in (I8, BF16)
+        if not why_not(operand(*pair), name)
+    ]
+    own = operand("f4E2M1FN", "tensor:f32/block16:f8E4M3FN")
+    return [*found, QuantizeProblem(own, "bf16", stored=BF16, given=True)]
+
+
+def stored_of_producers(names: Sequence[str] = tuple(PRODUCERS)) -> list[QuantizeProblem]:
+    """Return integers and products of what producers and Hadamard transforms make."""
+    plain = [*produced(("bf16",), names), *rotated()]
+    forms = ((I8, "token:f32"), (BF16, "tensor:f32/block16:f8E4M3FN"), (BF16, "block32:f8E8M0FNU"))
+    return [
+        replace(problem, operand=operand(problem.operand.format.name, scale), stored=name)
+        for i, problem in enumerate(plain)
+        for name, scale in (forms[0], forms[1 + i % 2])
+    ]
 
 
 def produced(

@@ -26,7 +26,11 @@ SCALES = list(dict.fromkeys(p for type in TYPES for p in problems.all_scales(ELE
 SPECIAL = problems.special()
 PRODUCED = [*problems.produced(TYPES), *problems.mixed()]
 ROTATED = problems.rotated()
-ALL = list(dict.fromkeys([*FORMATS, *SCALES, *SPECIAL, *PRODUCED, *ROTATED]))
+STORED = problems.stored()
+STORED_PRODUCED = problems.stored_of_producers()
+ALL = list(
+    dict.fromkeys([*FORMATS, *SCALES, *SPECIAL, *PRODUCED, *ROTATED, *STORED, *STORED_PRODUCED])
+)
 UNSCALED = FORMATS[: len(problems.ELEMENTS)]
 RUN = checks.Runner("cuda")
 Built = list[tuple[QuantizeLibrary, int]]
@@ -71,7 +75,7 @@ def test_quotients_are_rounded_once(built) -> None:
     checks.check_quotients(RUN, built[0][0])
 
 
-@pytest.mark.parametrize("index", indices([*FORMATS, *SCALES, *SPECIAL]), ids=name)
+@pytest.mark.parametrize("index", indices([*FORMATS, *SCALES, *SPECIAL, *STORED]), ids=name)
 def test_codes_and_scales_are_those_of_numerics(built, index: int) -> None:
     for m, k in ((1, 1), (24, 75), (3, 640), (130, 1000)):
         checks.check_rows(RUN, *built[index], m, k)
@@ -79,7 +83,8 @@ def test_codes_and_scales_are_those_of_numerics(built, index: int) -> None:
 
 @pytest.mark.parametrize("k", [4096, 8192, 8200, 14336, 20000, 53248])
 def test_long_rows(built, k: int) -> None:
-    for index in indices([*FORMATS[len(UNSCALED) : len(UNSCALED) + 3], *SPECIAL[:2], PRODUCED[0]]):
+    some = [*FORMATS[len(UNSCALED) : len(UNSCALED) + 3], *SPECIAL[:2], *STORED[:4], PRODUCED[0]]
+    for index in indices(some):
         if ALL[index].producer:
             checks.check_produced(RUN, *built[index], 3, k)
         else:
@@ -89,6 +94,15 @@ def test_long_rows(built, k: int) -> None:
 @pytest.mark.parametrize("index", indices(PRODUCED), ids=name)
 def test_produced_values_are_those_of_torch_and_quantized_as_such(built, index: int) -> None:
     for m, k in ((1, 7), (5, 100), (33, 1152)):
+        checks.check_produced(RUN, *built[index], m, k)
+
+
+@pytest.mark.parametrize("index", indices(STORED_PRODUCED), ids=name)
+def test_produced_values_are_stored_as_integers_and_products(built, index: int) -> None:
+    if ALL[index].hadamard:
+        checks.check_rotated(RUN, *built[index], 33, 1152)
+        return
+    for m, k in ((5, 100), (33, 1152), (2, 14336)):
         checks.check_produced(RUN, *built[index], m, k)
 
 

@@ -13,6 +13,7 @@ from fpcompiler.errors import ArtifactError, NumericsError
 from fpcompiler.numerics import quantize_with
 from fpcompiler.runtime.cuda import Quantized, QuantizeLibrary
 from fpcompiler.runtime.cuda.quantize import arguments_of
+from fpcompiler.runtime.cuda.stored import I8
 from fpcompiler.runtime.fused import HEADS
 from tests.codegen.cuda import checks, problems
 from tests.numerics.test_scaling import gaussian
@@ -28,7 +29,10 @@ SOME_PRODUCERS = (
 )  # fmt: skip
 PRODUCED = [*problems.produced(("bf16",), SOME_PRODUCERS), *problems.mixed()]
 ROTATED = problems.rotated()
-ALL = [*FORMATS, *SCALES, *SPECIAL, *PRODUCED, *ROTATED]
+STORED = problems.stored()
+INTEGERS = [problem for problem in STORED if problem.stored == I8]
+STORED_PRODUCED = problems.stored_of_producers(SOME_PRODUCERS)
+ALL = [*FORMATS, *SCALES, *SPECIAL, *PRODUCED, *ROTATED, *STORED, *STORED_PRODUCED]
 RUN = checks.Runner("cpu")
 
 
@@ -61,7 +65,7 @@ def test_one_correction_rounds_every_quotient_that_is_close_to_a_middle(library)
     assert wrong.value == 0
 
 
-@pytest.mark.parametrize("index", indices([*FORMATS, *SCALES, *SPECIAL]), ids=name)
+@pytest.mark.parametrize("index", indices([*FORMATS, *SCALES, *SPECIAL, *STORED]), ids=name)
 def test_codes_and_scales_are_those_of_numerics(library, index: int) -> None:
     for m, k in ((1, 1), (24, 75), (3, 640)):
         checks.check_rows(RUN, library, index, m, k)
@@ -70,7 +74,7 @@ def test_codes_and_scales_are_those_of_numerics(library, index: int) -> None:
 @pytest.mark.parametrize("k", [8192, 8200, 14336, 20000])
 def test_long_rows(library, k: int) -> None:
     """Rows that are held in registers, and rows that are read again."""
-    for index in indices([FORMATS[len(UNSCALED)], SCALES[2]]):
+    for index in indices([FORMATS[len(UNSCALED)], SCALES[2], INTEGERS[0]]):
         checks.check_rows(RUN, library, index, 2, k)
 
 
@@ -92,10 +96,26 @@ def test_a_given_scale_saturates(library, index: int) -> None:
         checks.assert_codes(found, codes, problem)
 
 
+@pytest.mark.parametrize("index", indices(INTEGERS), ids=name)
+def test_the_largest_sums_of_integers(library, index: int) -> None:
+    problem = ALL[index]
+    x = torch.full((3, 2064), 3.0).to(checks.DTYPES[problem.input])
+    x[1], x[2, :5] = -3.0, 0.0
+    checks.assert_is(RUN.quantize(library, index, x), x, problem)
+
+
 @pytest.mark.parametrize("index", indices(PRODUCED), ids=name)
 def test_produced_values_are_those_of_torch_and_quantized_as_such(library, index: int) -> None:
     for m, k in ((1, 7), (5, 100), (2, 1152)):
         checks.check_produced(RUN, library, index, m, k)
+
+
+@pytest.mark.parametrize("index", indices(STORED_PRODUCED), ids=name)
+def test_produced_values_are_stored_as_integers_and_products(library, index: int) -> None:
+    if ALL[index].hadamard:
+        checks.check_rotated(RUN, library, index, 3, 384)
+    else:
+        checks.check_produced(RUN, library, index, 3, 100)
 
 
 @pytest.mark.parametrize("index", indices(ROTATED), ids=name)

@@ -17,6 +17,7 @@ from tests.codegen.cuda.problems import build_library
 NVFP4 = Operand.parse("e2m1@tensor:f32/block16:e4m3")
 MX6 = Operand.parse("e2m3@block32:e8m0")
 TOKEN = Operand.parse("e3m2@token:f32")
+E4M3 = "f8E4M3FN"
 FP8 = Operand.parse("e4m3@token:f32")
 
 TYPICAL = (
@@ -83,8 +84,15 @@ def test_other_architectures_are_refused(arch: str) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"operand": FP8, "widened": True}, "in other bits than its own"),
-        ({"operand": Operand.parse("f6E1M4FN@token:f32"), "widened": True}, "every number"),
+        ({"operand": FP8, "stored": E4M3}, "in other bits than its own"),
+        ({"operand": Operand.parse("f6E1M4FN@token:f32"), "stored": E4M3}, "every number"),
+        ({"operand": TOKEN, "stored": "f8E5M2"}, "there is no form 'f8E5M2'"),
+        ({"operand": TOKEN, "stored": "i8"}, "integers up to 448, and no int8"),
+        ({"operand": Operand.parse("e2m3@tensor:f32"), "stored": "i8"}, "one scale per token"),
+        ({"operand": MX6, "stored": "i8"}, "one scale per token, without blocks"),
+        ({"operand": Operand.parse("e2m3@block32:f32"), "stored": "bf16"}, "real scales"),
+        ({"operand": Operand.parse("e1m4@block16:e4m3"), "stored": "bf16"}, "does not hold every"),
+        ({"operand": MX6, "stored": "bf16", "swizzled": True}, "can be swizzled"),
         ({"operand": TOKEN, "swizzled": True}, "can be swizzled"),
         ({"operand": TOKEN, "given": True}, "only the scale of a tensor"),
         ({"operand": TOKEN, "hadamard": 48}, "Hadamard blocks are 16, 32, 64, 128"),
@@ -105,6 +113,7 @@ def test_texts_of_problems_differ() -> None:
     found = [
         *problems.formats(), *problems.all_scales(("f4E2M1FN",), ("bf16",)), *problems.special(),
         *problems.produced(("bf16", "f32")), *problems.mixed(), *problems.rotated(),
+        *problems.stored(), *problems.stored_of_producers(),
     ]  # fmt: skip
     unique = list(dict.fromkeys(found))
     assert len({str(problem) for problem in unique}) == len(unique)

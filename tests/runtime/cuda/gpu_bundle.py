@@ -45,13 +45,13 @@ LLAMA = "a6"
 def quantize_problems() -> Iterator[QuantizeProblem]:
     """Yield what the models quantize: plain values, and for the language model what is fused."""
     for name, text in ACTIVATIONS.items():
-        operand, widened = Operand.parse(text), name != "a8"
+        operand, stored = Operand.parse(text), "" if name == "a8" else "f8E4M3FN"
         for type in ("f32", "bf16"):
-            yield QuantizeProblem(operand, type, widened=widened)
+            yield QuantizeProblem(operand, type, stored=stored)
     fused = (("rms_norm", ("bf16", "", "", "")), ("silu_mul", ("", "", "bf16", "")))
     for producer, beside in fused:
         operand = Operand.parse(ACTIVATIONS[LLAMA])
-        yield QuantizeProblem(operand, "bf16", producer, beside, widened=True)
+        yield QuantizeProblem(operand, "bf16", producer, beside, stored="f8E4M3FN")
 
 
 def sources() -> Iterator[tuple[str, str, KernelSource]]:

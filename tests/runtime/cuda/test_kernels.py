@@ -119,8 +119,8 @@ def test_results_in_bfloat16(tmp_path: Path) -> None:
 
 
 QUANTIZED = [
-    ("sm_90a", ROW, "f6E2M3FN@token:f32", {"widened": True}),
-    ("sm_90a", ROW, "f6E2M3FN@tensor:f32", {"widened": True}),
+    ("sm_90a", ROW, "f6E2M3FN@token:f32", {"stored": "f8E4M3FN"}),
+    ("sm_90a", ROW, "f6E2M3FN@tensor:f32", {"stored": "f8E4M3FN"}),
     ("sm_100a", MX, "f6E2M3FN@block32:f8E8M0FNU", {"swizzled": True}),
     ("sm_100a", NVFP4, NVFP4, {"swizzled": True}),
 ]

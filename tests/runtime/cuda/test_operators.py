@@ -63,7 +63,7 @@ def test_zero_times_zero_is_the_bias(gemm: int) -> None:
 
 def test_torch_accepts_the_operators(gemm: int, tmp_path: Path) -> None:
     opcheck(torch.ops.fpc_cuda.gemm.default, arguments(gemm))
-    problem = QuantizeProblem(Operand.parse("f6E2M3FN@token:f32"), "f32", widened=True)
+    problem = QuantizeProblem(Operand.parse("f6E2M3FN@token:f32"), "f32", stored="f8E4M3FN")
     path = host_kernels.host_quantizers([problem], tmp_path / "quantize.so")
     x, status = torch.randn(4, 10), torch.zeros(1, dtype=torch.int32)
     opcheck(torch.ops.fpc_cuda.quantize.default, quantize_arguments(open_library(path), x, status))
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused(gemm: int, changes: dict[str, Any], messag
 
 
 def test_quantizers_refuse_what_does_not_fit(gemm: int, tmp_path: Path) -> None:
-    problem = QuantizeProblem(Operand.parse("f6E2M3FN@token:f32"), "f32", widened=True)
+    problem = QuantizeProblem(Operand.parse("f6E2M3FN@token:f32"), "f32", stored="f8E4M3FN")
     library = open_library(host_kernels.host_quantizers([problem], tmp_path / "quantize.so"))
     x, status = torch.randn(4, 10), torch.zeros(1, dtype=torch.int32)
     quantize = torch.ops.fpc_cuda.quantize
