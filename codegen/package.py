@@ -202,7 +202,16 @@ def emit(instance: GemmInstance) -> KernelSource:
     Raises:
         DependencyError: If it takes CUTLASS, and that is not installed.
     """
-    return hopper.emit(instance) if isinstance(instance, hopper.PackedGemm) else cutlass.emit(instance)
+    return (
+        hopper.emit(instance) if isinstance(instance, hopper.PackedGemm) else cutlass.emit(instance)
+    )
+
+
+def describe(instance: GemmInstance) -> dict[str, Any]:
+    """Return an instance as JSON values, from which it can be generated again."""
+    if isinstance(instance, hopper.PackedGemm):
+        return hopper.describe(instance)
+    return cutlass.describe(instance)
 
 
 def _packed(gemm: Gemm, machine: Arch) -> hopper.PackedGemm | None:
@@ -279,9 +288,7 @@ class _Packer:
         """Return what an index says of a target."""
         instances = {self.operators.name: self.operators}
         for gemm in plan.instances:
-            packed = isinstance(gemm, hopper.PackedGemm)
-            description = hopper.describe(gemm) if packed else cutlass.describe(gemm)
-            instances[gemm.name] = self._instance("gemm", gemm.name, description)
+            instances[gemm.name] = self._instance("gemm", gemm.name, describe(gemm))
         name = ""
         if quantizers.source is not None:
             name = quantizers.source.name
@@ -325,9 +332,7 @@ def _operators(options: Options, files: dict[str, bytes]) -> Instance:
     return Instance(OPERATORS, OPERATORS, {}, {"library": file}, digest)
 
 
-def _layer(
-    row: Mapping[Rows, GemmInstance] | str, quantizer: str
-) -> LayerKernels:
+def _layer(row: Mapping[Rows, GemmInstance] | str, quantizer: str) -> LayerKernels:
     if isinstance(row, str):
         return LayerKernels(reason=row)
     kernels = {rows.value: instance.name for rows, instance in row.items()}

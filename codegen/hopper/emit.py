@@ -53,7 +53,9 @@ def emit(instance: PackedGemm) -> KernelSource:
             parts.append(text.replace("#pragma once\n", ""))
     parts.append(_problem(instance))
     text = json.dumps(description, sort_keys=True)
-    parts.append(f'FPC_EXPORT const char* fpc_gemm_description() {{ return R"json({text})json"; }}\n')
+    parts.append(
+        f'FPC_EXPORT const char* fpc_gemm_description() {{ return R"json({text})json"; }}\n'
+    )
     return KernelSource(instance.name, "\n".join(parts), instance.arch, description=description)
 
 

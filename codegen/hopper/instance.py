@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
@@ -124,7 +123,9 @@ def _instance(values: object) -> PackedGemm:
     if describe(instance) != values or values["residual"] is not False:
         raise ValueError("its parts contradict each other")
     scaled = instance.scale is not BlockScale.NONE
-    wrong = not _reads(instance.mode, FORMATS[instance.b]) or (scaled and instance.mode is not Mode.BF16)
+    wrong = not _reads(instance.mode, FORMATS[instance.b]) or (
+        scaled and instance.mode is not Mode.BF16
+    )
     if wrong or instance.activation is Activation.RELU:
         raise ValueError(f"{instance.mode.value} multiplies no such weights")
     return instance
