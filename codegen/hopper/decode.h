@@ -1,0 +1,93 @@
+// Codes of 4 bits, sign in bit 3, as bytes that the tensor cores multiply: eight at a time, those of
+// a word of packed weights. Nibbles 0..3 are neighbours along K, and so are nibbles 4..7.
+
+namespace fpc {
+
+enum Mode {
+    kInt8,  // bytes are magnitude + kOffset or kOffset - magnitude, unsigned
+    kE4m3,  // bytes are E4M3 codes
+};
+
+// Selector bits 0..2 choose one of eight bytes of a table; bit 3 asks for its sign bit, eight times.
+FPC_DEVICE uint32_t look_up(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
+}
+
+// A constant in a register of its own. If the compiler knew it, it would move it to a register anew
+// for each use; it does not know that lanes are numbered below 32.
+template <uint32_t kValue>
+FPC_DEVICE uint32_t held_constant() {
+    uint32_t lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return kValue + (lane >> 5);
+}
+
+constexpr uint64_t in_each_byte(uint64_t value) { return value * 0x0101010101010101ull; }
+
+constexpr uint64_t largest_byte(uint64_t bytes) {
+    uint64_t largest = 0;
+    for (int i = 0; i < 8; i++)
+        if ((bytes >> 8 * i & 0xFF) > largest) largest = bytes >> 8 * i & 0xFF;
+    return largest;
+}
+
+// The bytes of kMagnitudes, lowest first, belong to the codes 0..7.
+template <class P, Mode kMode = P::kMode>
+struct Decoder;
+
+// Unsigned bytes spare the negation of bytes: u = offset + value comes from one table for codes of
+// either sign, whose other one then gives 0x00, the sign bit of a byte below 0x80. The products hold
+// offset * sum(x) too much.
+template <class P>
+struct Decoder<P, kInt8> {
+    static constexpr uint64_t kOffset = largest_byte(P::kMagnitudes);
+    static constexpr uint64_t kPositive = in_each_byte(kOffset) + P::kMagnitudes;
+    static constexpr uint64_t kNegative = in_each_byte(kOffset) - P::kMagnitudes;
+    static_assert(kOffset < 64, "bytes of the table have no sign bit");
+
+    uint32_t positive = held_constant<(uint32_t)kPositive>();  // codes 0..3
+    uint32_t negative = held_constant<(uint32_t)kNegative>();
+
+    FPC_DEVICE void decode(uint32_t codes, uint32_t& low, uint32_t& high) const {
+        const uint32_t flipped = codes ^ 0x88888888;
+        low = either(codes, flipped);
+        high = either(codes >> 16, flipped >> 16);
+    }
+
+    FPC_DEVICE uint32_t either(uint32_t codes, uint32_t flipped) const {
+        return look_up(positive, (uint32_t)(kPositive >> 32), codes) |
+               look_up(negative, (uint32_t)(kNegative >> 32), flipped);
+    }
+};
+
+// A block's exponent is added to the exponent field of its codes; code 0 stays zero.
+template <class P>
+struct Decoder<P, kE4m3> {
+    static constexpr uint32_t kLow = (uint32_t)P::kMagnitudes;
+    static constexpr uint32_t kHigh = (uint32_t)(P::kMagnitudes >> 32);
+    static_assert(largest_byte(P::kMagnitudes) < 0x7F, "magnitudes are finite");
+
+    uint32_t table = held_constant<kLow>();  // codes 0..3
+
+    FPC_DEVICE void decode(uint32_t codes, uint32_t& low, uint32_t& high) const {
+        decode(codes, table, kHigh, low, high);
+    }
+
+    FPC_DEVICE void decode(uint32_t codes, uint32_t exponent, uint32_t& low,
+                           uint32_t& high) const {
+        decode(codes, kLow + exponent * 0x08080800u, kHigh + exponent * 0x08080808u, low, high);
+    }
+
+    FPC_DEVICE static void decode(uint32_t codes, uint32_t table_low, uint32_t table_high,
+                                  uint32_t& low, uint32_t& high) {
+        const uint32_t magnitudes = codes & 0x77777777, moved = codes << 4;
+        low = look_up(table_low, table_high, magnitudes) |
+              (look_up(codes, moved, 0x1504) & 0x80808080);
+        high = look_up(table_low, table_high, magnitudes >> 16) |
+               (look_up(codes, moved, 0x3726) & 0x80808080);
+    }
+};
+
+}  // namespace fpc
