@@ -23,7 +23,7 @@ __all__ = ["quantize_source", "QuantizeSource", "problem_text", "HEADERS"]
 
 HEADERS: Final = (
     "arguments.h", "instructions.h", "types.h", "formats.h", "scales.h", "functions.h",
-    "produce.h", "rows.h", "encode.h", "kernels.h",
+    "activations.h", "produce.h", "rows.h", "encode.h", "kernels.h",
 )  # fmt: skip
 """The headers of a source, each after those it needs."""
 

@@ -1,14 +1,10 @@
-// Codes of 4 bits, sign in bit 3, as bytes that the tensor cores multiply: eight at a time, those of
-// a word of packed weights. Nibbles 0..3 are neighbours along K, and so are nibbles 4..7.
+// Codes of 4 bits as bytes or bf16 numbers that the tensor cores multiply: those of a word of
+// packed weights. In order 8, a code's sign is bit 3 of its nibble.
 
 namespace fpc {
 
-enum Mode {
-    kInt8,  // bytes are magnitude + kOffset or kOffset - magnitude, unsigned
-    kE4m3,  // bytes are E4M3 codes
-};
-
-// Selector bits 0..2 choose one of eight bytes of a table; bit 3 asks for its sign bit, eight times.
+// Selector bits 0..2 choose one of eight bytes of a table; bit 3 asks for its sign bit, eight
+// times.
 FPC_DEVICE uint32_t look_up(uint32_t low, uint32_t high, uint32_t selector) {
     uint32_t bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
@@ -38,8 +34,8 @@ template <class P, Mode kMode = P::kMode>
 struct Decoder;
 
 // Unsigned bytes spare the negation of bytes: u = offset + value comes from one table for codes of
-// either sign, whose other one then gives 0x00, the sign bit of a byte below 0x80. The products hold
-// offset * sum(x) too much.
+// either sign, whose other one then gives 0x00, the sign bit of a byte below 0x80. The products
+// hold offset * sum(x) too much.
 template <class P>
 struct Decoder<P, kInt8> {
     static constexpr uint64_t kOffset = largest_byte(P::kMagnitudes);
@@ -87,6 +83,49 @@ struct Decoder<P, kE4m3> {
               (look_up(codes, moved, 0x1504) & 0x80808080);
         high = look_up(table_low, table_high, magnitudes >> 16) |
                (look_up(codes, moved, 0x3726) & 0x80808080);
+    }
+};
+
+// Codes of E2M1 in order 16 as pairs of bf16 values times 2**-126: E2M1's exponent and mantissa bit
+// are put where those of bf16 are, and its zero and its subnormal number become bf16's.
+FPC_DEVICE void spread_word(uint32_t codes, uint32_t (&pairs)[4]) {
+    pairs[0] = codes & 0x81C081C0;
+    pairs[1] = codes << 3 & 0x81C081C0;
+    pairs[2] = codes << 6 & 0x81C081C0;
+    pairs[3] = (codes << 1 & 0x80008000) | (codes >> 5 & 0x01000100) | (codes >> 4 & 0x00C000C0);
+}
+
+constexpr uint32_t kUnspread = 0x7E807E80;  // 2**126, twice
+
+FPC_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+// The bf16 factor of codes in a block whose scale is a byte of `scales`, twice, times 2**126. A
+// scale of 32 is the exponent field of the factor. A scale of 16 is E4M3 without subnormal numbers,
+// and its factor 2**-18 times too small.
+template <int kBlock>
+FPC_DEVICE uint32_t unspread_factor(uint32_t scales, int byte) {
+    if constexpr (kBlock == 0) return kUnspread;
+    const uint32_t twice = look_up(scales, 0, 0x4040 | byte | byte << 8);
+    return kBlock == 16 ? twice * 16 + 0x72007200 : twice << 7;
+}
+
+template <class P>
+struct Decoder<P, kFloats> {
+    static_assert(P::kBlock == 0 || P::kBlock == 16 || P::kBlock == 32, "");
+
+    // The codes of k16 step `step` of 64 of K, whose scales begin with the lowest byte.
+    FPC_DEVICE void decode(uint32_t codes, uint32_t scales, int step, uint32_t& low,
+                           uint32_t& high) const {
+        uint32_t pairs[4];
+        spread_word(codes, pairs);
+        const int block = P::kBlock == 16 ? step : step / 2;
+        const uint32_t factor = unspread_factor<P::kBlock>(scales, block);
+        low = multiply_pair(pairs[step % 2 * 2], factor);
+        high = multiply_pair(pairs[step % 2 * 2 + 1], factor);
     }
 };
 

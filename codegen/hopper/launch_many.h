@@ -2,7 +2,8 @@
 
 namespace fpc {
 
-// The driver's function, found at run time: a library that names it would not load without a driver.
+// The driver's function, found at run time: a library that names it would not load without a
+// driver.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -32,39 +33,51 @@ bool encode_map(CUtensorMap& map, const void* address, CUtensorMapDataType type,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-inline int32_t refusal(const FpcPackedGemmArguments& a, bool sums, bool exponents) {
+template <class P>
+int32_t refusal(const FpcGemmArguments& a) {
     constexpr int32_t kMost = 1 << 30, kLongest = 1 << 16;
-    if (!a.a || !a.b || !a.d || (sums && !a.a_sum) || (exponents != (a.b_scales != nullptr)))
+    const bool sums = P::kMode == kInt8;  // they are behind the scales of tokens
+    if (!a.a || !a.b || !a.d || (sums && !a.token_scale) || (P::kBlock && !a.b_scales))
         return FPC_NULL_POINTER;
     if (((uintptr_t)a.a | (uintptr_t)a.b | (uintptr_t)a.b_scales | (uintptr_t)a.d) & 15)
         return FPC_MISALIGNED;
     const bool fits = a.m <= kMost && a.n <= kMost && a.k <= kLongest;
-    if (!fits || a.m < 1 || a.n < 8 || a.n % 8 || a.k < kStepK || a.k % kStepK || a.residual)
+    if (!fits || a.m < 1 || a.n < 8 || a.n % 8 || a.k < kUnitK || a.k % kUnitK || a.residual)
         return FPC_UNSUPPORTED_SHAPE;
     return FPC_OK;
 }
 
 template <class P, class T>
-bool encode_maps(ManyParameters& p, const FpcPackedGemmArguments& a) {
-    using S = Staging<P, T>;
-    const cuuint64_t m = a.m, n = a.n, k = a.k, groups = (n + 15) / 16, steps = k / kStepK;
-    constexpr int kGroupsOfRows = T::kRows / 16, kSize = kSizeOf<P::kOutput>;
-    constexpr auto kWord = CU_TENSOR_MAP_DATA_TYPE_UINT32;
-    constexpr auto kDType = P::kOutput == kF32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const MapShape<2> x{{k, m}, {k}, {kStepK, T::kTokens / T::kSharing}};
-    const MapShape<3> codes{{256, steps, groups}, {1024, steps * 1024}, {256, 1, kGroupsOfRows}};
-    const MapShape<3> exponents{{16, steps, groups}, {64, steps * 64}, {16, 1, kGroupsOfRows}};
-    const MapShape<2> d{{n, m}, {n * kSize}, {S::kBoxRows, S::kTokens}};
-    if (P::kExponents &&
-        !encode_map(p.exponents, a.b_scales, kWord, CU_TENSOR_MAP_SWIZZLE_NONE, exponents))
-        return false;
-    return encode_map(p.x, a.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B, x) &&
-           encode_map(p.weights, a.b, kWord, CU_TENSOR_MAP_SWIZZLE_NONE, codes) &&
-           encode_map(p.d, a.d, kDType, CU_TENSOR_MAP_SWIZZLE_128B, d);
+bool encode_maps(ManyParameters& p, const FpcGemmArguments& a) {
+    using L = ManyLayout<P, T>;
+    using S = ManyStep<P>;
+    using D = Staging<P, T>;
+    constexpr auto kByte = CU_TENSOR_MAP_DATA_TYPE_UINT8, kWord = CU_TENSOR_MAP_DATA_TYPE_UINT32;
+    constexpr auto kDType = P::kOutput == kF32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                            : P::kOutput == kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    constexpr auto kXType = P::kMode == kFloats ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : kByte;
+    constexpr auto kPlain = CU_TENSOR_MAP_SWIZZLE_NONE, kSwizzled = CU_TENSOR_MAP_SWIZZLE_128B;
+    // Bytes of a group of 16 rows in a slot.
+    constexpr cuuint32_t kCodes = 16 * S::kCodeBytes, kScales = 16 * S::kScaleBytes;
+    constexpr int kGroups = T::kRows / 16, kSize = kSizeOf<P::kOutput>;
+    const cuuint64_t m = a.m, n = a.n, k = a.k, groups = (n + 15) / 16;
+    const cuuint64_t steps = k / S::kStepK, units = k / kUnitK;
+    const MapShape<2> x{{k, m}, {k * kStepBytes / S::kStepK}, {S::kStepK, T::kTokens}};
+    const MapShape<3> codes{
+        {kCodes / 4, steps, groups}, {kCodes, steps * kCodes}, {kCodes / 4, 1, kGroups}};
+    const MapShape<2> d{{n, m}, {n * kSize}, {D::kBoxRows, D::kTokens}};
+    if constexpr (L::kScales > 0) {
+        const MapShape<3> scales{
+            {kScales / 4, units, groups}, {kScales, units * kScales}, {kScales / 4, 1, kGroups}};
+        if (!encode_map(p.scales, a.b_scales, kWord, kPlain, scales)) return false;
+    }
+    return encode_map(p.x, a.a, kXType, kSwizzled, x) &&
+           encode_map(p.weights, a.b, kWord, kPlain, codes) &&
+           encode_map(p.d, a.d, kDType, kSwizzled, d);
 }
 
-inline int multiprocessors(const FpcPackedGemmArguments& a) {
+inline int multiprocessors(const FpcGemmArguments& a) {
     int device = 0, count = a.sm_count;
     if (count > 0) return count;
     if (cudaGetDevice(&device)) return 0;
@@ -72,56 +85,54 @@ inline int multiprocessors(const FpcPackedGemmArguments& a) {
 }
 
 template <class T>
-int tiles_of(const FpcPackedGemmArguments& a) {
-    constexpr int kRows = T::kRows * T::kSharing;
-    return (a.n + kRows - 1) / kRows * ((a.m + T::kTokens - 1) / T::kTokens);
+int row_tiles(const FpcGemmArguments& a) {
+    return (a.n + T::kRows - 1) / T::kRows;
+}
+
+template <class T>
+int token_tiles(const FpcGemmArguments& a) {
+    return (a.m + T::kTokens - 1) / T::kTokens;
 }
 
 template <class P, class T>
-int32_t launch_many(const FpcPackedGemmArguments& a) {
-    if (a.m == 0) return FPC_OK;
-    const int32_t refused = refusal(a, P::kMode == kInt8, P::kExponents);
-    if (refused) return refused;
-    if (a.k / kStepK < T::kSplit) return FPC_UNSUPPORTED_SHAPE;
-    ManyParameters p{};
-    if (!encode_maps<P, T>(p, a)) return FPC_INITIALIZE;
-    p.token_scale = a.token_scale;
-    p.row_scale = a.row_scale;
-    p.bias = a.bias;
-    p.scalar_a = a.scalar_a;
-    p.scalar_b = a.scalar_b;
-    p.x_sum = a.a_sum;
-    p.alpha = a.alpha;
-    p.m = a.m;
-    p.n = a.n;
-    p.steps = a.k / kStepK;
-    p.row_tiles = (a.n + T::kRows * T::kSharing - 1) / (T::kRows * T::kSharing);
-    p.token_tiles = (a.m + T::kTokens - 1) / T::kTokens;
-    // Tokens that stay in the L2 cache while all rows pass.
-    constexpr int64_t kCached = 8 << 20;
-    const int64_t together = kCached / ((int64_t)T::kTokens * a.k);
-    p.together = together < 1 ? 1 : together > 16 ? 16 : (int32_t)together;
-
-    const int count = multiprocessors(a), tiles = p.row_tiles * p.token_tiles;
-    if (count < T::kCluster) return FPC_LAUNCH;
-    // Blocks that share K have one tile: their barrier is used once.
-    const int clusters = T::kSplit > 1 || tiles < count / T::kCluster ? tiles : count / T::kCluster;
-    const auto kernel = gemm_many<P, T>;
+int32_t start_many(const ManyParameters& p, int clusters, void* stream) {
     constexpr int kBytes = ManyLayout<P, T>::kBytes;
+    const auto kernel = gemm_many<P, T>;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
         return FPC_LAUNCH;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = T::kCluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = T::kSplit;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3((unsigned)(clusters * T::kCluster));
-    config.blockDim = dim3(kManyThreads);
+    config.gridDim = dim3((unsigned)(clusters * T::kSplit));
+    config.blockDim = dim3(T::kThreads);
     config.dynamicSmemBytes = kBytes;
-    config.stream = (cudaStream_t)a.stream;
-    config.attrs = &cluster;
-    config.numAttrs = T::kCluster > 1;
+    config.stream = (cudaStream_t)stream;
+    config.attrs = attributes;
+    config.numAttrs = T::kSplit > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, p) ? FPC_LAUNCH : FPC_OK;
+}
+
+// Launch with tiles T; `a` was not refused.
+template <class P, class T>
+int32_t launch_tiles(const FpcGemmArguments& a, int sms) {
+    ManyParameters p{};
+    if (!encode_maps<P, T>(p, a)) return FPC_INITIALIZE;
+    p.token_scale = a.token_scale, p.row_scale = a.row_scale, p.bias = a.bias;
+    p.scalar_a = a.scalar_a, p.scalar_b = a.scalar_b, p.alpha = a.alpha;
+    p.m = a.m, p.n = a.n, p.units = a.k / kUnitK;
+    p.row_tiles = row_tiles<T>(a), p.token_tiles = token_tiles<T>(a);
+    // Tokens that stay in the L2 cache while all rows pass.
+    constexpr int64_t kCached = 8 << 20;
+    const int64_t bytes = (int64_t)T::kTokens * a.k * kStepBytes / ManyStep<P>::kStepK;
+    const int64_t together = kCached / bytes;
+    p.together = together < 1 ? 1 : together > 16 ? 16 : (int32_t)together;
+    // Blocks that share K have one tile: their barrier is used once.
+    const int tiles = p.row_tiles * p.token_tiles;
+    return start_many<P, T>(p, T::kSplit > 1 || tiles < sms ? tiles : sms, a.stream);
 }
 
 }  // namespace fpc

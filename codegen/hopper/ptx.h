@@ -22,10 +22,18 @@ FPC_DEVICE void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
+// Tell the compiler that a number is the same for all lanes of a warp.
+FPC_DEVICE int same_in_warp(int value) { return __shfl_sync(~0u, value, 0); }
+
 // A barrier of some warps of a block; barrier 0 is __syncthreads().
 FPC_DEVICE void named_barrier(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+
+// Programmatic dependent launch: wait until all kernels before this one are through, and let the
+// next one begin what does not depend on this one.
+FPC_DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+FPC_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // --- barriers in shared memory -------------------------------------------------------------------
 
@@ -47,15 +55,6 @@ FPC_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
 
 FPC_DEVICE void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrive at a barrier of a block of the cluster, this one included.
-FPC_DEVICE void barrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
 }
 
 FPC_DEVICE void barrier_wait(uint32_t barrier, uint32_t phase) {
@@ -111,16 +110,6 @@ FPC_DEVICE void load_tile(const CUtensorMap& map, uint32_t to, uint32_t barrier,
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
         "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-        : "memory");
-}
-
-// Load to the same address of each block in `mask`, and tell the barriers at the same address.
-FPC_DEVICE void load_tile_cluster(const CUtensorMap& map, uint32_t to, uint32_t barrier, int x,
-                                  int y, uint16_t mask) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
         : "memory");
 }
 

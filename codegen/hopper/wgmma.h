@@ -60,26 +60,28 @@ FPC_DEVICE uint64_t matrix_descriptor(uint32_t address) {
 #define FPC_REGISTERS_64(c, i) FPC_REGISTERS_32(c, i), FPC_REGISTERS_32(c, i + 32)
 #define FPC_REGISTERS_128(c, i) FPC_REGISTERS_64(c, i), FPC_REGISTERS_64(c, i + 64)
 
-#define FPC_PRODUCT(tokens, count, type, c, types, a0, a1, a2, a3, b, accumulate, signs)          \
-    FPC_DEVICE void add_products(type(&d)[count], const uint32_t(&a)[4], uint64_t matrix,         \
-                                 bool adding) {                                                   \
-        asm volatile(                                                                             \
-            "{ .reg .pred adding; setp.ne.b32 adding, %" #accumulate ", 0;\n"                     \
-            "wgmma.mma_async.sync.aligned.m64n" #tokens "k32." types " {" FPC_LIST_##count "}, "  \
-            "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", adding" signs "; }"               \
-            : FPC_REGISTERS_##count(c, 0)                                                         \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix), "r"((int)adding)           \
-            : "memory");                                                                          \
+#define FPC_PRODUCT(name, tokens, count, type, c, types, a0, a1, a2, a3, b, accumulate, options)   \
+    FPC_DEVICE void name(type(&d)[count], const uint32_t(&a)[4], uint64_t matrix, bool adding) {   \
+        asm volatile(                                                                              \
+            "{ .reg .pred adding; setp.ne.b32 adding, %" #accumulate ", 0;\n"                      \
+            "wgmma.mma_async.sync.aligned.m64n" #tokens types " {" FPC_LIST_##count "}, "          \
+            "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", adding" options "; }"              \
+            : FPC_REGISTERS_##count(c, 0)                                                          \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix), "r"((int)adding)            \
+            : "memory");                                                                           \
     }
 
-FPC_PRODUCT(32, 16, int32_t, "+r", "s32.u8.s8", 16, 17, 18, 19, 20, 21, "")
-FPC_PRODUCT(64, 32, int32_t, "+r", "s32.u8.s8", 32, 33, 34, 35, 36, 37, "")
-FPC_PRODUCT(128, 64, int32_t, "+r", "s32.u8.s8", 64, 65, 66, 67, 68, 69, "")
-FPC_PRODUCT(256, 128, int32_t, "+r", "s32.u8.s8", 128, 129, 130, 131, 132, 133, "")
-FPC_PRODUCT(32, 16, float, "+f", "f32.e4m3.e4m3", 16, 17, 18, 19, 20, 21, ", 1, 1")
-FPC_PRODUCT(64, 32, float, "+f", "f32.e4m3.e4m3", 32, 33, 34, 35, 36, 37, ", 1, 1")
-FPC_PRODUCT(128, 64, float, "+f", "f32.e4m3.e4m3", 64, 65, 66, 67, 68, 69, ", 1, 1")
+#define FPC_PRODUCTS(name, type, c, types, options)                                               \
+    FPC_PRODUCT(name, 32, 16, type, c, types, 16, 17, 18, 19, 20, 21, options)                     \
+    FPC_PRODUCT(name, 64, 32, type, c, types, 32, 33, 34, 35, 36, 37, options)                     \
+    FPC_PRODUCT(name, 128, 64, type, c, types, 64, 65, 66, 67, 68, 69, options)                    \
+    FPC_PRODUCT(name, 256, 128, type, c, types, 128, 129, 130, 131, 132, 133, options)
 
+FPC_PRODUCTS(add_int8_products, int32_t, "+r", "k32.s32.u8.s8", "")
+FPC_PRODUCTS(add_e4m3_products, float, "+f", "k32.f32.e4m3.e4m3", ", 1, 1")
+FPC_PRODUCTS(add_bf16_products, float, "+f", "k16.f32.bf16.bf16", ", 1, 1, 0")
+
+#undef FPC_PRODUCTS
 #undef FPC_PRODUCT
 
 }  // namespace fpc
