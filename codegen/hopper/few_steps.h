@@ -51,8 +51,6 @@ FPC_DEVICE void store_remote(uint32_t address, uint32_t rank, uint32_t word) {
         : "memory");
 }
 
-FPC_DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-FPC_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // --- steps --------------------------------------------------------------------------------------
 
