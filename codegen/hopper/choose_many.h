@@ -3,8 +3,10 @@
 //   waves * (kFixed + kEach * units of K of a block),   waves = ceil(tiles / blocks at a time)
 //
 // in nanoseconds, with numbers for each shape of tile that were fitted to measured times of an H200
-// (132 SMs, 4096 to 14336 rows and K, 24 to 8192 tokens). Where K is divided, results of floating
-// point would depend on the number of tokens; only exact sums allow that.
+// (132 SMs, 576 to 14336 rows and K, 24 to 4096 tokens). Results of floating point depend on how
+// many parts of K are summed apart: N and K alone say how many, so that a token's results do not
+// depend on other tokens. Tiles whose blocks chain the parts are for many tokens, those whose
+// blocks share them for few. Exact sums may be divided in any way.
 
 namespace fpc {
 
@@ -35,7 +37,9 @@ struct ManyTiles<P, kE4m3> {
     using List = TileList<
         TimedTile<ManyTile<256>, 3700, 760>, TimedTile<ManyTile<128>, 3700, 430>,
         TimedTile<ManyTile<64>, 3600, 340>, TimedTile<ManyTile<32>, 3500, 320>,
-        TimedTile<ManyTile<64, 1, 1>, 3600, 260>, TimedTile<ManyTile<32, 1, 1>, 3500, 240>>;
+        TimedTile<ManyTile<64, 1, 1>, 3600, 260>, TimedTile<ManyTile<32, 1, 1>, 3500, 240>,
+        TimedTile<ManyTile<128, 1, 2, 2>, 3800, 435>, TimedTile<ManyTile<64, 1, 2, 2>, 3700, 345>,
+        TimedTile<ManyTile<64, 2, 1>, 4500, 260>, TimedTile<ManyTile<32, 2, 1>, 4400, 240>>;
 };
 
 template <class P>
@@ -44,8 +48,16 @@ struct ManyTiles<P, kFloats> {
         TimedTile<ManyTile<256>, 3700, 1200>, TimedTile<ManyTile<128>, 3700, 680>,
         TimedTile<ManyTile<64>, 3800, 460>, TimedTile<ManyTile<32>, 3700, 430>,
         TimedTile<ManyTile<128, 1, 1>, 3800, 480>, TimedTile<ManyTile<64, 1, 1>, 3700, 350>,
-        TimedTile<ManyTile<32, 1, 1>, 3600, 320>>;
+        TimedTile<ManyTile<32, 1, 1>, 3600, 320>,
+        TimedTile<ManyTile<128, 1, 2, 2>, 3800, 685>, TimedTile<ManyTile<64, 1, 2, 2>, 3900, 465>,
+        TimedTile<ManyTile<128, 2>, 5300, 680>, TimedTile<ManyTile<64, 2>, 4600, 460>,
+        TimedTile<ManyTile<64, 2, 1>, 4500, 350>, TimedTile<ManyTile<32, 2, 1>, 4400, 320>>;
 };
+
+// Two parts where tiles of 64 rows occupy less than half of the SMs, and K is long enough to gain.
+inline int parts_of_k(const FpcGemmArguments& a) {
+    return a.n <= 4224 && a.k >= 8192 ? 2 : 1;
+}
 
 template <class T>
 int64_t time_of(const FpcGemmArguments& a, int sms) {
@@ -59,7 +71,8 @@ int64_t time_of(const FpcGemmArguments& a, int sms) {
 template <class P, class T, class Launch>
 void consider(const FpcGemmArguments& a, int sms, int64_t& least, Launch& launch) {
     using Tile = typename T::Tile;
-    if (sms < Tile::kSplit || a.k / kUnitK < Tile::kSplit) return;
+    if (sms < Tile::kSplit || a.k / kUnitK < Tile::kParts) return;
+    if (P::kMode != kInt8 && Tile::kParts != parts_of_k(a)) return;
     const int64_t time = time_of<T>(a, sms);
     if (time >= least) return;
     least = time;

@@ -19,11 +19,17 @@ FPC_DEVICE void multiply_tiles(const ManyParameters& p, uint32_t shared, int ran
     Staging<P, T> staging{shared + L::kStagedAt + group * 2 * kStagedBytes, group + 1, warp, lane};
     wait_for_inputs();
     for (int tile = first_tile<T>(); tile < tiles; tile = next_tile<T>(tile)) {
-        const Work<T> work(p, tile, rank);
+        const Work<P, T> work(p, tile, rank);
         const int row = work.row + group * 64;
         const Scales<P, T> scales(p, row, work.token, thread);
         Sums<P, T> sums;
-        sums.multiply(by, (work.last - work.first) * ManyStep<P>::kSteps);
+        sums.multiply(by, work.steps(p, 0));
+#pragma unroll 1
+        for (int link = 1; link < T::kChain; link++) {
+            Sums<P, T> more;
+            more.multiply(by, work.steps(p, link));
+            sums.add(more);
+        }
         scales.share(p, of_tokens, of_rows, thread);
         staging.sync();
         if constexpr (T::kSplit > 1) {

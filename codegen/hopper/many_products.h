@@ -105,6 +105,14 @@ struct Multiplier {
     }
 };
 
+template <class Value, int kUnits, int kCount>
+FPC_DEVICE void add_values(Value (&to)[kUnits][kCount], const Value (&more)[kUnits][kCount]) {
+#pragma unroll
+    for (int i = 0; i < kUnits; i++)
+#pragma unroll
+        for (int j = 0; j < kCount; j++) to[i][j] += more[i][j];
+}
+
 // Sums of a tile, exact ones or those of fp32. Some products run while the next codes are decoded.
 template <class P, class T, Mode kMode = P::kMode>
 struct Sums {
@@ -112,7 +120,9 @@ struct Sums {
     static constexpr int kInFlight = T::kTokens > 64 ? 2 : 3;
     typename Choose<kMode == kInt8, int32_t, float>::type values[kUnits][kColumns / 2];
 
-    FPC_DEVICE void add(const uint32_t (&a)[4], uint64_t matrix, bool adding) {
+    FPC_DEVICE void add(const Sums& more) { add_values(values, more.values); }
+
+    FPC_DEVICE void add_products(const uint32_t (&a)[4], uint64_t matrix, bool adding) {
         if constexpr (kMode == kInt8)
             add_int8_products(values[0], a, matrix, adding);
         else
@@ -128,7 +138,7 @@ struct Sums {
                 uint32_t a[4];
                 by.decode(part, a);
                 products_begin();
-                add(a, matrix + 2 * part, step > 0 || part > 0);
+                add_products(a, matrix + 2 * part, step > 0 || part > 0);
                 products_commit();
                 products_wait<kInFlight>();
                 if (part == kInFlight - 1 && step > 0) by.release(last);
@@ -148,6 +158,8 @@ struct Sums<P, T, kE4m3> {
     static constexpr int kColumns = T::kTokens < 64 ? T::kTokens : 64;
     static constexpr int kUnits = T::kTokens / kColumns, kTurns = kUnits > 1 ? 2 : 1;
     float values[kUnits][kColumns / 2];
+
+    FPC_DEVICE void add(const Sums& more) { add_values(values, more.values); }
 
     FPC_DEVICE void take(int unit, float (&partial)[kColumns / 2]) {
         pin(partial);

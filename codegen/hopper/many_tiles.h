@@ -16,10 +16,13 @@ struct ManyParameters {
     int32_t together;     // tiles of tokens that are taken in turn for each tile of rows
 };
 
-// kSplit: blocks of a cluster that share K; kGroups: warpgroups that multiply, with 64 rows each.
-template <int kTokens_, int kSplit_ = 1, int kGroups_ = 2>
+// kSplit: blocks of a cluster that share K; kGroups: warpgroups that multiply, with 64 rows each;
+// kChain: parts of K that a block sums one after the other, to the bits of as many that share K.
+template <int kTokens_, int kSplit_ = 1, int kGroups_ = 2, int kChain_ = 1>
 struct ManyTile {
     static constexpr int kTokens = kTokens_, kSplit = kSplit_, kGroups = kGroups_;
+    static constexpr int kChain = kChain_, kParts = kSplit * kChain;
+    static_assert(kSplit == 1 || kChain == 1, "parts of K are shared or chained");
     static constexpr int kRows = 64 * kGroups, kThreads = kGroupThreads * (kGroups + 1);
 };
 
@@ -65,18 +68,28 @@ struct Ring {
 };
 
 // Where a block's work is.
-template <class T>
+template <class P, class T>
 struct Work {
     int row, token;   // first ones
-    int first, last;  // units of K
+    int first, last;  // steps of K
 
     FPC_DEVICE Work(const ManyParameters& p, int tile, int rank) {
         const int each = p.together * p.row_tiles, before = tile / each * p.together;
         const int side = min(p.together, p.token_tiles - before), within = tile % each;
         row = within / side * T::kRows;
         token = (before + within % side) * T::kTokens;
-        first = (int)((int64_t)p.units * rank / T::kSplit);
-        last = (int)((int64_t)p.units * (rank + 1) / T::kSplit);
+        first = first_step(p, rank, T::kSplit);
+        last = first_step(p, rank + 1, T::kSplit);
+    }
+
+    FPC_DEVICE static int first_step(const ManyParameters& p, int part, int parts) {
+        return (int)((int64_t)p.units * part / parts) * ManyStep<P>::kSteps;
+    }
+
+    // Steps of a link of the chain.
+    FPC_DEVICE int steps(const ManyParameters& p, int link) const {
+        if (T::kChain == 1) return last - first;
+        return first_step(p, link + 1, T::kChain) - first_step(p, link, T::kChain);
     }
 };
 
@@ -99,8 +112,8 @@ FPC_DEVICE void copy_tiles(const ManyParameters& p, uint32_t shared, int rank) {
     bool waited = false;
     Ring<L::kSlots> ring;
     for (int tile = first_tile<T>(); tile < tiles; tile = next_tile<T>(tile)) {
-        const Work<T> work(p, tile, rank);
-        for (int step = work.first * S::kSteps; step < work.last * S::kSteps; step++) {
+        const Work<P, T> work(p, tile, rank);
+        for (int step = work.first; step < work.last; step++) {
             const uint32_t to = shared + ring.slot * L::kSlot;
             const uint32_t full = shared + L::kFullAt + 8 * ring.slot;
             const bool with_scales = L::kScales && step % S::kSteps == 0;
