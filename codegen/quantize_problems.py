@@ -44,7 +44,7 @@ def quantize_problems(
     kinds = {
         index: InputKind(Operand.parse(step.args[_X_OPERAND]), step.args[_K], elements[step.layer])
         for index, step in enumerate(plan.steps)
-        if step.op == "fpc.linear" and step.layer in elements
+        if step.op == "fpc.linear" and step.layer in elements and step.args[_X_OPERAND]
     }
     shared = shared_quantizers(plan, kinds)
     made_by = {out: index for index in shared for out in plan.steps[index].outs}

@@ -40,6 +40,11 @@ ACTIVATIONS = {
     "a8": "f8E4M3FN@token:f32",
 }
 LLAMA = "a6"
+PACKED = {
+    "i8": "w4a6-row", "i8-e2m1": "w4a4-row", "e4m3": "w4a8-row", "mx": "w4a6", "mx4": "mxfp4",
+    "nv": "nvfp4", "plain": "w4a16",
+}  # fmt: skip
+"""Schemes whose layers run on kernels of packed weights, one for each kind."""
 
 
 def quantize_problems() -> Iterator[QuantizeProblem]:
@@ -113,6 +118,16 @@ def main(folder: Path) -> None:
     compiled = fpcompiler.compile(model, "w4a6-row", example_inputs=inputs, target="reference")
     layers = [row.name for row in compiled.artifact.plan.layers if row.quantized]
     save(folder / "llama.fpc", with_kernels(compiled.artifact, found, files, layers, "bf16"))
+    for name, scheme in PACKED.items():
+        packed = fpcompiler.compile(model, scheme, example_inputs=inputs, target=["cpu", ARCH])
+        packed.save(folder / f"packed-{name}.fpc")
+        print(
+            f"packed-{name}: {sorted({i.name for _, i in _instances(packed.artifact)})}", flush=True
+        )
+
+
+def _instances(artifact: Artifact) -> list[tuple[str, Instance]]:
+    return KernelIndex.of(artifact.kernels).all_instances()
 
 
 if __name__ == "__main__":
