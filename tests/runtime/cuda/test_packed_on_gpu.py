@@ -64,7 +64,7 @@ def kernels_of(folder: Path, name: str) -> CudaKernels:
 
 def linear_of(folder: Path, name: str, weight: Tensor, bias: Tensor | None) -> CudaLinear:
     kernels = kernels_of(folder, name)
-    (gemm,) = kernels.gemms.values()
+    gemm = next(gemm for gemm in kernels.gemms.values() if gemm.activation == "none")
     operand, activation = operands(name)
     codes, scales = quantize(weight, operand)
     w = [pack(codes, 4), *scales]
