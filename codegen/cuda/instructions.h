@@ -110,12 +110,24 @@ struct alignas(8) Twin {
     uint32_t words[2];
 };
 
+// Volatile, and not by the cache for constants: an earlier kernel may still write what is read
+// until `follow` returns.
 FPC_DEVICE Quad load_quad(const void* from) {
     Quad q;
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(q.words[0]), "=r"(q.words[1]), "=r"(q.words[2]), "=r"(q.words[3])
-        : "l"(from));
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.words[0]), "=r"(q.words[1]), "=r"(q.words[2]), "=r"(q.words[3])
+                 : "l"(from));
     return q;
+}
+
+// Wait until earlier kernels are through and what they wrote is there, and let the next one begin:
+// it does the same before it touches memory. Where a kernel is not launched early, and before
+// Hopper, this is nothing.
+FPC_DEVICE void follow() {
+#if FPC_FOLLOWS
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // --- other threads -----------------------------------------------------------------------------
@@ -130,11 +142,18 @@ FPC_DEVICE void store_larger(int32_t* to, int32_t value) { atomicMax(to, value);
 
 // --- launches, on the CPU ----------------------------------------------------------------------
 
+// Launch a kernel that follows others. Its blocks may begin while those of the last one end, unless
+// that was no kernel.
 template <class Arguments>
 int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments& arguments,
-               void* stream) {
-    void* parameters[] = {(void*)&arguments};
-    return cudaLaunchKernel((const void*)kernel, grid, block, parameters, 0, (cudaStream_t)stream);
+               void* stream, bool behind_kernel = true) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block, config.stream = (cudaStream_t)stream;
+    config.attrs = &early, config.numAttrs = FPC_FOLLOWS && behind_kernel;
+    return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
 inline int32_t set_zero(void* memory, size_t bytes, void* stream) {

@@ -27,6 +27,7 @@ __host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
 template <class P, bool kHeld>
 __global__ void __launch_bounds__(kMostThreads, 2)
 quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
+    follow();
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     const int chunks = chunks_of<P>(a);
     if (m >= a.m) {
@@ -66,6 +67,7 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
 template <class P, bool kHeld>
 __global__ void __launch_bounds__(kMostThreads, 2)
 find_amax(const __grid_constant__ FpcQuantizeArguments a) {
+    follow();
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (m >= a.m) return;
     Row<P, kHeld> row(a, m, chunks_of<P>(a));
@@ -105,7 +107,7 @@ int32_t launch_amax(const FpcQuantizeArguments& a, int chunks, void* stream) {
     if (failed) return failed;
     const Shape shape = Shape::whole_rows(a.m, chunks);
     const auto kernel = chunks <= kMostThreads ? find_amax<P, true> : find_amax<P, false>;
-    return launch(kernel, shape.grid, shape.block, a, stream);
+    return launch(kernel, shape.grid, shape.block, a, stream, false);
 }
 
 template <class P>

@@ -45,6 +45,9 @@ _ROUNDINGS: Final = {
 }
 _STORED: Final = dict(zip(STORED, ("kPacked", "kE4M3Bytes", "kIntegers", "kProducts"), strict=True))
 
+_HOPPER: Final = 90
+"""The first architecture on which a kernel can begin before the last one ends."""
+
 _CONVERTS: Final = {
     "f8E4M3FN": (1, "kConvertE4M3"),
     "f4E2M1FN": (2, "kConvertE2M1"),
@@ -83,9 +86,10 @@ def quantize_source(
     Raises:
         TargetError: If ``arch`` is no architecture of 8.9 or later.
     """
-    level = 0 if software else _level(arch)
+    number, level = _level(arch)
+    level = 0 if software else level
     folder = Path(__file__).parent
-    parts = [f"#define FPC_CONVERTS {level}\n"]
+    parts = [f"#define FPC_CONVERTS {level}\n#define FPC_FOLLOWS {int(number >= _HOPPER)}\n"]
     parts += [(folder / name).read_text(encoding="utf-8") for name in HEADERS]
     parts.append(problem_text(problems, level))
     return QuantizeSource("\n".join(parts))
@@ -126,7 +130,8 @@ extern "C" const char* fpc_quantize_problem(int32_t problem) {{
 """
 
 
-def _level(arch: str) -> int:
+def _level(arch: str) -> tuple[int, int]:
+    """Return the number of an architecture, and its level of conversions."""
     match = re.fullmatch(r"sm_(\d+)([af]?)", arch)
     number, suffix = (int(match[1]), match[2]) if match else (0, "")
     if number < 89:
@@ -134,7 +139,7 @@ def _level(arch: str) -> int:
             f"{arch!r} is no architecture that quantizers are generated for; take sm_89 or later, "
             "such as sm_90a, sm_100a or sm_120f."
         )
-    return 2 if number >= 100 and suffix else 1
+    return number, 2 if number >= 100 and suffix else 1
 
 
 def _structure(index: int, problem: QuantizeProblem, level: int) -> str:

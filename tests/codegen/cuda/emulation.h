@@ -91,12 +91,13 @@ static T exchange(T value, int mask) {
     return value;
 }
 
+static void follow() {}
 static void barrier() { wait_for_others(); }
 static void store_larger(int32_t* to, int32_t value) { *to = value > *to ? value : *to; }
 
 template <class Arguments>
 static int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments& arguments,
-                      void*) {
+                      void*, bool = true) {
     static void (*function)(Arguments);
     function = kernel;
     body = [](const void* a) { function(*(const Arguments*)a); };

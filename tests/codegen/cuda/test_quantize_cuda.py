@@ -86,9 +86,9 @@ def test_long_rows(built, k: int) -> None:
     some = [*FORMATS[len(UNSCALED) : len(UNSCALED) + 3], *SPECIAL[:2], *STORED[:4], PRODUCED[0]]
     for index in indices(some):
         if ALL[index].producer:
-            checks.check_produced(RUN, *built[index], 3, k)
+            checks.check_produced(RUN, *built[index], 6, k)
         else:
-            checks.check_rows(RUN, *built[index], 3, k)
+            checks.check_rows(RUN, *built[index], 6, k)
 
 
 @pytest.mark.parametrize("index", indices(PRODUCED), ids=name)

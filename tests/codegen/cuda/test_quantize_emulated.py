@@ -75,7 +75,7 @@ def test_codes_and_scales_are_those_of_numerics(library, index: int) -> None:
 def test_long_rows(library, k: int) -> None:
     """Rows that are held in registers, and rows that are read again."""
     for index in indices([FORMATS[len(UNSCALED)], SCALES[2], INTEGERS[0]]):
-        checks.check_rows(RUN, library, index, 2, k)
+        checks.check_rows(RUN, library, index, 6, k)
 
 
 def test_rows_of_swizzled_scales_are_filled_up(library) -> None:

@@ -45,7 +45,20 @@ def test_kernels_compile_without_spills_and_convert_by_ptx(arch: str, tmp_path) 
     for name, first in CONVERSIONS.items():
         assert (f"cvt.rn.satfinite.{name}.f32" in ptx) == (number >= first), name
     assert not re.search(r"\.ftz|\bdiv\.(approx|full)|(sqrt|rcp)\.approx", ptx)
+    kernels = ptx.split(".entry ")[1:]
+    assert len(kernels) == len(stacks)
+    for kernel in kernels:
+        first = re.search(r"\b(ld|st|red|atom)\.(?!param)", kernel)
+        wait, start = (kernel.index(f"griddepcontrol.{s};") for s in ("wait", "launch_dependents"))
+        assert first
+        assert wait < start < first.start(), "an earlier kernel may not be through"
+    assert ".nc." not in ptx, "the cache for constants would not see what an earlier kernel writes"
     assert _machine_code_is_for(arch, file.with_suffix(".so"))
+
+
+def test_kernels_before_hopper_begin_when_others_end() -> None:
+    assert "#define FPC_FOLLOWS 0\n" in quantize_source(TYPICAL[:1], "sm_89").text
+    assert "#define FPC_FOLLOWS 1\n" in quantize_source(TYPICAL[:1], "sm_90a", software=True).text
 
 
 def _machine_code_is_for(arch: str, library) -> bool:

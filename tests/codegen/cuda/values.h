@@ -10,6 +10,7 @@ struct ValuesArguments {
 template <class P>
 __global__ void __launch_bounds__(kMostThreads)
 write_values(const __grid_constant__ ValuesArguments v) {
+    follow();
     const int64_t m = blockIdx.x;
     Row<P, false> row(v.of, m, (int)((v.of.k + kChunk - 1) / kChunk));
     row.each_chunk([&](int chunk, float (&values)[kChunk]) {
@@ -21,6 +22,7 @@ write_values(const __grid_constant__ ValuesArguments v) {
 // The quotients of chunks by one total for each.
 template <class Arguments>
 __global__ void __launch_bounds__(32) divide_chunks(const __grid_constant__ Arguments of) {
+    follow();
     float values[kChunk];
     for (int i = 0; i < kChunk; i++) values[i] = of.x[blockIdx.x * kChunk + i];
     divide_all<false, false>(values, of.totals[blockIdx.x]);
