@@ -87,9 +87,11 @@ def _with_scales(epilogue: Epilogue, weight: Operand, activation: Operand, shift
 
 def _kind(layer: str, weight: Operand, activation: Operand | None, machine: Arch) -> GemmKind:
     """Return the kind of instruction with kernels that takes a pair, or raise the reason."""
-    kind = machine.facts.kind_for(weight, activation)
-    if kind is not None and kind.name in NATIVE:
-        return kind
+    found = [kind for kind in machine.facts.kinds if kind.takes(weight, activation)]
+    native = [kind for kind in found if kind.name in NATIVE]
+    if native:
+        return native[0]
+    kind = found[0] if found else None
     pair = f"w={weight},a={activation or 'none'}"
     if activation is None:
         cause = "its activations have 16 bits, and FP4 weights are multiplied with FP8 or less only"

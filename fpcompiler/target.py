@@ -130,6 +130,9 @@ _IN_INT8: Final = (
     "f4E2M1FN", "f4E1M2FN", "f4E3M0FN", "f6E2M3FN", "f6E1M4FN", "f8E1M6FN",
 )  # fmt: skip
 
+_INT8_CODES: Final = ("f4E2M1FN", "f4E1M2FN")
+"""Of four bits, integers up to 63."""
+
 _NONE: Final = ("",)
 _MX: Final = tuple(f"block{size}:f8E8M0FNU" for size in BLOCK_SIZES)
 _MX32: Final = ("block32:f8E8M0FNU",)
@@ -179,13 +182,15 @@ _ROWS: Final = (
     Target(
         "sm_90a",
         "NVIDIA H100, H200",
-        Status.COMPILED_ONLY,
+        Status.EXECUTED,
         (
+            GemmKind("int8", _INT8_CODES, _IN_INT8, _NONE, 128, "wgmma (u8, s8)", "that of FP8"),
             GemmKind("fp8", _IN_FP8, _IN_FP8, _NONE, 16, "wgmma (e4m3, e5m2)", "that of FP8"),
             *_bf16("wgmma (bf16)", 8),
         ),
-        "No instruction for FP4 or FP6. The sums of fp8 keep 13 fraction bits, those of bf16 25. "
-        "There are no kernels for bf16 yet.",
+        "No instruction for FP4 or FP6: weights stay packed until they are in registers. Row by "
+        "token scales are multiplied as int8, whose sums are exact; blocks of 16 and 32 and 16-bit "
+        "activations as bf16. The sums of fp8 keep 13 fraction bits, those of bf16 25.",
         beside=True,
     ),
     Target(

@@ -31,7 +31,8 @@ def test_the_reference_runs_every_scheme(name: str) -> None:
 def test_plans_are_for_processors_and_kernels_of_gpus_stand_beside_them() -> None:
     for target in TARGETS.values():
         if target.beside:
-            assert target.status is Status.COMPILED_ONLY
+            ran = target.name == "sm_90a"
+            assert target.status is (Status.EXECUTED if ran else Status.COMPILED_ONLY)
             assert not target.available
             assert target.supports(W4, A6) == (
                 f"{target.name}: its kernels stand beside a plan for the target cpu or reference"
@@ -50,7 +51,8 @@ def test_plans_are_for_processors_and_kernels_of_gpus_stand_beside_them() -> Non
         ("sm_120a", W4, A6, "mxf8f6f4"),
         ("sm_120a", Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32"), "f8f6f4"),
         ("sm_90a", W4, A6, "bf16"),
-        ("sm_90a", Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32"), "fp8"),
+        ("sm_90a", Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32"), "int8"),
+        ("sm_90a", Operand.parse("e2m1@row:f32"), Operand.parse("e4m3@token:f32"), "fp8"),
         ("sm_90a", NV, None, "bf16"),
         # FP8 holds these two, and no others of LLM-FP4 at 6 and 8 bits.
         ("sm_100a", W4, Operand.parse("e4m1@block32:e8m0"), "mxf8f6f4"),

@@ -34,7 +34,7 @@ LAYER_ROWS, LAYER_THREADS = (1, 16, 512), 2
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-DOCUMENTS = dict.fromkeys(("all", "dit", "layers", "bars", "kernels", "proofs"), HERE / "README.md")
+DOCUMENTS = dict.fromkeys(("all", "dit", "layers", "bars", "kernels", "builds", "proofs"), HERE / "README.md")
 """Where tables are that are not in the README of the project."""
 
 
@@ -77,6 +77,7 @@ def tables() -> dict[str, str]:
         "layers": layers(),
         "bars": bars(),
         "kernels": kernels(),
+        "builds": builds(),
         "proofs": proofs(),
     }
 
@@ -171,6 +172,23 @@ def kernels() -> str:
             f"{c['with_kernels']} ({len(c['kernels'])})" if c["kernels"] else "0" for c in found
         ]
         lines.append("| " + " | ".join([target, f"`{scheme}`", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def builds() -> str:
+    """Return what compiling the GPU kernels of models costs."""
+    lines = [
+        "| model | scheme | target | kernels | cold, min of CPU | peak memory | again |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for case, row in _read("gpu_kernels.json")["builds"].items():
+        model, scheme, target = case.split()
+        cells = [
+            model, f"`{scheme}`", target, str(len(row["kernels"])),
+            f"{row['cold_cpu_seconds'] / 60:.1f}", f"{row['peak_mb'] / 1000:.1f} GB",
+            f"{row['warm_seconds']:.3f} s",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
