@@ -34,7 +34,9 @@ LAYER_ROWS, LAYER_THREADS = (1, 16, 512), 2
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-DOCUMENTS = dict.fromkeys(("all", "dit", "layers", "bars", "kernels", "builds", "proofs"), HERE / "README.md")
+DOCUMENTS = dict.fromkeys(
+    ("all", "dit", "layers", "bars", "kernels", "builds", "proofs"), HERE / "README.md"
+)
 """Where tables are that are not in the README of the project."""
 
 
