@@ -42,27 +42,27 @@ FPC_DEVICE float from_f16(uint16_t bits) {
     return result;
 }
 
-// Values rounded to 16 bits, by the instructions for two: those for one take four times as long.
-FPC_DEVICE float rounded_to_f16(float value) {
-    uint32_t pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(value));
-    return from_f16((uint16_t)pair);
+// Two numbers rounded to 16 bits, the first one in the low bits.
+FPC_DEVICE uint32_t f16_pair(float first, float second) {
+    uint32_t result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+    return result;
 }
 
-FPC_DEVICE float rounded_to_bf16(float value) {
-    int32_t pair;  // the value in the high half, and zeros: an fp32
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(value), "f"(0.0f));
-    return float_of(pair);
-}
-
-// --- codes of two numbers, the first one in the low bits ---------------------------------------
-
-// Two numbers of 16 bits, rounded to nearest even.
 FPC_DEVICE uint32_t bf16_pair(float first, float second) {
     uint32_t result;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
     return result;
 }
+
+// Values rounded to 16 bits, by the instructions for two: those for one take four times as long.
+FPC_DEVICE float rounded_to_f16(float value) { return from_f16((uint16_t)f16_pair(value, 0)); }
+
+FPC_DEVICE float rounded_to_bf16(float value) {
+    return float_of((int32_t)bf16_pair(0, value));  // in the high half, and zeros: an fp32
+}
+
+// --- codes of two numbers, the first one in the low bits ---------------------------------------
 
 // The sum and the four signed bytes of a word.
 FPC_DEVICE int32_t plus_bytes(uint32_t word, int32_t sum) {

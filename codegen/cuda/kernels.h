@@ -2,11 +2,19 @@
 //
 // Where nothing need be known of a whole row, a thread has one chunk, and a row as many blocks of
 // threads as it takes. Otherwise a row has one warp or one block of threads, which hold it in
-// registers, a chunk each. Longer rows are read again for each step, from the cache: with more
-// chunks in its registers a block would have a multiprocessor to itself, and none would load
+// registers, a chunk or two each. Longer rows are read again for each step, from the cache: with
+// more chunks in its registers a block would have a multiprocessor to itself, and none would load
 // meanwhile.
 
 namespace fpc {
+
+// Norms need registers for what they multiply with, and their rows are seldom so long.
+template <class P>
+constexpr bool kHoldsTwo = !kIsNorm<P::kHead>;
+
+// Threads of a block: fewer have more registers.
+template <int kHeld>
+constexpr int kMost = kHeld == 2 ? 448 : kMostThreads;
 
 template <class P>
 constexpr bool kNeedsRow = kIsNorm<P::kHead> || P::kOuter == kPerRow;
@@ -24,8 +32,8 @@ __host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
     return of_codes;
 }
 
-template <class P, bool kHeld>
-__global__ void __launch_bounds__(kMostThreads, 2)
+template <class P, int kHeld>
+__global__ void __launch_bounds__(kMost<kHeld>, 2)
 quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
     follow();
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
@@ -64,8 +72,8 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
 }
 
 // The largest magnitude of a tensor, as its bits: they compare like the numbers.
-template <class P, bool kHeld>
-__global__ void __launch_bounds__(kMostThreads, 2)
+template <class P, int kHeld>
+__global__ void __launch_bounds__(kMost<kHeld>, 2)
 find_amax(const __grid_constant__ FpcQuantizeArguments a) {
     follow();
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
@@ -106,8 +114,13 @@ int32_t launch_amax(const FpcQuantizeArguments& a, int chunks, void* stream) {
     const int32_t failed = set_zero(a.amax, sizeof(int32_t), stream);
     if (failed) return failed;
     const Shape shape = Shape::whole_rows(a.m, chunks);
-    const auto kernel = chunks <= kMostThreads ? find_amax<P, true> : find_amax<P, false>;
-    return launch(kernel, shape.grid, shape.block, a, stream, false);
+    const auto start = [&](auto kernel) {
+        return launch(kernel, shape.grid, shape.block, a, stream, false);
+    };
+    if (chunks <= kMost<1>) return start(find_amax<P, 1>);
+    if constexpr (kHoldsTwo<P>)
+        if (chunks <= 2 * kMost<2>) return start(find_amax<P, 2>);
+    return start(find_amax<P, 0>);
 }
 
 template <class P>
@@ -141,12 +154,16 @@ int32_t quantize(FpcQuantizeArguments a, void* stream) {
     }
     if constexpr (!kNeedsRow<P>) {
         const Shape shape = Shape::tiles(rows, chunks);
-        return launch(quantize_rows<P, true>, shape.grid, shape.block, a, stream);
+        return launch(quantize_rows<P, 1>, shape.grid, shape.block, a, stream);
     } else {
         const Shape shape = Shape::whole_rows(rows, chunks);
-        const auto kernel =
-            chunks <= kMostThreads ? quantize_rows<P, true> : quantize_rows<P, false>;
-        return launch(kernel, shape.grid, shape.block, a, stream);
+        const auto start = [&](auto kernel) {
+            return launch(kernel, shape.grid, shape.block, a, stream);
+        };
+        if (chunks <= kMost<1>) return start(quantize_rows<P, 1>);
+        if constexpr (kHoldsTwo<P>)
+            if (chunks <= 2 * kMost<2>) return start(quantize_rows<P, 2>);
+        return start(quantize_rows<P, 0>);
     }
 }
 

@@ -29,10 +29,13 @@ FPC_DEVICE float sum_of(const float (&values)[kChunk], const Term& term) {
     float sums[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; i++) sums[i] = term(values[i], i);
+    // The inner loop has as many turns each time: otherwise compilers may not unroll both, and then
+    // keep the sums in memory.
 #pragma unroll
     for (int half = kChunk / 2; half; half /= 2)
 #pragma unroll
-        for (int i = 0; i < half; i++) sums[i] = add(sums[i], sums[i + half]);
+        for (int i = 0; i < kChunk / 2; i++)
+            if (i < half) sums[i] = add(sums[i], sums[i + half]);
     return sums[0];
 }
 

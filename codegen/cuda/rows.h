@@ -24,17 +24,22 @@ FPC_DEVICE double sum_over_row(double value) {
     return over_row(value, [](double a, double b) { return add(a, b); });
 }
 
-// If kHeld is true, a thread has one chunk, which stays in its registers. Otherwise the row is too
-// long for that, and chunks are read and computed again each time.
-template <class P, bool kHeld>
+// A thread holds kHeld chunks in its registers, or none: the row is too long for that, and chunks
+// are read and computed again each time. Two of them are packed, if their type has 16 bits.
+template <class P, int kHeld>
 struct Row {
+    typedef Held<P::kInput, kHeld> Read;
+    typedef Held<Producer<P>::kType, kHeld> Produced;
+    static constexpr bool kPlain = P::kHead == kNoHead && P::kTail == kNoTail && !P::kHadamard;
+
     const FpcQuantizeArguments& a;
     const Producer<P> producer;
     const int64_t m;
     const int chunks;  // of a row, with those behind its end
     const int first;
     Statistics known;
-    float held[kChunk];
+    Read read;
+    Produced produced;
 
     FPC_DEVICE Row(const FpcQuantizeArguments& arguments, int64_t m, int chunks)
         : a(arguments),
@@ -42,21 +47,47 @@ struct Row {
           m(m),
           chunks(chunks),
           first((int)(blockIdx.y * blockDim.x + threadIdx.x)) {
-        if constexpr (kHeld) load(first, held);
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            float values[kChunk];
+            load(chunk_of(i), values);
+            read.set(i, values);
+        }
         if constexpr (kIsNorm<P::kHead>) normalize();
-        if constexpr (kHeld) producer.apply(first * kChunk, known, held);
+        if constexpr (!kPlain) produce();
     }
 
     // Call `work(chunk, values)` for the values that are quantized: as often in all threads.
     template <class Work>
     FPC_DEVICE void each_chunk(const Work& work) {
-        each_loaded([&](int chunk, float (&values)[kChunk]) {
-            if constexpr (!kHeld) producer.apply(chunk * kChunk, known, values);
-            work(chunk, values);
-        });
+        if constexpr (kHeld == 0 || kPlain) {
+            each_loaded([&](int chunk, float (&values)[kChunk]) {
+                producer.apply(chunk * kChunk, known, values);
+                work(chunk, values);
+            });
+        } else {
+#pragma unroll
+            for (int i = 0; i < kHeld; i++) {
+                float values[kChunk];
+                produced.get(i, values);
+                work(chunk_of(i), values);
+            }
+        }
     }
 
    private:
+    FPC_DEVICE void produce() {
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            float values[kChunk];
+            read.get(i, values);
+            producer.apply(chunk_of(i) * kChunk, known, values);
+            produced.set(i, values);
+        }
+    }
+
+    FPC_DEVICE int chunk_of(int i) const { return first + i * (int)blockDim.x; }
+
     FPC_DEVICE void load(int chunk, float (&values)[kChunk]) const {
         const int64_t index = m * a.stride + (int64_t)chunk * kChunk;
         load_chunk<P::kInput>((const uint8_t*)a.x + index * kSizeOf<P::kInput>,
@@ -64,9 +95,14 @@ struct Row {
     }
 
     template <class Work>
-    FPC_DEVICE void each_loaded(const Work& work) {
-        if constexpr (kHeld) {
-            work(first, held);
+    FPC_DEVICE void each_loaded(const Work& work) const {
+        if constexpr (kHeld > 0) {
+#pragma unroll
+            for (int i = 0; i < kHeld; i++) {
+                float values[kChunk];
+                read.get(i, values);
+                work(chunk_of(i), values);
+            }
         } else {
             for (int begin = 0; begin < chunks; begin += (int)blockDim.x) {
                 float values[kChunk];

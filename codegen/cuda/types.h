@@ -27,6 +27,12 @@ FPC_DEVICE float widened(uint32_t bits) {
     return float_of((int32_t)(bits << 16));
 }
 
+// Two values of a type of 16 bits, the first one in the low bits.
+template <Type kType>
+FPC_DEVICE uint32_t pair_in(float first, float second) {
+    return kType == kF16 ? f16_pair(first, second) : bf16_pair(first, second);
+}
+
 FPC_DEVICE bool is_aligned(const void* address, int bytes) {
     return ((uintptr_t)address & (uintptr_t)(bytes - 1)) == 0;
 }
@@ -75,5 +81,30 @@ FPC_DEVICE void store_words(uint8_t* to, const uint32_t (&words)[kWords], int64_
             if (i < count) to[i] = (uint8_t)(words[i / 4] >> 8 * (i % 4));
     }
 }
+
+// Chunks in registers. More than one of a type of 16 bits are packed, as their values fit exactly.
+template <Type kType, int kCount>
+struct Held {
+    static constexpr bool kPacked = kCount > 1 && kSizeOf<kType> == 2;
+    static constexpr int kWords = kPacked ? kChunk / 2 : kChunk;
+    uint32_t words[kCount ? kCount : 1][kWords];
+
+    FPC_DEVICE void set(int at, const float (&values)[kChunk]) {
+#pragma unroll
+        for (int i = 0; i < kWords; i++)
+            words[at][i] = kPacked ? pair_in<kType>(values[2 * i % kChunk], values[2 * i % kChunk + 1])
+                                   : (uint32_t)bits_of(values[i]);
+    }
+
+    FPC_DEVICE void get(int at, float (&values)[kChunk]) const {
+#pragma unroll
+        for (int i = 0; i < kChunk; i++) {
+            const uint32_t word = words[at][i % kWords];
+            const uint32_t half = words[at][i / 2];
+            values[i] = kPacked ? widened<kType>(i % 2 ? half >> 16 : half & 0xFFFF)
+                                : float_of((int32_t)word);
+        }
+    }
+};
 
 }  // namespace fpc

@@ -163,6 +163,13 @@ static inline float rounded_to_bf16(float value) {
     return float_of((int32_t)((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u));
 }
 
+static inline uint32_t f16_pair(float first, float second) {
+    const _Float16 values[] = {(_Float16)first, (_Float16)second};
+    uint32_t pair;
+    memcpy(&pair, values, 4);
+    return pair;
+}
+
 static inline uint32_t bf16_pair(float first, float second) {
     const uint32_t low = (uint32_t)bits_of(rounded_to_bf16(first)) >> 16;
     return low | ((uint32_t)bits_of(rounded_to_bf16(second)) & 0xFFFF0000u);

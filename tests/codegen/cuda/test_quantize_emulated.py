@@ -73,9 +73,16 @@ def test_codes_and_scales_are_those_of_numerics(library, index: int) -> None:
 
 @pytest.mark.parametrize("k", [8192, 8200, 14336, 20000])
 def test_long_rows(library, k: int) -> None:
-    """Rows that are held in registers, and rows that are read again."""
+    """Rows that are held in registers, a chunk or two a thread, and rows that are read again."""
     for index in indices([FORMATS[len(UNSCALED)], SCALES[2], INTEGERS[0]]):
         checks.check_rows(RUN, library, index, 6, k)
+
+
+@pytest.mark.parametrize("k", [8200, 16400])
+def test_long_rows_of_producers(library, k: int) -> None:
+    silu = next(problem for problem in STORED_PRODUCED if problem.producer == "silu_mul")
+    for index in indices([*PRODUCED[:3], *problems.mixed(), silu]):
+        checks.check_produced(RUN, library, index, 2, k)
 
 
 def test_rows_of_swizzled_scales_are_filled_up(library) -> None:
