@@ -2,7 +2,7 @@
 
 namespace fpc {
 
-FPC_DEVICE float silu(float x) { return divide(x, add(exp_of(-x), 1.0f)); }
+FPC_DEVICE float silu(float x) { return divide(x, exp_plus_one(-x)); }
 
 FPC_DEVICE float gelu(float x) {
     return multiply(multiply(x, 0.5f), add(erf_of(multiply(x, 0.707106781186547524f)), 1.0f));

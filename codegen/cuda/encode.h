@@ -34,7 +34,8 @@ struct Encoder {
             divide(values, scale);
             return store(chunk, values, scale);
         } else {
-            if constexpr (P::kOuter != kNoOuter) divide_all<kPower, P::kGiven>(values, outer);
+            if constexpr (P::kOuter != kNoOuter)
+                divide_all<kPower, P::kGiven, P::kStored == kIntegers>(values, outer);
             return store(chunk, values, 1);
         }
     }

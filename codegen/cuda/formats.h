@@ -90,7 +90,7 @@ struct Codes {
         if constexpr (kStored == kE4M3Bytes)
             put(pair, pair_of<E4M3>(nearest<E>(first), nearest<E>(second)));
         else if constexpr (kStored == kIntegers)
-            put(pair, integer_of(nearest<E>(first)) | integer_of(nearest<E>(second)) << 8);
+            put(pair, integer_of(first) | integer_of(second) << 8);
         else if constexpr (kStored == kProducts) put(pair, bf16_pair(first, second));
         else put(pair, pair_of<E>(first, second));
     }
@@ -104,9 +104,14 @@ struct Codes {
     }
 
    private:
-    // A number of E without its binary point, as a byte. The low bits of the sum are the integer.
+    // The number of E next to a value, as an integer: a byte. It is rounded as by Rounded, but with
+    // its sign, and not held: a quotient by the scale of its row is kMax or next to it at most.
     FPC_DEVICE static uint32_t integer_of(float value) {
-        return (uint32_t)bits_of(fused(value, kUnits<E>, 0x1.8p23f)) & 0xFF;
+        const int32_t power = larger(bits_of(value) & kExponentMask, Rounded<E>::kLeast);
+        const float big = float_of(power + Rounded<E>::kMagic);
+        const float number = subtract(add(value, big), big);
+        // The low bits of the sum are those of the integer.
+        return (uint32_t)bits_of(fused(number, kUnits<E>, 0x1.8p23f)) & 0xFF;
     }
 
     FPC_DEVICE void put(int pair, uint32_t codes) {

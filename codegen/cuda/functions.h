@@ -44,6 +44,16 @@ FPC_DEVICE float exp_of(float x) {
     return multiply(multiply(parts.value, power_of_two(half)), power_of_two(parts.power - half));
 }
 
+// exp(x) + 1, the bits of add(exp_of(x), 1): what is less than half a unit of 1 need not be right.
+FPC_DEVICE float exp_plus_one(float x) {
+    x = smaller(x, 89.0f);
+    x = x < -80.0f ? -80.0f : x;
+    const Power parts = exp_parts(x);
+    // Doubled, as 2**128 is no fp32.
+    const float half = multiply(parts.value, power_of_two(parts.power - 1));
+    return add(add(half, half), 1.0f);
+}
+
 FPC_DEVICE float erf_of(float x) {
     const float t = magnitude(x), square = multiply(t, t);
     const float p = polynomial(square, 8.267465e-05f, -8.1180764e-4f, 5.19883e-3f, -2.6858497e-2f,
@@ -61,7 +71,7 @@ FPC_DEVICE float tanh_of(float x) {
     const float t = magnitude(x), square = multiply(t, t);
     const float p = polynomial(square, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f,
                                1.33314422036e-1f, -3.33332819422e-1f);
-    const float large = subtract(1.0f, divide(2.0f, add(exp_of(add(t, t)), 1.0f)));
+    const float large = subtract(1.0f, divide(2.0f, exp_plus_one(add(t, t))));
     const float size = t < 0.625f ? add(t, multiply(t, multiply(square, p))) : large;
     return with_sign_of(magnitude(size), x);
 }

@@ -91,28 +91,29 @@ FPC_DEVICE void each(float (&values)[kChunk], const Set& set) {
     for (int i = 0; i < kChunk; i++) values[i] = set(values[i], i);
 }
 
-// The rounded quotient of a magnitude, as a corrected product with the rounded inverse (Markstein,
+// The rounded quotient of a number that is not 0, as a corrected product with the rounded inverse (Markstein,
 // IBM Journal of Research and Development 34, 1990). In general that takes two corrections; that
 // one is enough for fp32 was found by trying all quotients that it could round wrongly
 // (tests/codegen/cuda/hard_quotients.h).
 //
 // It is not the quotient of magnitudes below 2**-100, whose remainders are not exact. With a total
 // between 2**-60 and 2**60 these have quotients below 2**-39, and the code 0 either way. Beyond
-// 2**128 the correction gives NaN.
-FPC_DEVICE float corrected_quotient(float magnitude, float total, float inverse) {
-    const float rough = multiply(magnitude, inverse);
-    return fused(fused(-rough, total, magnitude), inverse, rough);
+// 2**128 the correction gives NaN. Zeros lose their sign.
+FPC_DEVICE float corrected_quotient(float value, float total, float inverse) {
+    const float rough = multiply(value, inverse);
+    return fused(fused(-rough, total, value), inverse, rough);
 }
 
 // Divide values by one total. By a power of two it is the product with the inverse; if the scale is
-// given, quotients may be beyond fp32, and then are its largest number.
-template <bool kPower, bool kGiven>
+// given, quotients may be beyond fp32, and then are its largest number. Integers need no -0.
+template <bool kPower, bool kGiven, bool kInteger = false>
 FPC_DEVICE void divide_all(float (&values)[kChunk], float total) {
     const float inverse = reciprocal(total);
     if constexpr (kPower) {
         each(values, [=](float x, int) { return multiply(x, inverse); });
     } else if (total > 0x1p-60f && total < 0x1p60f) {
         each(values, [=](float x, int) {
+            if constexpr (kInteger) return corrected_quotient(x, total, inverse);
             const float size = corrected_quotient(magnitude(x), total, inverse);
             return with_sign_of(magnitude(kGiven ? smaller(size, 0x1.FFFFFEp127f) : size), x);
         });

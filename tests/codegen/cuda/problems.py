@@ -155,7 +155,7 @@ def rotated() -> list[QuantizeProblem]:
 def emulated(problems: Sequence[QuantizeProblem], folder: Path) -> QuantizeLibrary:
     """Compile kernels for the CPU, where coroutines are the threads."""
     files = [HERE / "emulation.h" if n == "instructions.h" else SOURCES / n for n in HEADERS]
-    files += [HERE / "values.h", HERE / "hard_quotients.h"]
+    files += [HERE / name for name in ("values.h", "hard_quotients.h", "exponentials.h")]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     source, library = folder / "emulated.cpp", folder / "emulated.so"
     source.write_text(

@@ -65,6 +65,18 @@ def test_one_correction_rounds_every_quotient_that_is_close_to_a_middle(library)
     assert wrong.value == 0
 
 
+@pytest.mark.parametrize(
+    ("first", "step", "count"),
+    [(0, 2039, (1 << 32) // 2039), (0x42B00000, 1, 1 << 18), (0xC2A00000, 1, 1 << 18)],
+)
+def test_exp_plus_one_has_the_bits_of_exp(library, first: int, step: int, count: int) -> None:
+    """All sizes of numbers, those around 88.7, where exp leaves fp32, and those around -80."""
+    function = library._library.fpc_test_exp_plus_one
+    function.restype = ctypes.c_int64
+    function.argtypes = (ctypes.c_uint32, ctypes.c_uint32, ctypes.c_int64)
+    assert function(first, step, count) == 0
+
+
 @pytest.mark.parametrize("index", indices([*FORMATS, *SCALES, *SPECIAL, *STORED]), ids=name)
 def test_codes_and_scales_are_those_of_numerics(library, index: int) -> None:
     for m, k in ((1, 1), (24, 75), (3, 640)):
