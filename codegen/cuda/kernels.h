@@ -64,7 +64,9 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
     }
     const Encoder<P> encoder{a, m, outer};
     int32_t sum = 0;
-    row.each_chunk([&](int chunk, float (&values)[kChunk]) { sum += encoder.encode(chunk, values); });
+    row.each_chunk([&](int chunk, float (&values)[kChunk]) {
+        sum += encoder.encode(chunk, values);
+    });
     if constexpr (P::kStored == kIntegers) {
         sum = over_row(sum, [](int32_t x, int32_t y) { return x + y; });
         if (threadIdx.x == 0) ((int32_t*)a.outer_scale)[a.m + m] = sum;

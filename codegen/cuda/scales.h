@@ -91,10 +91,10 @@ FPC_DEVICE void each(float (&values)[kChunk], const Set& set) {
     for (int i = 0; i < kChunk; i++) values[i] = set(values[i], i);
 }
 
-// The rounded quotient of a number that is not 0, as a corrected product with the rounded inverse (Markstein,
-// IBM Journal of Research and Development 34, 1990). In general that takes two corrections; that
-// one is enough for fp32 was found by trying all quotients that it could round wrongly
-// (tests/codegen/cuda/hard_quotients.h).
+// The rounded quotient of a number that is not 0, as a corrected product with the rounded inverse
+// (Markstein, IBM Journal of Research and Development 34, 1990). In general that takes two
+// corrections; that one is enough for fp32 was found by trying all quotients that it could round
+// wrongly (tests/codegen/cuda/hard_quotients.h).
 //
 // It is not the quotient of magnitudes below 2**-100, whose remainders are not exact. With a total
 // between 2**-60 and 2**60 these have quotients below 2**-39, and the code 0 either way. Beyond

@@ -91,17 +91,18 @@ struct Held {
 
     FPC_DEVICE void set(int at, const float (&values)[kChunk]) {
 #pragma unroll
-        for (int i = 0; i < kWords; i++)
-            words[at][i] = kPacked ? pair_in<kType>(values[2 * i % kChunk], values[2 * i % kChunk + 1])
+        for (int i = 0; i < kWords; i++) {
+            const int even = 2 * i % kChunk;
+            words[at][i] = kPacked ? pair_in<kType>(values[even], values[even + 1])
                                    : (uint32_t)bits_of(values[i]);
+        }
     }
 
     FPC_DEVICE void get(int at, float (&values)[kChunk]) const {
 #pragma unroll
         for (int i = 0; i < kChunk; i++) {
-            const uint32_t word = words[at][i % kWords];
-            const uint32_t half = words[at][i / 2];
-            values[i] = kPacked ? widened<kType>(i % 2 ? half >> 16 : half & 0xFFFF)
+            const uint32_t word = words[at][kPacked ? i / 2 : i];
+            values[i] = kPacked ? widened<kType>(i % 2 ? word >> 16 : word & 0xFFFF)
                                 : float_of((int32_t)word);
         }
     }

@@ -49,6 +49,8 @@ def problem(text: str, **options: object) -> QuantizeProblem:
 PROBLEMS = (
     problem("f6E2M3FN@token:f32"),
     problem("f6E2M3FN@token:f32", stored="f8E4M3FN"),
+    problem("f6E2M3FN@token:f32", stored="i8"),
+    problem("f6E2M3FN@block32:f8E8M0FNU", stored="bf16"),
     problem("f8E4M3FN@token:f32"),
     problem("f4E2M1FN@token:f32"),
     problem("f6E2M3FN@block32:f8E8M0FNU"),
@@ -61,6 +63,7 @@ PROBLEMS = (
     problem("f6E2M3FN@block32:f8E8M0FNU", producer="rms_norm", beside=("bf16", "", "", "")),
     problem("f6E2M3FN@token:f32", producer="layer_norm_modulate", beside=("", "", "bf16", "bf16")),
     problem("f6E2M3FN@token:f32", producer="silu_mul", beside=("", "", "bf16", "")),
+    problem("f6E2M3FN@token:f32", producer="silu_mul", beside=("", "", "bf16", ""), stored="i8"),
     problem("f6E2M3FN@token:f32", producer="gelu_tanh"),
 )
 

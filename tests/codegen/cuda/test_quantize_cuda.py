@@ -13,6 +13,7 @@ from fpcompiler.numerics import quantize
 from fpcompiler.operand import Operand
 from fpcompiler.runtime.cuda import Quantized, QuantizeLibrary, QuantizeProblem
 from fpcompiler.runtime.cuda.problem import TYPES
+from fpcompiler.runtime.cuda.stored import BF16
 from tests.codegen.cuda import checks, problems
 
 pytestmark = [
@@ -159,6 +160,34 @@ def test_a_graph_replays_with_other_values(built) -> None:
         graph.replay()
         found = Quantized(*(tensor.cpu() for tensor in out))
         checks.assert_is(found, x.cpu(), problem)
+
+
+def test_a_kernel_reads_what_the_one_before_it_wrote(built) -> None:
+    """Each begins while the last one ends, also in graphs; the first writes what the next reads."""
+    first = next(p for p in STORED if p.stored == BF16 and p.input == "bf16" and p.operand.block)
+    then = QuantizeProblem(Operand.parse("f6E2M3FN@token:f32"), "bf16")
+    (one, i), (two, j) = (built[ALL.index(problem)] for problem in (first, then))
+    x = torch.randn(512, 1024, device="cuda").to(torch.bfloat16)
+    between, out = (Quantized.empty(problem, 512, 1024, "cuda") for problem in (first, then))
+
+    def chain() -> None:
+        for _ in range(8):
+            out.codes.zero_()
+            between.codes.zero_()
+            one.quantize(i, x, between)
+            two.quantize(j, between.codes.view(torch.bfloat16), out)
+
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    for run in (chain, graph.replay) * 4:
+        x.normal_()
+        run()
+        products, codes = (Quantized(*(t.cpu() for t in part)) for part in (between, out))
+        checks.assert_is(products, x.cpu(), first)
+        checks.assert_is(codes, products.codes.view(torch.bfloat16), then)
 
 
 def test_a_kernel_runs_on_the_current_stream(built) -> None:
