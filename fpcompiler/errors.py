@@ -44,6 +44,10 @@ class ArtifactError(FpcompilerError):
     """A file that is no artifact, or one that is damaged, foreign or from another version."""
 
 
+class ExportError(FpcompilerError):
+    """A compiled model, or a layer of it, that another format cannot express."""
+
+
 class RunError(FpcompilerError):
     """Inputs that do not fit the compiled program, or a step of it that failed."""
 

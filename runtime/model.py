@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from fpcompiler.runtime.strict import require_kernels
 from fpcompiler.runtime.tables import CompareTable, PlanTable, VerifyReport
 from fpcompiler.runtime.trust import Gatekeeper
 from fpcompiler.runtime.verify import verify
+
+if TYPE_CHECKING:
+    from fpcompiler.interop.formats import Exported
 
 Build: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], Artifact]
 """Captures and compiles a model for the arguments of a call."""
@@ -146,6 +149,29 @@ class CompiledModel:
             RunError: If the model has not been called yet.
         """
         save(path, self.artifact)
+
+    def export(
+        self, path: str | os.PathLike[str], format: str, **options: Any
+    ) -> Exported:
+        """Write the model in the format of another tool, such as ``onnx-portable`` or ``pt2``.
+
+        Args:
+            path: The file, or the folder where the format is one.
+            format: A name in :data:`fpcompiler.interop.formats.EXPORT_FORMATS`.
+            options: Options of the format, such as ``external_data=True``.
+
+        Returns:
+            The files, and what there is to know of them.
+
+        Raises:
+            OptionError: If there is no such format or option.
+            DependencyError: If a package is missing that the format needs.
+            ExportError: If the format cannot express the model; the message names the layer.
+            RunError: If the model has not been called yet.
+        """
+        from fpcompiler.interop.formats import export
+
+        return export(self.artifact, path, format, **options)
 
     def plan(self) -> PlanTable:
         """Return what became of each layer: format, kernel, why, and bytes before and after.

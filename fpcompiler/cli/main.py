@@ -12,6 +12,7 @@ from fpcompiler import __version__
 from fpcompiler.cli import (
     bench,
     doctor,
+    export,
     formats,
     inspect,
     methods,
@@ -39,6 +40,7 @@ COMMANDS: Final[tuple[Command, ...]] = (
     selftest.COMMAND,
     bench.COMMAND,
     eval_command.COMMAND,
+    export.COMMAND,
     opt.COMMAND,
     formats.COMMAND,
     targets.COMMAND,
