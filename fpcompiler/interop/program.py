@@ -1,0 +1,167 @@
+"""The plan of an artifact as a program of ``torch.export``: what the writers begin with.
+
+The steps are called once with tensors that have no data, and torch records the calls. So sizes vary
+as they do in the artifact, and no operator of a model has to be written again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from fpcompiler.errors import ExportError, FpcompilerError
+from fpcompiler.plan import Placeholder, Plan
+from fpcompiler.runtime import operators
+from fpcompiler.runtime.instructions import STEP_ERRORS, last_uses, step_error
+
+__all__ = ["Function", "Sizes", "register_tensors", "run_steps", "trace"]
+
+Function = Callable[..., Any]
+"""What runs a step, called with its decoded arguments."""
+
+_CPU: Final = torch.device("cpu")
+_FIRST_SIZE: Final = 5
+"""Symbols get this size and odd ones above it in the trace: not 0 or 1, which torch takes as fixed."""
+_LINEAR: Final = re.compile(r"(?:(\d+)\*)?([a-zA-Z_]\w*)(?: ([+-]) (\d+))?", re.ASCII)
+"""Sizes that torch.export can be told of: a symbol, times a number, plus or minus a number."""
+
+
+def register_tensors(
+    module: nn.Module, keys: Iterable[str], tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Register tensors as buffers under their names: modules are made for the parts before a dot.
+
+    Returns:
+        The path of each buffer by key. It is the key, but for parts that are taken already:
+        ``head.weight`` cannot be a tensor beside ``head.weight.codes``.
+    """
+    return {key: _register(module, key.split("."), tensors[key]) for key in sorted({*keys})}
+
+
+def _register(module: nn.Module, parts: Sequence[str], tensor: Tensor) -> str:
+    path = []
+    for part in parts[:-1]:
+        name = part if part.isidentifier() or part.isdigit() else re.sub(r"\W", "_", part)
+        while hasattr(module, name) and not isinstance(getattr(module, name), nn.Module):
+            name += "_"
+        if not hasattr(module, name):
+            module.add_module(name, nn.Module())
+        module = getattr(module, name)
+        path.append(name)
+    name = re.sub(r"\W", "_", parts[-1])
+    while hasattr(module, name):
+        name += "_"
+    module.register_buffer(name, tensor)
+    return ".".join([*path, name])
+
+
+def run_steps(plan: Plan, functions: Sequence[Function], values: dict[str, Any]) -> None:
+    """Run the steps of a plan, which torch records.
+
+    Args:
+        plan: The plan.
+        functions: What runs each step.
+        values: The inputs, constants and states by name; the results take their places.
+
+    Raises:
+        RunError: If a step fails; the message names the layer.
+    """
+    frees = last_uses(plan)
+    for index, (step, function) in enumerate(zip(plan.steps, functions, strict=True)):
+        args = [_fill(arg, values) for arg in step.args]
+        kwargs = {name: _fill(arg, values) for name, arg in step.kwargs.items()}
+        try:
+            result = function(*args, **kwargs)
+        except FpcompilerError:
+            raise
+        except STEP_ERRORS as error:
+            raise step_error(step, index, error) from error
+        if len(step.outs) > 1 or step.op in operators.QUANTIZERS:
+            values.update(zip(step.outs, result, strict=True))
+        else:
+            values[step.outs[0]] = result
+        for name in frees.get(index, ()):
+            del values[name]
+
+
+def _fill(argument: Any, values: Mapping[str, Any]) -> Any:
+    return operators.fill(operators.decode(argument, _CPU), values)
+
+
+class Sizes:
+    """The sizes of a plan's inputs: as numbers to trace with, and as what torch.export is told.
+
+    Args:
+        plan: The plan.
+
+    Raises:
+        ExportError: If an input has a size that torch.export has no words for.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._numbers: dict[str, int] = {}
+        self._dims: dict[str, Any] = {}
+        for index, (name, symbol) in enumerate(plan.symbols.items()):
+            wanted = max(symbol.min, _FIRST_SIZE + 2 * index)
+            self._numbers[name] = wanted if symbol.max is None else min(wanted, symbol.max)
+            self._dims[name] = Dim(name, min=symbol.min, max=symbol.max)
+        self.tensors = [self._tensor(placeholder) for placeholder in plan.placeholders]
+        """A tensor of zeros for each input."""
+        self.dims = [self._axes(placeholder) for placeholder in plan.placeholders]
+        """What torch.export is told of the axes of each that vary."""
+
+    def _tensor(self, placeholder: Placeholder) -> Tensor:
+        dtype = getattr(torch, placeholder.dtype)
+        sizes = [
+            size if isinstance(size, int) else self._evaluate(placeholder, size, self._numbers)
+            for size in placeholder.shape
+        ]
+        return torch.zeros(sizes, dtype=dtype)
+
+    def _axes(self, placeholder: Placeholder) -> dict[int, Any]:
+        return {
+            axis: self._evaluate(placeholder, size, self._dims)
+            for axis, size in enumerate(placeholder.shape)
+            if isinstance(size, str)
+        }
+
+    def _evaluate(self, placeholder: Placeholder, size: str, symbols: Mapping[str, Any]) -> Any:
+        match = _LINEAR.fullmatch(size)
+        if match is None or match[2] not in symbols:
+            raise ExportError(
+                f"the input {placeholder.name!r} has the size {size}, and torch.export takes only "
+                "multiples of a size plus a number. Compile the model with other dynamic sizes."
+            )
+        value = symbols[match[2]] if match[1] is None else int(match[1]) * symbols[match[2]]
+        if match[3] is None:
+            return value
+        return value + int(match[4]) if match[3] == "+" else value - int(match[4])
+
+
+def trace(module: nn.Module, args: tuple[Any, ...], dims: Any) -> ExportedProgram:
+    """Record what a module computes.
+
+    Args:
+        module: The module.
+        args: Example arguments.
+        dims: Their sizes that vary, as ``dynamic_shapes`` of torch.export.
+
+    Raises:
+        ExportError: If torch.export cannot record it.
+    """
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, dynamic_shapes=dims, strict=False)
+    except FpcompilerError:
+        raise
+    except STEP_ERRORS as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ExportError(
+            f"torch.export could not record the program: {first}. Compile the model with fewer "
+            "sizes that vary (dynamic=), or with the version of torch that is installed here."
+        ) from error
