@@ -79,12 +79,16 @@ def random_signs(k: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _matrix(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return Sylvester's matrix, divided by the root of its size."""
+    return sylvester(block).to(device, dtype)
+
+
+def sylvester(block: int) -> Tensor:
+    """Return Sylvester's matrix, divided by the root of its size: fp64 ``[block, block]``."""
     half = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < block:
         matrix = torch.kron(half, matrix)
-    return (matrix / math.sqrt(block)).to(device, dtype)
+    return matrix / math.sqrt(block)
 
 
 def _working(x: Tensor) -> Tensor:

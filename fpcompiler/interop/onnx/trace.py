@@ -1,0 +1,137 @@
+"""A plan as an ONNX model in which our four symbols stand for what is quantized."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from fpcompiler.artifact import Artifact
+from fpcompiler.errors import DependencyError, ExportError
+from fpcompiler.interop.onnx.symbols import resolve
+from fpcompiler.interop.program import Sizes, register_tensors, run_steps, trace
+from fpcompiler.plan import Plan
+from fpcompiler.runtime.inputs import leaf_names
+from fpcompiler.tree import leaf_paths
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["BASE_OPSET", "state_names", "trace_onnx"]
+
+BASE_OPSET: Final = 18
+"""What torch's exporter writes without converting: the lowest opset of its operators."""
+
+_OUTPUT: Final = "output"
+
+
+def input_names(plan: Plan) -> list[str]:
+    """Return the names of a plan's inputs in ONNX: those of the arguments, ``past[0]`` among them."""
+    return leaf_names(plan.signature)
+
+
+def output_names(plan: Plan) -> list[str]:
+    """Return the names of its results: ``logits``, ``[0]``; a lone one is ``output``."""
+    paths = leaf_paths(plan.signature.outputs)
+    return [f"{_OUTPUT}{path}" if not path or path[0] == "[" else path for path in paths]
+
+
+def state_names(plan: Plan) -> list[tuple[str, str]]:
+    """Return the names of each state: what a call reads, and what it gives to the next call."""
+    return [(f"past.{key}", f"present.{key}") for key in plan.state.values()]
+
+
+def trace_onnx(artifact: Artifact) -> ir.Model:
+    """Return the program of an artifact in ONNX, with symbols of ours; see :mod:`.symbols`.
+
+    States (KV caches) are further inputs and results.
+
+    Raises:
+        DependencyError: If onnx or onnxscript is not installed.
+        ExportError: If an operator of the model has no form in ONNX.
+    """
+    _require_packages()
+    plan, module = artifact.plan, FlatModule(artifact)
+    sizes = Sizes(plan)
+    states = [artifact.tensors[key] for key in plan.state.values()]
+    dims = [*sizes.dims, *({} for _ in states)]
+    program = trace(module, (*sizes.tensors, *states), (tuple(dims),))
+    past, present = [list(names) for names in zip(*state_names(plan), strict=True)] or [[], []]
+    with _quiet():
+        try:
+            exported = torch.onnx.export(
+                program,
+                input_names=[*input_names(plan), *past],
+                output_names=[*output_names(plan), *present],
+                opset_version=BASE_OPSET,
+                dynamo=True,
+                optimize=True,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise _refusal(error) from error
+    assert exported is not None
+    return exported.model
+
+
+def _require_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise DependencyError(
+            f"exporting to ONNX needs the package {error.name}: pip install 'fpcompiler[onnx]'."
+        ) from error
+
+
+def _refusal(error: Exception) -> ExportError:
+    return ExportError(str(error))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own progress and warnings off the terminal; what fails is raised."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@final
+class FlatModule(nn.Module):
+    """A plan as a module from tensors to tensors: inputs and states in, results and states out.
+
+    Args:
+        artifact: The plan, and the tensors that become buffers.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        self._plan = artifact.plan
+        self._functions = [resolve(step.op) for step in self._plan.steps]
+        constants = self._plan.constants
+        paths = register_tensors(self, constants.values(), artifact.tensors)
+        self._paths = {name: paths[key] for name, key in constants.items()}
+
+    def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
+        """Return the results and the new states."""
+        plan = self._plan
+        values: dict[str, Any] = {n: self.get_buffer(path) for n, path in self._paths.items()}
+        names = [*(placeholder.name for placeholder in plan.placeholders), *plan.state]
+        values.update(zip(names, leaves, strict=True))
+        run_steps(plan, self._functions, values)
+        stored = {state: value for value, state in plan.stores}
+        states = [stored.get(name, name) for name in plan.state]
+        outputs = [values[o] if isinstance(o, str) else o for o in plan.outputs]
+        return (*outputs, *(values[name] for name in states))
