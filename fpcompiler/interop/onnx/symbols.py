@@ -6,7 +6,7 @@ symbol                what it stands for
 ``fpc::Quantize``     ``x`` -> codes, and a scale for each level: :func:`fpcompiler.numerics.quantize`
 ``fpc::Encode``       ``x, *scales`` -> codes
 ``fpc::Dequantize``   ``codes, *scales`` -> fp32 values
-``fpc::Weight``       ``packed, *scales`` -> fp32 values ``[N, k]``
+``fpc::Weight``       ``packed, *scales`` -> fp32 values ``[N, k]`` without the outer scale, and it
 ====================  =============================================================================
 
 The product of a layer is that of the reference (:mod:`fpcompiler.runtime.reference`): of elements
@@ -112,22 +112,24 @@ def _values(value: Sequence[Tensor], operand: str, layer: str) -> Tensor:
     return _symbol("Dequantize", value, attributes, [(torch.float32, value[0].shape)])[0]
 
 
-def _weight(value: Sequence[Tensor], operand: Operand, k: int, layer: str) -> Tensor:
-    attributes = {"operand": str(operand), "layer": layer, "k": k}
-    return _symbol("Weight", value, attributes, [(torch.float32, (value[0].shape[0], k))])[0]
+def _weight(value: Sequence[Tensor], operand: str, k: int, layer: str) -> list[Tensor]:
+    """Return the elements times block scales, and the outer scale in a list if there is one."""
+    results: list[tuple[torch.dtype, Sequence[Any]]] = [(torch.float32, (value[0].shape[0], k))]
+    if Operand.parse(operand).outer:
+        results.append((torch.float32, (value[1].numel(),)))
+    return _symbol("Weight", value, {"operand": operand, "layer": layer, "k": k}, results)
 
 
 def _linear(*args: Any) -> Tensor:
     x, w, bias, x_text, w_text, k, dtype, layer, activation = LinearArguments(*args)
-    weight = Operand.parse(w_text)
-    factors = [w[1].reshape(-1)] if weight.outer else []
+    weight, *factors = _weight(w, w_text, k, layer)
     if x_text:
         operand = Operand.parse(x_text)
         factors = [x[1], *factors] if operand.outer else factors
         values = _values(_inner(x, operand), str(elements(operand)), layer)
     else:
         values = x[0].to(torch.float32)
-    y = values @ _weight(_inner(w, weight), elements(weight), k, layer).T
+    y = values @ weight.T
     for factor in factors:
         y = y * factor
     return fused.activate((y if bias is None else y + bias).to(dtype), activation)
