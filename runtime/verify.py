@@ -64,15 +64,15 @@ def _replay(artifact: Artifact, executor: Executor) -> Iterator[VerifyRow]:
         return
     try:
         replayed = _run(artifact.golden, executor)
-        ratios = [_ratios(c.outputs, o) for c, o in zip(artifact.golden, replayed, strict=True)]
-        explained = all(ratio >= GOLDEN_DB for call in ratios for ratio in call)
-        noise = [math.inf] * len(ratios) if explained else _noise(artifact, executor, replayed)
+        found = [ratios(c.outputs, o) for c, o in zip(artifact.golden, replayed, strict=True)]
+        explained = all(ratio >= GOLDEN_DB for call in found for ratio in call)
+        noise = [math.inf] * len(found) if explained else _noise(artifact, executor, replayed)
     except FpcompilerError as error:
         yield _row("recorded calls", False, str(error))
         return
     for index, case in enumerate(artifact.golden):
         bits = all(map(torch.equal, case.outputs, replayed[index]))
-        yield _judge(f"recorded call {index}", ratios[index], noise[index], bits)
+        yield judge(f"recorded call {index}", found[index], noise[index], bits)
 
 
 def _run(golden: Sequence[Golden], executor: Executor) -> list[list[Tensor]]:
@@ -98,7 +98,7 @@ def _noise(
         generator = torch.Generator().manual_seed(seed)
         tensors = {key: _jittered(t, generator) for key, t in artifact.tensors.items()}
         calls = _run(artifact.golden, Executor(artifact.plan, tensors, executor.device))
-        found = [_ratios(a, b) for a, b in zip(replayed, calls, strict=True)]
+        found = [ratios(a, b) for a, b in zip(replayed, calls, strict=True)]
         worst = [min(least, *ratios) for least, ratios in zip(worst, found, strict=True)]
     return worst
 
@@ -111,14 +111,28 @@ def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor * (1 + step * torch.finfo(tensor.dtype).eps)
 
 
-def _ratios(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> list[float]:
+def measure_noise(artifact: Artifact) -> list[float]:
+    """Return, per recorded call, the SQNR in dB that changes of last bits alone lead to."""
+    executor = Executor(artifact.plan, artifact.tensors)
+    return _noise(artifact, executor, _run(artifact.golden, executor))
+
+
+def ratios(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> list[float]:
     """Return the SQNR of each output; minus infinity where shape or dtype differ."""
     if len(expected) != len(actual):
         return [-math.inf]
     return [_ratio(reference, value) for reference, value in zip(expected, actual, strict=True)]
 
 
-def _judge(name: str, ratios: Sequence[float], noise: float, bits: bool) -> VerifyRow:
+def judge(name: str, ratios: Sequence[float], noise: float, bits: bool) -> VerifyRow:
+    """Return what to say of a replayed call.
+
+    Args:
+        name: Of the call.
+        ratios: The SQNR of each output, in dB.
+        noise: What changes of last bits alone lead to; infinity if that is not known.
+        bits: Whether all outputs are equal.
+    """
     # NaN is not at least anything, so it fails; and it is shown, although min() would hide it.
     worst = min(ratios, key=lambda ratio: (not math.isnan(ratio), ratio), default=math.inf)
     if worst == -math.inf:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND"]
 
-_FLAGS: Final = ("external_data",)
+_FLAGS: Final = ("external_data", "opset")
 """Arguments that are options of a format."""
 
 
@@ -28,6 +28,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--external-data", action="store_const", const=True,
         help="onnx: weights in a file of their own, as they are anyway above 2 GB",
+    )  # fmt: skip
+    parser.add_argument(
+        "--opset", type=int, metavar="N",
+        help="onnx: the highest opset; types that came later are expressed by earlier ones",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -77,14 +77,14 @@ _ROWS: Final = (
         "onnx-standard",
         "ONNX with FLOAT4E2M1, FLOAT6 and FLOAT8 weights, QuantizeLinear and DequantizeLinear",
         _ONNX,
-        ("external_data",),
+        ("external_data", "opset"),
         {"style": "standard"},
     ),
     ExportFormat(
         "onnx-portable",
         "ONNX that onnxruntime runs on any CPU: uint8 codes, look-up tables, elementary operations",
         _ONNX,
-        ("external_data",),
+        ("external_data", "opset"),
         {"style": "portable"},
     ),
     ExportFormat(

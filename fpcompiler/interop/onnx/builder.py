@@ -20,8 +20,8 @@ class Builder:
 
     Args:
         graph: The graph; gets the constants.
-        layer: The layer that the operations belong to, which their names begin with.
-        place: What they compute there, the next part of their names.
+        layer: The layer that the operations belong to.
+        place: What the names of the operations begin with.
     """
 
     def __init__(self, graph: ir.Graph, layer: str, place: str) -> None:
@@ -32,7 +32,7 @@ class Builder:
     def op(self, name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Return the result of an operation."""
         node = ir.node(name, inputs, attributes, num_outputs=1)
-        node.name = f"{self.layer}/{self._place}/{name}_{len(self.nodes)}"
+        node.name = f"{self._place}/{name}_{len(self.nodes)}"
         node.outputs[0].name = node.name
         self.nodes.append(node)
         return node.outputs[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,7 @@ class _Lowering:
     def __init__(self, graph: ir.Graph, style: Style) -> None:
         self.graph, self.style = graph, style
         self.weights: dict[ir.Value, Lowered] = {}
+        self.places: collections.Counter[str] = collections.Counter()
         self.expressed: dict[ir.Value, list[ir.Value]] = {}
         self.known: dict[ir.Value, _Known] = {}
         self.handlers = {
@@ -100,7 +102,10 @@ class _Lowering:
         """Put operations in front of a symbol, and their results in place of its own."""
         layer = node.attributes.get_string("layer", "")
         operand = Operand.parse(node.attributes.get_string("operand"))
-        b = Builder(self.graph, layer, node.op_type.lower())
+        place = f"{layer}/{node.op_type.lower()}"
+        self.places[place] += 1
+        count = self.places[place]
+        b = Builder(self.graph, layer, place if count == 1 else f"{place}_{count}")
         results = self.handlers[node.op_type](b, node, operand)
         self.graph.insert_before(node, b.nodes)
         for old, new in zip(node.outputs, results, strict=True):

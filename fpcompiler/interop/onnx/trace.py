@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fpcompiler.artifact import Artifact
-from fpcompiler.errors import DependencyError, ExportError
+from fpcompiler.errors import ExportError
 from fpcompiler.interop.onnx.symbols import resolve
 from fpcompiler.interop.program import Sizes, register_tensors, run_steps, trace
 from fpcompiler.plan import Plan
@@ -24,7 +24,7 @@ from fpcompiler.tree import leaf_paths
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["BASE_OPSET", "state_names", "trace_onnx"]
+__all__ = ["BASE_OPSET", "input_names", "output_names", "state_names", "trace_onnx"]
 
 BASE_OPSET: Final = 18
 """What torch's exporter writes without converting: the lowest opset of its operators."""
@@ -39,8 +39,10 @@ def input_names(plan: Plan) -> list[str]:
 
 def output_names(plan: Plan) -> list[str]:
     """Return the names of its results: ``logits``, ``[0]``; a lone one is ``output``."""
-    paths = leaf_paths(plan.signature.outputs)
-    return [f"{_OUTPUT}{path}" if not path or path[0] == "[" else path for path in paths]
+    paths = zip(leaf_paths(plan.signature.outputs), plan.outputs, strict=True)
+    # A number that the program gives is part of how it is called, and none of the graph.
+    computed = [path for path, out in paths if isinstance(out, str)]
+    return [f"{_OUTPUT}{path}" if not path or path[0] == "[" else path for path in computed]
 
 
 def state_names(plan: Plan) -> list[tuple[str, str]]:
@@ -54,16 +56,14 @@ def trace_onnx(artifact: Artifact) -> ir.Model:
     States (KV caches) are further inputs and results.
 
     Raises:
-        DependencyError: If onnx or onnxscript is not installed.
         ExportError: If an operator of the model has no form in ONNX.
     """
-    _require_packages()
     plan, module = artifact.plan, FlatModule(artifact)
     sizes = Sizes(plan)
     states = [artifact.tensors[key] for key in plan.state.values()]
     dims = [*sizes.dims, *({} for _ in states)]
     program = trace(module, (*sizes.tensors, *states), (tuple(dims),))
-    past, present = [list(names) for names in zip(*state_names(plan), strict=True)] or [[], []]
+    past, present = [pair[0] for pair in state_names(plan)], [pair[1] for pair in state_names(plan)]
     with _quiet():
         try:
             exported = torch.onnx.export(
@@ -78,16 +78,6 @@ def trace_onnx(artifact: Artifact) -> ir.Model:
             raise _refusal(error) from error
     assert exported is not None
     return exported.model
-
-
-def _require_packages() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise DependencyError(
-            f"exporting to ONNX needs the package {error.name}: pip install 'fpcompiler[onnx]'."
-        ) from error
 
 
 def _refusal(error: Exception) -> ExportError:
@@ -133,5 +123,5 @@ class FlatModule(nn.Module):
         run_steps(plan, self._functions, values)
         stored = {state: value for value, state in plan.stores}
         states = [stored.get(name, name) for name in plan.state]
-        outputs = [values[o] if isinstance(o, str) else o for o in plan.outputs]
+        outputs = [values[out] for out in plan.outputs if isinstance(out, str)]
         return (*outputs, *(values[name] for name in states))

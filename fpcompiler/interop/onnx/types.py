@@ -104,3 +104,12 @@ def _holds(name: str, spec: FloatSpec) -> bool:
     values = {value for value in FORMATS[name].values}
     numbers = {spec.value(code) for code in range(spec.max_code + 1)}
     return numbers <= values
+
+
+def opset_of(dtype: ir.DataType) -> int:
+    """Return the first opset whose conversions take a type; 0 for those that all of them have."""
+    found = [own.opset for own in _OWN.values() if own.dtype == dtype]
+    return max(found, default=BLOCK_OPSET if dtype in _NARROW_INTEGERS else 0)
+
+
+_NARROW_INTEGERS: Final = (ir.DataType.INT4, ir.DataType.INT16)

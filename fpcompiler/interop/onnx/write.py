@@ -2,16 +2,163 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.artifact import Artifact
+from fpcompiler.errors import DependencyError, ExportError, OptionError
 from fpcompiler.interop.formats import Exported
-def build(artifact: Artifact, style: str, highest=28):
-    from fpcompiler.interop.onnx.trace import trace_onnx
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from fpcompiler.interop.onnx.lower import Lowered
+
+__all__ = ["HIGHEST_OPSET", "PACKAGES", "build", "write"]
+
+HIGHEST_OPSET: Final = 28
+"""The first opset with all types that are used: FLOAT6 came last."""
+
+PACKAGES: Final = ("onnx", "onnxscript", "onnx_ir", "ml_dtypes")
+"""What exporting needs: the extra ``onnx``."""
+
+_LOWEST_OPSET: Final = 18
+_INLINE_LIMIT: Final = 2_000_000_000
+"""Bytes of constants that go into the file itself: protobuf ends at 2 GiB."""
+
+
+def write(
+    artifact: Artifact,
+    path: Path,
+    *,
+    style: str,
+    external_data: bool = False,
+    opset: int = HIGHEST_OPSET,
+) -> Exported:
+    """Write an artifact as an ONNX file, which the checker of onnx has passed.
+
+    A recorded call of the artifact goes into ``NAME.golden.safetensors`` beside it, so that whoever
+    runs the file can see whether it gives the same.
+
+    Args:
+        artifact: What to write.
+        path: The file.
+        style: ``standard`` or ``portable``.
+        external_data: Whether constants go into ``NAME.data`` beside it; above 2 GB they must.
+        opset: The highest opset that may be used; the lowest one that does is written.
+
+    Raises:
+        DependencyError: If a package is missing.
+        OptionError: If there is no such opset.
+        ExportError: If ONNX cannot express the model; the message names the layer and what to do.
+    """
+    _require_packages()
+    if not _LOWEST_OPSET <= opset <= HIGHEST_OPSET:
+        raise OptionError(f"opset={opset}: it is one from {_LOWEST_OPSET} to {HIGHEST_OPSET}.")
+    model, weights = build(artifact, style, opset)
+    from fpcompiler.interop.onnx.metadata import describe, golden_file
+
+    describe(model, artifact, style, weights)
+    size = sum(tensor.nbytes for tensor in _constants(model))
+    with _new_files(path) as folder:
+        _save(model, folder / path.name, external_data or size > _INLINE_LIMIT)
+        golden_file(folder / path.name, artifact)
+        files = [path, *(path.parent / file.name for file in sorted(folder.iterdir()))]
+    return Exported(tuple(dict.fromkeys(files)), _facts(model, weights))
+
+
+def build(
+    artifact: Artifact, style: str, highest: int = HIGHEST_OPSET
+) -> tuple[ir.Model, list[Lowered]]:
+    """Return an artifact as an ONNX model in memory, and its quantized weights.
+
+    Raises:
+        DependencyError: If a package is missing.
+        ExportError: If ONNX cannot express the model.
+    """
+    _require_packages()
     from fpcompiler.interop.onnx.lower import lower
+    from fpcompiler.interop.onnx.opsets import needed_opset, set_opset
     from fpcompiler.interop.onnx.portable import Portable
     from fpcompiler.interop.onnx.standard import Standard
+    from fpcompiler.interop.onnx.trace import trace_onnx
+
     model = trace_onnx(artifact)
-    w = lower(model, Portable() if style=="portable" else Standard(highest))
-    return model, w
+    weights = lower(model, Standard(highest) if style == "standard" else Portable())
+    set_opset(model, needed_opset(model))
+    return model, weights
+
+
+def _require_packages() -> None:
+    import importlib.util
+
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DependencyError(
+            f"exporting to ONNX needs {', '.join(missing)}: pip install 'fpcompiler[onnx]'."
+        )
+
+
+def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            yield value.const_value
+
+
+def _save(model: ir.Model, path: Path, external: bool) -> None:
+    """Write a file, and let the checker of onnx read it."""
+    import onnx
+    import onnx_ir
+
+    onnx_ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"onnx {onnx.__version__} refuses the file that was made of this model: {error}. "
+            "Export to pt2, and report it with the artifact."
+        ) from error
+
+
+@contextlib.contextmanager
+def _new_files(path: Path) -> Iterator[Path]:
+    """Yield a folder whose files take their places beside the path when all of them are there."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _not_written(path, error) from error
+    try:
+        yield folder
+        for file in folder.iterdir():
+            file.replace(path.parent / file.name)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _not_written(path: Path, error: OSError) -> ExportError:
+    return ExportError(
+        f"{path} could not be written: {error.strerror or error}. Choose a folder that exists, is "
+        "writable and has room."
+    )
+
+
+def _facts(model: ir.Model, weights: Sequence[Lowered]) -> Mapping[str, Any]:
+    constants = model.graph.initializers
+    kinds = collections.Counter(str(constants[weight.codes].dtype) for weight in weights)
+    return MappingProxyType(
+        {
+            "opset": model.graph.opset_imports[""],
+            "ir_version": model.ir_version,
+            "operations": len(model.graph),
+            "quantized_weights": dict(kinds),
+            "inputs": ", ".join(value.name or "" for value in model.graph.inputs),
+        }
+    )
