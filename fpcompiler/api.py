@@ -24,7 +24,7 @@ from fpcompiler.plan import Plan
 from fpcompiler.runtime.golden import record_golden
 from fpcompiler.runtime.inputs import bind
 from fpcompiler.runtime.model import COMPILING, CompiledModel
-from fpcompiler.runtime.model import load as load
+from fpcompiler.runtime.loading import load as load
 from fpcompiler.runtime.strict import require_library
 from fpcompiler.runtime.tables import PlanTable
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 import torch
 from torch import nn
 
-from fpcompiler.artifact import Artifact, read, save
+from fpcompiler.artifact import Artifact, save
 from fpcompiler.errors import OptionError, RunError
 from fpcompiler.options import Options
 from fpcompiler.runtime.compare import Batch, call_arguments, compare
@@ -47,7 +47,8 @@ class CompiledModel:
         dumps: The folder with the dumps of the compilation, or None.
         source: The file that the artifact was read from, or None.
         strict: Whether layers that would run without the kernels of their target are an error.
-        trust: Whether compiled kernels of the artifact are loaded as they are; see :func:`load`.
+        trust: Whether compiled kernels of the artifact are loaded as they are; see
+            :func:`fpcompiler.load`.
         kernels: Whether they are used at all.
 
     Raises:
@@ -140,7 +141,7 @@ class CompiledModel:
         return self._artifact
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to a file, which :func:`load` reads without any of its classes.
+        """Write the model to a file, which :func:`fpcompiler.load` reads without any of its classes.
 
         The file appears at once and complete, or not at all.
 
@@ -326,42 +327,3 @@ class CompiledModel:
                 self._scheme = self._artifact.scheme
                 self._build = None  # It holds the eager model, which is not needed any more.
             return self._ready()
-
-
-def load(
-    path: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
-    *,
-    strict: bool = False,
-    trust: bool = False,
-    kernels: bool = True,
-) -> CompiledModel:
-    """Load a compiled model from a file that :meth:`CompiledModel.save` wrote.
-
-    Neither the class of the model nor any part of the compiler is imported. Weights are mapped from
-    the file, so loading takes little memory.
-
-    On a GPU, compiled kernels of the file are used. They are code, so they are loaded only if you
-    trust them, or if they were built on this machine; others are built again from the description
-    of what they compute, which needs the compiler. No other code from the file runs.
-
-    Args:
-        path: The file.
-        device: Where to run.
-        strict: Whether it is an error if layers that were compiled for kernels (of the target
-            ``cpu``, or of this GPU) would run without them: on a machine without the native
-            library, say. Otherwise they run more slowly.
-        trust: Whether compiled kernels are loaded as they are in the file.
-        kernels: Whether compiled kernels are used; without them a GPU runs the reference.
-
-    Raises:
-        ArtifactError: If the file is no artifact, or is damaged or from another version, or its
-            kernels are not trusted and cannot be built again.
-        TargetError: If the file has kernels, but none for this GPU; the message lists them. Or if
-            strict, and layers would run without the kernels of their target.
-        OptionError: If others can write to the folder of compiled kernels (``FPC_CACHE``).
-    """
-    artifact, source = read(path), Path(path).absolute()
-    return CompiledModel(
-        artifact, device=device, source=source, strict=strict, trust=trust, kernels=kernels
-    )

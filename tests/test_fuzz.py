@@ -11,7 +11,7 @@ import torch
 
 from fpcompiler.artifact import save
 from fpcompiler.errors import FpcompilerError
-from fpcompiler.runtime.model import load
+from fpcompiler.runtime.loading import load
 from tests.mutations import MUTATIONS, fuzz, members, packed
 from tests.plans import Mlp, mlp_artifact, with_golden
 

@@ -7,6 +7,8 @@ from typing import Final
 
 from fpcompiler.errors import ArtifactError
 
+_ONNX: Final = "an ONNX file, for which load() has backend='onnxruntime'"
+
 _STARTS: Final = (
     (b"GGUF", "a GGUF model"),
     (b"\x80\x02", "a pickle (a model saved by an old torch)"),
@@ -20,6 +22,7 @@ _STARTS: Final = (
     (b"<", "an HTML or XML page (a download that failed?)"),
     (b"{", "a JSON file"),
     (b"module", "MLIR text"),
+    *((bytes([8, version]), _ONNX) for version in range(3, 15)),
 )
 
 

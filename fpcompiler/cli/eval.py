@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli.command import OK, Command
+from fpcompiler.cli.model import SUFFIXES, load_file
 from fpcompiler.cli.output import print_json, print_table, progress
 from fpcompiler.cli.source import load_source
 from fpcompiler.cli.tasks import add_data_arguments, build_tasks
@@ -46,7 +47,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="an artifact, or a SOURCE as for compile; the parts of a model with commas between",
+        help="an artifact, an ONNX file of export, or a SOURCE as for compile; the parts of a model with commas between",
     )
     parser.add_argument("--against", metavar="ORIGINAL", help="the model to compare with, likewise")
     add_data_arguments(parser)
@@ -102,10 +103,9 @@ def _load_program(text: str, device: str) -> Any:
     from torch.export import ExportedProgram
 
     from fpcompiler.runtime.devices import parse_device
-    from fpcompiler.runtime.model import load
 
-    if text.endswith(".fpc"):
-        return load(text, device)
+    if text.endswith(SUFFIXES):
+        return load_file(text, device)
     program = load_source(text, None).model
     if isinstance(program, ExportedProgram):
         return program.module().to(parse_device(device))

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli.command import OK, STRICT_HELP, Command
+from fpcompiler.cli.model import FILE_HELP, load_file
 from fpcompiler.cli.output import print_json, print_table, progress
 from fpcompiler.cli.tensors import Inputs, file_kind, named_tensors, read_inputs, write_tensors
 from fpcompiler.errors import OptionError
@@ -13,13 +14,14 @@ from fpcompiler.errors import OptionError
 if TYPE_CHECKING:
     import torch
 
-    from fpcompiler.artifact import Artifact
+    from fpcompiler.runtime.model import CompiledModel
+    from fpcompiler.runtime.onnx_model import OnnxModel
 
 __all__ = ["COMMAND"]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="an artifact")
+    parser.add_argument("file", help=FILE_HELP)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--inputs", metavar="FILE", help="the call as .safetensors or .npz")
     inputs.add_argument(
@@ -34,13 +36,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fpcompiler.runtime.model import load
-
     if args.output:
         file_kind(args.output)  # Before the work, not after it.
     with progress("running"):
-        compiled = load(args.file, args.device, strict=args.strict)
-        inputs = read_inputs(args.inputs) if args.inputs else _made_up_call(compiled.artifact)
+        compiled = load_file(args.file, args.device, args.strict)
+        inputs = read_inputs(args.inputs) if args.inputs else _made_up_call(compiled)
         inputs = inputs.to(compiled.device)
         result = compiled(*inputs.args, **inputs.kwargs)
     if args.output:
@@ -53,12 +53,16 @@ def _run(args: argparse.Namespace) -> int:
     return OK
 
 
-def _made_up_call(artifact: Artifact) -> Inputs:
+def _made_up_call(model: CompiledModel | OnnxModel) -> Inputs:
     """Return a call with the shapes of the recorded one, the same at each run."""
     import torch
 
+    from fpcompiler.runtime.model import CompiledModel
     from fpcompiler.tree import leaf_paths, unflatten
 
+    if not isinstance(model, CompiledModel):
+        raise OptionError("--random needs the recorded call of an artifact; give --inputs.")
+    artifact = model.artifact
     if not artifact.golden:
         raise OptionError("no call was recorded in this artifact; give one with --inputs.")
     generator = torch.Generator().manual_seed(0)

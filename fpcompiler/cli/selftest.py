@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     from fpcompiler.options import Options
     from fpcompiler.runtime.cuda.kernels import load_kernels
     from fpcompiler.runtime.devices import parse_device
-    from fpcompiler.runtime.model import load
+    from fpcompiler.runtime.loading import load
     from fpcompiler.runtime.trust import Gatekeeper
 
     device = parse_device(args.device)

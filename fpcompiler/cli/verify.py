@@ -6,6 +6,7 @@ import argparse
 from typing import Final
 
 from fpcompiler.cli.command import FAILED, OK, Command
+from fpcompiler.cli.model import FILE_HELP, load_file
 from fpcompiler.cli.output import print_json, print_rich, progress
 from fpcompiler.errors import ArtifactError
 
@@ -13,16 +14,14 @@ __all__ = ["COMMAND"]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="an artifact")
+    parser.add_argument("file", help=FILE_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fpcompiler.runtime.model import load
-
     try:
         with progress("verifying"):
-            report = load(args.file).verify()
+            report = load_file(args.file).verify()
     except ArtifactError as error:
         if not args.json:
             raise

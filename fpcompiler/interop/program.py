@@ -6,20 +6,26 @@ as they do in the artifact, and no operator of a model has to be written again.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from fpcompiler.errors import ExportError, FpcompilerError
+from fpcompiler.errors import ExportError, FpcompilerError, describe_layer
 from fpcompiler.plan import Placeholder, Plan
 from fpcompiler.runtime import operators
-from fpcompiler.runtime.instructions import STEP_ERRORS, last_uses, step_error
+from fpcompiler.runtime.instructions import STEP_ERRORS, last_uses
 
-__all__ = ["Function", "Sizes", "register_tensors", "run_steps", "trace"]
+__all__ = [
+    "Function", "Sizes", "near_layer", "quiet", "register_tensors", "run_steps", "trace",
+]  # fmt: skip
 
 Function = Callable[..., Any]
 """What runs a step, called with its decoded arguments."""
@@ -27,6 +33,7 @@ Function = Callable[..., Any]
 _CPU: Final = torch.device("cpu")
 _FIRST_SIZE: Final = 5
 """Symbols get this size and odd ones above it in the trace: not 0 or 1, which torch takes as fixed."""
+_LOGGERS: Final = ("torch.onnx", "torch._subclasses.fake_tensor", "torch.export", "onnxscript")
 _LINEAR: Final = re.compile(r"(?:(\d+)\*)?([a-zA-Z_]\w*)(?: ([+-]) (\d+))?", re.ASCII)
 """Sizes that torch.export can be told of: a symbol, times a number, plus or minus a number."""
 
@@ -69,7 +76,7 @@ def run_steps(plan: Plan, functions: Sequence[Function], values: dict[str, Any])
         values: The inputs, constants and states by name; the results take their places.
 
     Raises:
-        RunError: If a step fails; the message names the layer.
+        ExportError: If torch cannot record a step; the message names the layer.
     """
     frees = last_uses(plan)
     for index, (step, function) in enumerate(zip(plan.steps, functions, strict=True)):
@@ -80,13 +87,29 @@ def run_steps(plan: Plan, functions: Sequence[Function], values: dict[str, Any])
         except FpcompilerError:
             raise
         except STEP_ERRORS as error:
-            raise step_error(step, index, error) from error
+            raise _not_recorded(plan, index, error) from error
         if len(step.outs) > 1 or step.op in operators.QUANTIZERS:
             values.update(zip(step.outs, result, strict=True))
         else:
             values[step.outs[0]] = result
         for name in frees.get(index, ()):
             del values[name]
+
+
+def near_layer(plan: Plan, index: int) -> str:
+    """Return words for the layer of a step, or the last one before it."""
+    layers = [step.layer for step in plan.steps[: index + 1] if step.layer]
+    if not layers:
+        return "the model"
+    return describe_layer(layers[-1]) if plan.steps[index].layer else f"behind layer {layers[-1]!r}"
+
+
+def _not_recorded(plan: Plan, index: int, error: Exception) -> ExportError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ExportError(
+        f"{near_layer(plan, index)}: torch cannot record step {index} ({plan.steps[index].op}): "
+        f"{first}. Replace the operation in the model, or run the artifact as it is."
+    )
 
 
 def _fill(argument: Any, values: Mapping[str, Any]) -> Any:
@@ -143,6 +166,22 @@ class Sizes:
         return value + int(match[4]) if match[3] == "+" else value - int(match[4])
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what torch logs, warns of and prints off the terminal; what fails is raised."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def trace(module: nn.Module, args: tuple[Any, ...], dims: Any) -> ExportedProgram:
     """Record what a module computes.
 
@@ -155,7 +194,7 @@ def trace(module: nn.Module, args: tuple[Any, ...], dims: Any) -> ExportedProgra
         ExportError: If torch.export cannot record it.
     """
     try:
-        with torch.no_grad():
+        with quiet(), torch.no_grad():
             return torch.export.export(module, args, dynamic_shapes=dims, strict=False)
     except FpcompilerError:
         raise

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fpcompiler.artifact import Artifact
 from fpcompiler.errors import ExportError
 from fpcompiler.interop.formats import Exported
-from fpcompiler.interop.program import Sizes, register_tensors, run_steps, trace
+from fpcompiler.interop.program import Sizes, quiet, register_tensors, run_steps, trace
 from fpcompiler.plan import Parameter, Plan
 from fpcompiler.runtime import operators
 from fpcompiler.tree import NONE, Spec, flatten, leaf_count, unflatten
@@ -41,7 +41,8 @@ def write(artifact: Artifact, path: Path) -> Exported:
     sizes = Sizes(artifact.plan)
     program = trace(module, module.arguments(sizes.tensors), module.arguments(sizes.dims))
     try:
-        torch.export.save(program, path)
+        with quiet():
+            torch.export.save(program, path)
     except OSError as error:
         raise ExportError(
             f"{path} could not be written: {error.strerror or error}. Choose a folder that exists, "

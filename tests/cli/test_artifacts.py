@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from fpcompiler.cli.main import main
-from fpcompiler.runtime.model import load
+from fpcompiler.runtime.loading import load
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fpcompiler.cli.main import main
-from fpcompiler.runtime.model import load
+from fpcompiler.runtime.loading import load
 
 MODELS = """
 import torch

@@ -11,7 +11,7 @@ import torch
 
 from fpcompiler.cli.main import main
 from fpcompiler.evaluation import perplexity
-from fpcompiler.runtime.model import load
+from fpcompiler.runtime.loading import load
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 
 from fpcompiler.cli.main import main
-from fpcompiler.runtime.model import load
+from fpcompiler.runtime.loading import load
 from tests.models import normal
 
 MODELS = """

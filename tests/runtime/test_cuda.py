@@ -6,7 +6,8 @@ from torch import nn
 
 import fpcompiler
 from fpcompiler.numerics import sqnr_db
-from fpcompiler.runtime.model import CompiledModel, load
+from fpcompiler.runtime.loading import load
+from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.tree import flatten
 from tests.models import CachedAttention
 from tests.passes.tiny import Attention, tiny

@@ -17,7 +17,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from fpcompiler.runtime.model import load
+from fpcompiler.runtime.loading import load
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,7 +16,8 @@ from rich.console import Console
 from fpcompiler.artifact import Golden
 from fpcompiler.errors import ArtifactError, OptionError, RunError
 from fpcompiler.runtime.executor import Executor
-from fpcompiler.runtime.model import CompiledModel, load
+from fpcompiler.runtime.loading import load
+from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.runtime.verify import _judge, _noise
 from tests.plans import Mlp, PackedLinear, expanded, mlp_artifact, with_golden
 
@@ -275,7 +276,7 @@ def test_wrong_scales_and_recorded_inputs_are_noticed(compiled):
 
 SCRIPT = """
 import sys
-from fpcompiler.runtime.model import load
+from fpcompiler.runtime.loading import load
 import torch
 model = load(sys.argv[1])
 print(model(torch.linspace(-1, 1, 3 * 64).reshape(3, 64))["logits"].double().sum().item().hex())

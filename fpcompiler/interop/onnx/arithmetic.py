@@ -25,7 +25,7 @@ from fpcompiler.formats import FORMATS, FloatSpec
 from fpcompiler.interop.onnx.builder import Builder
 from fpcompiler.operand import Granularity, Operand, ScaleLevel, ScaleRounding
 
-__all__ = ["Grouped", "Rounded", "encode", "encode_power", "group", "quantize", "round_to"]
+__all__ = ["Grouped", "Rounded", "encode", "encode_power", "group", "join", "quantize", "round_to"]
 
 _SMALLEST: Final = 2.0**-126
 _LARGEST_POWER: Final = 2.0**127
@@ -43,13 +43,13 @@ class Grouped:
         x: The values, ``[..., K]``.
         blocks: The same as ``[..., blocks, width]``; where there are no blocks, ``x`` itself.
         rank: Of ``x``.
-        k: The length of its last axis.
+        k: The length of its last axis; None if it varies.
     """
 
     x: ir.Value
     blocks: ir.Value
     rank: int
-    k: int
+    k: int | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,14 @@ class Rounded:
     block: ir.Value | None
 
 
-def group(b: Builder, x: ir.Value, operand: Operand, rank: int, k: int) -> Grouped:
+def join(b: Builder, values: Grouped, blocks: ir.Value, operand: Operand) -> ir.Value:
+    """Return what is in the groups of an operand, ``[..., blocks, width]``, as ``[..., K]``."""
+    if operand.block is None:
+        return blocks
+    return b.join_blocks(blocks, values.x, values.rank, values.k, operand.block.block)
+
+
+def group(b: Builder, x: ir.Value, operand: Operand, rank: int, k: int | None) -> Grouped:
     """Return values in the groups of an operand."""
     if operand.block is None:
         return Grouped(x, x, rank, k)

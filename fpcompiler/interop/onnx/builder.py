@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +12,6 @@ from fpcompiler.errors import ExportError, describe_layer
 
 __all__ = ["Builder", "last_size"]
 
-_LAST: Final = -1
 
 
 class Builder:
@@ -68,34 +67,41 @@ class Builder:
         """Return the value in another type."""
         return self.op("Cast", value, to=int(kind))
 
-    def split_blocks(self, value: ir.Value, rank: int, k: int, width: int) -> ir.Value:
+    def split_blocks(self, value: ir.Value, rank: int, k: int | None, width: int) -> ir.Value:
         """Return values ``[..., k]`` as ``[..., blocks, width]``, filled up with zeros."""
-        blocks, rest = -(-k // width), -k % width
-        if rest:
-            pads = [0] * (2 * rank - 1) + [rest]
-            value = self.op("Pad", value, self.integers(pads))
-        return self.op("Reshape", value, self.integers([0] * (rank - 1) + [blocks, width]))
+        if k is None:
+            rest = self.op("Mod", self.op("Neg", self._length(value, rank)), self.integers([width]))
+            pads = self.op("Concat", self.integers([0] * (2 * rank - 1)), rest, axis=0)
+            value = self.op("Pad", value, pads)
+        elif k % width:
+            value = self.op("Pad", value, self.integers([0] * (2 * rank - 1) + [-k % width]))
+        return self.op("Reshape", value, self.integers([0] * (rank - 1) + [-1, width]))
 
-    def join_blocks(self, value: ir.Value, rank: int, k: int, width: int) -> ir.Value:
-        """Undo :meth:`split_blocks`; ``rank`` is that of the result."""
-        blocks = -(-k // width)
-        value = self.op("Reshape", value, self.integers([0] * (rank - 1) + [blocks * width]))
-        if blocks * width == k:
-            return value
-        ends = self.integers([0]), self.integers([k]), self.integers([_LAST])
-        return self.op("Slice", value, *ends)
+    def join_blocks(
+        self, value: ir.Value, like: ir.Value, rank: int, k: int | None, width: int
+    ) -> ir.Value:
+        """Undo :meth:`split_blocks`, which was given ``like``."""
+        joined = self.op("Reshape", value, self.integers([0] * (rank - 1) + [-1]))
+        if k is not None and k % width == 0:
+            return joined
+        end = self._length(like, rank) if k is None else self.integers([k])
+        return self.op("Slice", joined, self.integers([0]), end, self.integers([-1]))
+
+    def _length(self, value: ir.Value, rank: int) -> ir.Value:
+        """Return the size of the last axis, ``[1]``."""
+        return self.op("Shape", value, start=rank - 1)
 
 
-def last_size(value: ir.Value, layer: str) -> tuple[int, int]:
-    """Return the rank of a value and the size of its last axis.
+def last_size(value: ir.Value, layer: str) -> tuple[int, int | None]:
+    """Return the rank of a value, and the size of its last axis if that does not vary.
 
     Raises:
-        ExportError: If it is not known.
+        ExportError: If torch's exporter did not find out how many axes there are.
     """
-    shape = value.shape
-    if shape is None or not isinstance(shape[-1], int):
+    if value.shape is None:
         raise ExportError(
-            f"{describe_layer(layer)}: its input has the shape {shape}, and ONNX needs to know how "
-            "many channels are quantized. Compile the model with that size fixed (dynamic=)."
+            f"{describe_layer(layer)}: torch's ONNX exporter does not know the rank of its input. "
+            "Export to pt2, or skip the layer in the scheme."
         )
-    return len(shape), shape[-1]
+    last = value.shape[-1]
+    return len(value.shape), last if isinstance(last, int) else None

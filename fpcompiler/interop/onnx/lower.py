@@ -18,11 +18,12 @@ from fpcompiler.interop.onnx.arithmetic import (
     encode,
     encode_power,
     group,
+    join,
     quantize,
     round_to,
 )
 from fpcompiler.interop.onnx.builder import Builder, last_size
-from fpcompiler.interop.onnx.styles import StoredWeight, Style, look_up
+from fpcompiler.interop.onnx.styles import StoredWeight, Style, look_up, scaled_elements
 from fpcompiler.interop.onnx.symbols import DOMAIN
 from fpcompiler.operand import Operand, ScaleLevel
 from fpcompiler.runtime.reference import elements
@@ -163,11 +164,11 @@ class _Lowering:
         if known is not None and {*scales} <= {*known.results}:
             return [_dequantized(b, known, operand)]
         rank, k = last_size(codes, b.layer)
-        elements = look_up(b, codes, operand.format)
-        values = group(b, elements, operand, rank, k)
+        values = group(b, look_up(b, codes, operand.format), operand, rank, k)
         outer, block = _factors(b, scales, operand)
         rounded = Rounded(values.blocks, outer, block)
-        return [_dequantized(b, _Known(values, rounded, operand, elements, ()), operand)]
+        inner = scaled_elements(b, values, rounded, operand)
+        return [_dequantized(b, _Known(values, rounded, operand, inner, ()), operand)]
 
     def _weight(self, b: Builder, node: ir.Node, operand: Operand) -> list[ir.Value | None]:
         packed, *scales = map(_only, node.inputs)
@@ -220,9 +221,7 @@ def _adopt(old: ir.Value, new: ir.Value) -> None:
 
 
 def _codes(b: Builder, values: Grouped, element: ir.Value, operand: Operand) -> ir.Value:
-    if operand.block:
-        element = b.join_blocks(element, values.rank, values.k, operand.block.block)
-    return encode(b, element, operand.format)
+    return encode(b, join(b, values, element, operand), operand.format)
 
 
 def _block_codes(b: Builder, scale: ir.Value, level: ScaleLevel) -> ir.Value:
@@ -259,7 +258,7 @@ def _dequantized(b: Builder, known: _Known, operand: Operand) -> ir.Value:
         return b.op("Mul", known.rounded.elements, outer)
     total = b.op("Mul", block, _above(b, outer, operand))
     product = b.op("Mul", known.rounded.elements, total)
-    return b.join_blocks(product, known.values.rank, known.values.k, operand.block.block)
+    return join(b, known.values, product, operand)
 
 
 def _stored_tensor(value: ir.Value, layer: str) -> Tensor:

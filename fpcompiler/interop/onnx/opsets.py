@@ -30,12 +30,10 @@ def _needed(node: ir.Node) -> int:
         return BASE_OPSET
     kinds = [value.dtype for value in node.inputs[:2] if value is not None]
     kinds.append(ir.DataType(node.attributes.get_int("output_dtype", int(ir.DataType.FLOAT))))
-    needed = [opset_of(kind) for kind in kinds if kind is not None]
-    if node.attributes.get_int("block_size", 0):
-        needed.append(BLOCK_OPSET)
+    needed = [BLOCK_OPSET, *(opset_of(kind) for kind in kinds if kind is not None)]
     if ir.DataType.FLOAT8E8M0 in kinds:
         needed.append(E8M0_OPSET)
-    return max(BASE_OPSET, *needed)
+    return max(needed)
 
 
 def set_opset(model: ir.Model, opset: int) -> None:

@@ -29,7 +29,8 @@ class Standard:
     """Codes in the types of ONNX, with the operations that convert them.
 
     A weight without a type of its own is in the narrowest one that holds it. An activation without
-    one is rounded by elementary operations: a wider type would round it otherwise.
+    one is rounded by elementary operations, because a wider type would round it otherwise, and so is
+    one with a scale for each token whose length varies: that is a number in the file.
 
     Attributes:
         highest: The highest opset whose types are used.
@@ -72,7 +73,8 @@ class Standard:
     ) -> ir.Value:
         """Return ``DequantizeLinear(QuantizeLinear(x, scales), scales of blocks)``."""
         own = own_type(operand.format)
-        if own is None or own.opset > self.highest:
+        known = values.k is not None or not _by_token(operand)
+        if own is None or own.opset > self.highest or not known:
             return scaled_elements(b, values, rounded, operand)
         to = {"output_dtype": int(own.dtype)}
         if operand.block is None:
@@ -95,6 +97,12 @@ class Standard:
         if operand.outer.granularity is Granularity.TENSOR:
             return b.op("Reshape", rounded.outer, b.integers([])), {}
         return rounded.outer, {"axis": values.rank - 1, "block_size": values.k}
+
+
+def _by_token(operand: Operand) -> bool:
+    """Return whether the scales are those of tokens alone."""
+    outer = operand.outer
+    return outer is not None and operand.block is None and outer.granularity is not Granularity.TENSOR
 
 
 def _tensor(codes: Tensor, spec: FloatSpec, held: Container) -> ir.TensorProtocol:

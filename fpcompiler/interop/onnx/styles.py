@@ -10,7 +10,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from fpcompiler.formats import FloatSpec
-from fpcompiler.interop.onnx.arithmetic import Grouped, Rounded
+from fpcompiler.interop.onnx.arithmetic import Grouped, Rounded, join
 from fpcompiler.interop.onnx.builder import Builder
 from fpcompiler.numerics.rounding import value_table
 from fpcompiler.operand import Operand
@@ -66,6 +66,6 @@ def scaled_elements(b: Builder, values: Grouped, rounded: Rounded, operand: Oper
     if operand.block is None or rounded.block is None:
         return rounded.elements
     product = b.op("Mul", rounded.elements, rounded.block)
-    return b.join_blocks(product, values.rank, values.k, operand.block.block)
+    return join(b, values, product, operand)
 
 

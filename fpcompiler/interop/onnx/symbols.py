@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from fpcompiler.errors import ExportError
-from fpcompiler.numerics import packed_bytes
 from fpcompiler.numerics.hadamard import sylvester
 from fpcompiler.operand import Operand
 from fpcompiler.runtime import fused, operators
@@ -148,26 +147,40 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
 def _pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
-    k, count = codes.shape[-1], {4: 2, 6: 4}[bits]
-    padded = torch.nn.functional.pad(codes, (0, -k % count))
-    a, *rest = padded.reshape(*codes.shape[:-1], -1, count).unbind(-1)
-    if bits == 4:
-        return a | (rest[0] << 4)
-    b, c, d = rest
-    parts = (a | (b << 6), (b >> 2) | (c << 4), (c >> 4) | (d << 2))
-    return torch.stack(parts, -1).reshape(*codes.shape[:-1], packed_bytes(k, bits))
+    count, size = _UNITS[bits]
+    padded = torch.nn.functional.pad(codes.to(torch.int32), (0, -codes.shape[-1] % count))
+    units = padded.reshape(*codes.shape[:-1], -1, count)
+    return _digits(_number(units, bits), 8, size).to(torch.uint8)
 
 
 def _unpack(packed: Tensor, bits: int, k: int) -> Tensor:
     if bits == 8:
         return packed
-    if bits == 4:
-        parts: tuple[Tensor, ...] = (packed & 15, packed >> 4)
-    else:
-        a, b, c = packed.reshape(*packed.shape[:-1], -1, 3).unbind(-1)
-        parts = (a & 63, (a >> 6) | ((b & 15) << 2), (b >> 4) | ((c & 3) << 4), c >> 2)
-    codes = torch.stack(parts, -1)
-    return codes.reshape(*packed.shape[:-1], -1)[..., :k]
+    count, size = _UNITS[bits]
+    units = packed.to(torch.int32).reshape(*packed.shape[:-1], -1, size)
+    return _digits(_number(units, 8), bits, count)[..., :k].to(torch.uint8)
+
+
+_UNITS: Final = {4: (2, 1), 6: (4, 3)}
+"""Codes that are packed together, and the bytes that they take."""
+
+
+def _number(digits: Tensor, bits: int) -> Tensor:
+    """Return the numbers, ``[...]``, whose digits of some bits are on the last axis, lowest first.
+
+    In sums and quotients: shifts of ONNX are for unsigned numbers, which few other operations take.
+    """
+    parts = digits.unbind(-1)
+    return sum((part * (1 << bits * i) for i, part in enumerate(parts[1:], 1)), start=parts[0])
+
+
+def _digits(numbers: Tensor, bits: int, count: int) -> Tensor:
+    """Undo :func:`_number`, with the digits of neighbours side by side."""
+    parts = [
+        torch.div(numbers, 1 << bits * i, rounding_mode="floor") % (1 << bits)
+        for i in range(count)
+    ]
+    return torch.stack(parts, -1).flatten(-2)
 
 
 _RECORDED: Final[Mapping[str, Callable[..., Any]]] = MappingProxyType(

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -16,7 +11,14 @@ from torch import Tensor, nn
 from fpcompiler.artifact import Artifact
 from fpcompiler.errors import ExportError
 from fpcompiler.interop.onnx.symbols import resolve
-from fpcompiler.interop.program import Sizes, register_tensors, run_steps, trace
+from fpcompiler.interop.program import (
+    Sizes,
+    near_layer,
+    quiet,
+    register_tensors,
+    run_steps,
+    trace,
+)
 from fpcompiler.plan import Plan
 from fpcompiler.runtime.inputs import leaf_names
 from fpcompiler.tree import leaf_paths
@@ -64,7 +66,7 @@ def trace_onnx(artifact: Artifact) -> ir.Model:
     dims = [*sizes.dims, *({} for _ in states)]
     program = trace(module, (*sizes.tensors, *states), (tuple(dims),))
     past, present = [pair[0] for pair in state_names(plan)], [pair[1] for pair in state_names(plan)]
-    with _quiet():
+    with quiet():
         try:
             exported = torch.onnx.export(
                 program,
@@ -75,27 +77,34 @@ def trace_onnx(artifact: Artifact) -> ir.Model:
                 optimize=True,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise _refusal(error) from error
+            raise _refusal(plan, error) from error
     assert exported is not None
     return exported.model
 
 
-def _refusal(error: Exception) -> ExportError:
-    return ExportError(str(error))
+def _refusal(plan: Plan, error: Exception) -> ExportError:
+    """Return what to say of an error of torch's exporter, which names an operator at best."""
+    causes, cause = [str(error)], error.__cause__
+    while cause is not None:
+        causes.append(str(cause))
+        cause = cause.__cause__
+    match = re.search(r"OpOverload\(op='\w+\.(\w+)", "\n".join(causes))
+    if match is None:
+        return ExportError(
+            f"torch's ONNX exporter failed: {_first_line(causes[-1])}. Export to pt2, or run the "
+            "artifact as it is."
+        )
+    name = f"aten.{match[1]}"
+    steps = [index for index, step in enumerate(plan.steps) if step.op.startswith(f"{name}.")]
+    where = near_layer(plan, steps[0]) if steps else "the model"
+    return ExportError(
+        f"{where}: the operator {name} has no form in ONNX that torch knows. Replace it in the "
+        "model by other operations, do it outside of the compiled part, or export to pt2."
+    )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own progress and warnings off the terminal; what fails is raised."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason was given"])[0].rstrip(".")
 
 
 @final

@@ -13,7 +13,7 @@ from fpcompiler.formats import FORMATS, FloatSpec
 __all__ = ["BLOCK_OPSET", "E8M0_OPSET", "Container", "OwnType", "container", "own_type"]
 
 BLOCK_OPSET: Final = 21
-"""The first in which QuantizeLinear and DequantizeLinear have scales for blocks."""
+"""The first in which QuantizeLinear and DequantizeLinear have scales for blocks: all files have it."""
 E8M0_OPSET: Final = 24
 """The first in which such scales may be E8M0."""
 
@@ -71,7 +71,7 @@ def own_type(spec: FloatSpec) -> OwnType | None:
 def container(spec: FloatSpec, highest: int, layer: str) -> Container:
     """Return the narrowest type of ONNX that holds every number of a format.
 
-    That is its own type; or integers and a power of two; or a wider format.
+    That is its own type; or a wider format; or integers and a power of two, if they are shorter.
 
     Args:
         spec: The format.
@@ -85,12 +85,12 @@ def container(spec: FloatSpec, highest: int, layer: str) -> Container:
     if own is not None and own.opset <= highest:
         return Container(own.dtype, own.opset)
     steps = spec.max / spec.smallest
-    found = [
+    found = [Container(_OWN[name].dtype, BLOCK_OPSET) for name in _WIDER if _holds(name, spec)]
+    found += [
         Container(dtype, BLOCK_OPSET, spec.smallest)
         for dtype, largest in _INTEGERS
         if steps <= largest
     ]
-    found += [Container(_OWN[name].dtype, BLOCK_OPSET) for name in _WIDER if _holds(name, spec)]
     fitting = [item for item in found if item.opset <= highest]
     if not fitting:
         raise ExportError(
@@ -101,15 +101,12 @@ def container(spec: FloatSpec, highest: int, layer: str) -> Container:
 
 
 def _holds(name: str, spec: FloatSpec) -> bool:
-    values = {value for value in FORMATS[name].values}
+    values = {*FORMATS[name].values}
     numbers = {spec.value(code) for code in range(spec.max_code + 1)}
     return numbers <= values
 
 
+
 def opset_of(dtype: ir.DataType) -> int:
-    """Return the first opset whose conversions take a type; 0 for those that all of them have."""
-    found = [own.opset for own in _OWN.values() if own.dtype == dtype]
-    return max(found, default=BLOCK_OPSET if dtype in _NARROW_INTEGERS else 0)
-
-
-_NARROW_INTEGERS: Final = (ir.DataType.INT4, ir.DataType.INT16)
+    """Return the first opset whose conversions take a type."""
+    return max((own.opset for own in _OWN.values() if own.dtype == dtype), default=BLOCK_OPSET)

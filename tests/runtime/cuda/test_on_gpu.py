@@ -25,7 +25,8 @@ from fpcompiler.operand import Operand
 from fpcompiler.options import Options
 from fpcompiler.runtime.cuda.kernels import CudaKernels, load_kernels
 from fpcompiler.runtime.cuda.layers import CudaLinear
-from fpcompiler.runtime.model import CompiledModel, load
+from fpcompiler.runtime.loading import load
+from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.runtime.trust import Gatekeeper
 from fpcompiler.tree import flatten
 

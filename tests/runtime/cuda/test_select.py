@@ -13,7 +13,7 @@ from fpcompiler.errors import TargetError
 from fpcompiler.options import Options
 from fpcompiler.runtime.cuda.kernels import load_kernels
 from fpcompiler.runtime.cuda.select import select
-from fpcompiler.runtime.model import load
+from fpcompiler.runtime.loading import load
 from fpcompiler.runtime.strict import require_kernels
 from fpcompiler.runtime.trust import Gatekeeper
 from tests.kernel_files import kernel_files, kernel_index

@@ -1,0 +1,38 @@
+"""Where the commands that run a compiled model get it from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fpcompiler.errors import OptionError
+
+if TYPE_CHECKING:
+    from fpcompiler.runtime.model import CompiledModel
+    from fpcompiler.runtime.onnx_model import OnnxModel
+
+__all__ = ["FILE_HELP", "SUFFIXES", "load_file"]
+
+SUFFIXES = (".fpc", ".onnx")
+"""Files that :func:`load_file` reads."""
+FILE_HELP = "an artifact, or an ONNX file of `fpcompiler export`"
+
+
+def load_file(file: str, device: str = "cpu", strict: bool = False) -> CompiledModel | OnnxModel:
+    """Return the model of a file: an artifact, or an ONNX file on onnxruntime.
+
+    Args:
+        file: Its path; that of an ONNX file ends with ``.onnx``.
+        device: Where to run.
+        strict: As for an artifact.
+
+    Raises:
+        OptionError: If strict is asked of an ONNX file.
+        FpcompilerError: As :func:`fpcompiler.load` does.
+    """
+    from fpcompiler.runtime.loading import load
+
+    if not file.endswith(".onnx"):
+        return load(file, device, strict=strict)
+    if strict:
+        raise OptionError(f"--strict is about kernels of an artifact; {file} is an ONNX file.")
+    return load(file, device, backend="onnxruntime")
