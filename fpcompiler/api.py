@@ -23,8 +23,8 @@ from fpcompiler.options import Options
 from fpcompiler.plan import Plan
 from fpcompiler.runtime.golden import record_golden
 from fpcompiler.runtime.inputs import bind
-from fpcompiler.runtime.model import COMPILING, CompiledModel
 from fpcompiler.runtime.loading import load as load
+from fpcompiler.runtime.model import COMPILING, CompiledModel
 from fpcompiler.runtime.strict import require_library
 from fpcompiler.runtime.tables import PlanTable
 

@@ -141,7 +141,7 @@ class CompiledModel:
         return self._artifact
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to a file, which :func:`fpcompiler.load` reads without any of its classes.
+        """Write the model to a file; :func:`fpcompiler.load` reads it without any of its classes.
 
         The file appears at once and complete, or not at all.
 
@@ -151,9 +151,7 @@ class CompiledModel:
         """
         save(path, self.artifact)
 
-    def export(
-        self, path: str | os.PathLike[str], format: str, **options: Any
-    ) -> Exported:
+    def export(self, path: str | os.PathLike[str], format: str, **options: Any) -> Exported:
         """Write the model in the format of another tool, such as ``onnx-portable`` or ``pt2``.
 
         Args:

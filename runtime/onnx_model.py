@@ -32,7 +32,14 @@ from fpcompiler.tree import unflatten
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["GOLDEN_SUFFIX", "METADATA", "METADATA_VERSION", "OnnxModel", "golden_names", "load_onnx"]
+__all__ = [
+    "GOLDEN_SUFFIX",
+    "METADATA",
+    "METADATA_VERSION",
+    "OnnxModel",
+    "golden_names",
+    "load_onnx",
+]
 
 METADATA: Final = "fpcompiler"
 """The property of a file with what it says of itself, JSON."""
@@ -207,13 +214,13 @@ class OnnxModel:
         try:
             tensors = safetensors.torch.load_file(file)
         except (OSError, safetensors.SafetensorError) as error:
-            raise ArtifactError(f"{file} cannot be read: {error}. Export the model again.") from error
-        plan, calls = self._facts.plan, []
+            raise ArtifactError(
+                f"{file} cannot be read: {error}. Export the model again."
+            ) from error
+        plan, calls = self._facts.plan, list[Golden]()
         while f"{len(calls)}.out.0" in tensors:
             given, found = golden_names(len(calls), len(plan.placeholders), len(plan.outputs))
-            calls.append(
-                Golden(tuple(tensors[n] for n in given), tuple(tensors[n] for n in found))
-            )
+            calls.append(Golden(tuple(tensors[n] for n in given), tuple(tensors[n] for n in found)))
         return calls
 
     def _open(self) -> onnxruntime.InferenceSession:

@@ -48,8 +48,7 @@ def evaluate(
             value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
             model.graph.outputs.append(value)
     feeds = {
-        value.name: tensor.numpy()
-        for value, tensor in zip(model.graph.inputs, inputs, strict=True)
+        value.name: tensor.numpy() for value, tensor in zip(model.graph.inputs, inputs, strict=True)
     }
     proto = ir.to_proto(model)
     if style == "portable":
@@ -141,5 +140,3 @@ def _ratio(tensors: Mapping[str, Array], node: ir.Node, weight: Tensor) -> float
     bound = x.shape[-1] * 2.0**-24 * (x.abs() @ wide.abs().T)
     error = (x @ wide.T - y).abs()
     return float((error / bound.clamp(min=1e-300)).max())
-
-

@@ -47,7 +47,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="an artifact, an ONNX file of export, or a SOURCE as for compile; the parts of a model with commas between",
+        help="an artifact, an ONNX file of `fpcompiler export`, or a SOURCE as for compile; the "
+        "parts of a model with commas between",
     )
     parser.add_argument("--against", metavar="ORIGINAL", help="the model to compare with, likewise")
     add_data_arguments(parser)

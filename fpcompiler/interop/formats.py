@@ -94,7 +94,9 @@ _ROWS: Final = (
     ),
 )
 
-EXPORT_FORMATS: Final[Mapping[str, ExportFormat]] = MappingProxyType({row.name: row for row in _ROWS})
+EXPORT_FORMATS: Final[Mapping[str, ExportFormat]] = MappingProxyType(
+    {row.name: row for row in _ROWS}
+)
 """Every format by name."""
 
 

@@ -32,7 +32,7 @@ Function = Callable[..., Any]
 
 _CPU: Final = torch.device("cpu")
 _FIRST_SIZE: Final = 5
-"""Symbols get this size and odd ones above it in the trace: not 0 or 1, which torch takes as fixed."""
+"""Symbols get this size and odd ones above it: not 0 or 1, which torch takes as fixed."""
 _LOGGERS: Final = ("torch.onnx", "torch._subclasses.fake_tensor", "torch.export", "onnxscript")
 _LINEAR: Final = re.compile(r"(?:(\d+)\*)?([a-zA-Z_]\w*)(?: ([+-]) (\d+))?", re.ASCII)
 """Sizes that torch.export can be told of: a symbol, times a number, plus or minus a number."""

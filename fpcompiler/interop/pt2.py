@@ -19,7 +19,6 @@ from fpcompiler.artifact import Artifact
 from fpcompiler.errors import ExportError
 from fpcompiler.interop.formats import Exported
 from fpcompiler.interop.program import Sizes, quiet, register_tensors, run_steps, trace
-from fpcompiler.plan import Parameter, Plan
 from fpcompiler.runtime import operators
 from fpcompiler.tree import NONE, Spec, flatten, leaf_count, unflatten
 
@@ -118,7 +117,7 @@ def _without_constants(spec: Spec) -> Spec:
 
 
 def _plain(value: Any) -> Any:
-    """Return a nested value with dicts in place of results of ours, which an archive cannot name."""
+    """Return a nested value with dicts in place of our results: no archive can name the class."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

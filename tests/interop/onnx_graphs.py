@@ -21,7 +21,9 @@ CODES = ir.TensorType(ir.DataType.UINT8)
 VALUES = ir.TensorType(ir.DataType.FLOAT)
 
 
-def quantizer(operand: Operand, shape: Sequence[int | str], style: Style, *, codes: bool) -> ir.Model:
+def quantizer(
+    operand: Operand, shape: Sequence[int | str], style: Style, *, codes: bool
+) -> ir.Model:
     """Return a model from values to dequantized ones, and to codes and scales if wanted."""
     sizes = ir.Shape(list(shape))
     x = ir.val("x", ir.DataType.FLOAT, sizes)
@@ -33,12 +35,16 @@ def quantizer(operand: Operand, shape: Sequence[int | str], style: Style, *, cod
         value.name, value.shape = f"part{index}", sizes if level is None else None
         value.type = VALUES if level and level.is_real else CODES
         if level is not None:
-            value.shape = ir.Shape([*(s if isinstance(s, int) else None for s in scale_shape(list(shape), level))])
+            value.shape = ir.Shape(
+                [*(s if isinstance(s, int) else None for s in scale_shape(list(shape), level))]
+            )
     back = ir.node("Dequantize", node.outputs, attributes, domain="fpc", num_outputs=1)
     y = back.outputs[0]
     y.name, y.shape, y.type = "y", sizes, VALUES
     results = [y, *node.outputs] if codes else [y]
-    return finished(ir.Graph([x], results, nodes=[node, back], opset_imports={"": 18, "fpc": 1}), style)
+    return finished(
+        ir.Graph([x], results, nodes=[node, back], opset_imports={"": 18, "fpc": 1}), style
+    )
 
 
 def finished(graph: ir.Graph, style: Style) -> ir.Model:

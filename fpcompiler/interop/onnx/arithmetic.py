@@ -3,12 +3,12 @@
 :mod:`fpcompiler.numerics` works on the bits of numbers, which ONNX has no operations for below
 opset 26. Two replacements are exact too:
 
-* ``2**floor(log2(v))`` is ``q - (1 - u) * q`` with ``q = (1 / (2 * u) + 1) * v`` and ``u = 2**-24``,
-  each operation rounded to fp32 (S. M. Rump, T. Ogita, S. Oishi, Accurate floating-point summation
-  part I, SIAM J. Sci. Comput. 31, 2008: the unit in the first place). It holds for every normal
-  number that ``q`` does not overflow with, so that larger ones are scaled before.
-* A value is rounded to a multiple of ``2**(e - m)`` by ``Round``, which breaks ties to even, after a
-  division by that power.
+* ``2**floor(log2(v))`` is ``q - (1 - u) * q`` with ``q = (1 / (2 * u) + 1) * v`` and
+  ``u = 2**-24``, each operation rounded to fp32 (S. M. Rump, T. Ogita, S. Oishi, Accurate
+  floating-point summation part I, SIAM J. Sci. Comput. 31, 2008: the unit in the first place). It
+  holds for every normal number that ``q`` does not overflow with; larger ones are scaled before.
+* A value is rounded to a multiple of ``2**(e - m)`` by ``Round``, which breaks ties to even, behind
+  a division by that power.
 
 NaN and infinity are no error here, as they are in our runtime: they come out as they are.
 """
@@ -231,9 +231,7 @@ def _e4m3_pair(
     return (high, high) if level.rounding is ScaleRounding.CEIL else (low, high)
 
 
-def _ratio(
-    b: Builder, amax: ir.Value, outer: ir.Value | None, element: FloatSpec
-) -> ir.Value:
+def _ratio(b: Builder, amax: ir.Value, outer: ir.Value | None, element: FloatSpec) -> ir.Value:
     largest = b.number(element.max)
     if outer is None:
         return b.op("Div", amax, largest)
@@ -280,7 +278,9 @@ def encode(b: Builder, elements: ir.Value, spec: FloatSpec) -> ir.Value:
     step = _step(b, magnitude, spec)
     # The integer of a magnitude is below 2**(m + 1); one binade up it begins again at 2**m.
     binades = _log2(b, b.op("Div", step, b.number(2.0 ** (spec.min_exponent - spec.mantissa_bits))))
-    code = b.op("Add", b.op("Div", magnitude, step), b.op("Mul", binades, b.number(2.0**spec.mantissa_bits)))
+    code = b.op(
+        "Add", b.op("Div", magnitude, step), b.op("Mul", binades, b.number(2.0**spec.mantissa_bits))
+    )
     if spec.signed:
         sign = b.number(float(1 << spec.magnitude_bits))
         negative = b.op("Less", elements, b.number(0.0))
@@ -296,5 +296,3 @@ def encode_power(b: Builder, powers: ir.Value) -> ir.Value:
 def _log2(b: Builder, powers: ir.Value) -> ir.Value:
     """Return the exponents of powers of two: the logarithm is off by less than a half."""
     return b.op("Round", b.op("Mul", b.op("Log", powers), b.number(float(1 / np.log(2.0)))))
-
-

@@ -13,7 +13,6 @@ from fpcompiler.errors import ExportError, describe_layer
 __all__ = ["Builder", "last_size"]
 
 
-
 class Builder:
     """Makes the operations that take the place of one symbol.
 
@@ -57,8 +56,8 @@ class Builder:
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """Return the constant of a name, which is made if there is none."""
         if name not in self._graph.initializers:
-            kind = ir.TensorType(tensor.dtype)
-            value = ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor)
+            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+            value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
             value.const_value.name = name  # type: ignore[union-attr]
             self._graph.register_initializer(value)
         return self._graph.initializers[name]

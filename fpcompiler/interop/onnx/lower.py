@@ -113,9 +113,7 @@ class _Lowering:
             if new is not None:
                 _adopt(old, new)
 
-    def _quantize(
-        self, b: Builder, node: ir.Node, operand: Operand
-    ) -> list[ir.Value | None]:
+    def _quantize(self, b: Builder, node: ir.Node, operand: Operand) -> list[ir.Value | None]:
         x = _only(node.inputs[0])
         rank, k = last_size(x, b.layer)
         values = group(b, x, operand, rank, k)
@@ -195,9 +193,7 @@ class _Lowering:
         if has_outer:
             results.append(b.initializer(names[1], ir.tensor(tensors[1].reshape(-1).numpy())))
         outer = names[1] if has_outer else ""
-        self.weights[packed] = Lowered(
-            b.layer, str(operand), k, names[0], outer, stored.block_name
-        )
+        self.weights[packed] = Lowered(b.layer, str(operand), k, names[0], outer, stored.block_name)
         return results
 
 

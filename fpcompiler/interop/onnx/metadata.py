@@ -12,6 +12,7 @@ from typing import Final
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import Tensor
 
 from fpcompiler.artifact import Artifact
 from fpcompiler.artifact.tensors import pieces
@@ -32,9 +33,7 @@ _STEP: Final = "py.onnx"
 """The one step of a plan that says how a file is called."""
 
 
-def describe(
-    model: ir.Model, artifact: Artifact, style: str, weights: Sequence[Lowered]
-) -> None:
+def describe(model: ir.Model, artifact: Artifact, style: str, weights: Sequence[Lowered]) -> None:
     """Give a model its property, the names of its sizes, and the first values of its states."""
     ClearMetadataAndDocStringPass()(model)  # The exporter's own name files of this machine.
     _name_sizes(model, artifact.plan)
@@ -116,7 +115,7 @@ def _initial_states(model: ir.Model, artifact: Artifact) -> list[str]:
 
 def golden_file(path: Path, artifact: Artifact) -> None:
     """Write the recorded calls beside a file, if there are any."""
-    named = {}
+    named: dict[str, Tensor] = {}
     for index, case in enumerate(artifact.golden):
         given, found = golden_names(index, len(case.inputs), len(case.outputs))
         named.update(zip([*given, *found], [*case.inputs, *case.outputs], strict=True))

@@ -14,8 +14,8 @@ from fpcompiler.interop.onnx.types import BLOCK_OPSET, E8M0_OPSET, opset_of
 __all__ = ["needed_opset", "set_opset"]
 
 _CONVERTED: Final = 25
-"""The highest that onnxscript converts to. Opsets 26 to 28 change no operation that torch's exporter
-writes but by more types: their versions of the others are those of 25."""
+"""The highest that onnxscript converts to. Opsets 26 to 28 add only types to what torch's
+exporter writes: a model of opset 25 is one of theirs."""
 
 _CONVERSIONS: Final = ("QuantizeLinear", "DequantizeLinear")
 

@@ -45,9 +45,7 @@ class Portable:
         factors = scale if block.spec is None else look_up(b, scale, block.spec)
         split = b.op("Reshape", values, b.integers([n, -1, width]))
         product = b.op("Mul", split, b.op("Unsqueeze", factors, b.integers([-1])))
-        return _columns(
-            b, b.op("Reshape", product, b.integers([n, -1])), weight.k, codes.shape[1]
-        )
+        return _columns(b, b.op("Reshape", product, b.integers([n, -1])), weight.k, codes.shape[1])
 
     def activation(
         self, b: Builder, values: Grouped, rounded: Rounded, operand: Operand
@@ -60,9 +58,7 @@ def _pairs(b: Builder, codes: ir.Value, spec: FloatSpec) -> ir.Value:
     """Return the two values of each byte, ``[N, bytes, 2]``, the one of the low bits first."""
     values = np.asarray(value_table(spec))[:16]
     table = np.stack([np.tile(values, 16), np.repeat(values, 16)], axis=-1)
-    return b.op(
-        "Gather", b.table(f"{spec.name}.pairs", table), b.cast(codes, ir.DataType.INT32)
-    )
+    return b.op("Gather", b.table(f"{spec.name}.pairs", table), b.cast(codes, ir.DataType.INT32))
 
 
 def _columns(b: Builder, values: ir.Value, k: int, have: int) -> ir.Value:

@@ -1,7 +1,7 @@
 """The quantized weights of an ONNX file, as numbers: what a reader of the file makes of its bytes.
 
-The constants are read by onnx's own code, types of few bits included; of ours is only which constant
-belongs to which layer, and the tables of the portable style, which are in the file too.
+The constants are read by onnx's own code, types of few bits included. The property of the file says
+which constant belongs to which layer; the tables of the portable style are in the file too.
 """
 
 from __future__ import annotations

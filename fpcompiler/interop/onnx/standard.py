@@ -29,7 +29,7 @@ class Standard:
     """Codes in the types of ONNX, with the operations that convert them.
 
     A weight without a type of its own is in the narrowest one that holds it. An activation without
-    one is rounded by elementary operations, because a wider type would round it otherwise, and so is
+    one is rounded by elementary operations, because a wider type would round it otherwise. So is
     one with a scale for each token whose length varies: that is a number in the file.
 
     Attributes:
@@ -102,7 +102,9 @@ class Standard:
 def _by_token(operand: Operand) -> bool:
     """Return whether the scales are those of tokens alone."""
     outer = operand.outer
-    return outer is not None and operand.block is None and outer.granularity is not Granularity.TENSOR
+    return (
+        outer is not None and operand.block is None and outer.granularity is not Granularity.TENSOR
+    )
 
 
 def _tensor(codes: Tensor, spec: FloatSpec, held: Container) -> ir.TensorProtocol:

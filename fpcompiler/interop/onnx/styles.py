@@ -67,5 +67,3 @@ def scaled_elements(b: Builder, values: Grouped, rounded: Rounded, operand: Oper
         return rounded.elements
     product = b.op("Mul", rounded.elements, rounded.block)
     return join(b, values, product, operand)
-
-

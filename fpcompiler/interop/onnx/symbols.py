@@ -3,7 +3,7 @@
 ====================  =============================================================================
 symbol                what it stands for
 ====================  =============================================================================
-``fpc::Quantize``     ``x`` -> codes, and a scale for each level: :func:`fpcompiler.numerics.quantize`
+``fpc::Quantize``     ``x`` -> codes, and a scale for each level, as of ``numerics.quantize``
 ``fpc::Encode``       ``x, *scales`` -> codes
 ``fpc::Dequantize``   ``codes, *scales`` -> fp32 values
 ``fpc::Weight``       ``packed, *scales`` -> fp32 values ``[N, k]`` without the outer scale, and it
@@ -177,8 +177,7 @@ def _number(digits: Tensor, bits: int) -> Tensor:
 def _digits(numbers: Tensor, bits: int, count: int) -> Tensor:
     """Undo :func:`_number`, with the digits of neighbours side by side."""
     parts = [
-        torch.div(numbers, 1 << bits * i, rounding_mode="floor") % (1 << bits)
-        for i in range(count)
+        torch.div(numbers, 1 << bits * i, rounding_mode="floor") % (1 << bits) for i in range(count)
     ]
     return torch.stack(parts, -1).flatten(-2)
 

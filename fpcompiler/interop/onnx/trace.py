@@ -35,7 +35,7 @@ _OUTPUT: Final = "output"
 
 
 def input_names(plan: Plan) -> list[str]:
-    """Return the names of a plan's inputs in ONNX: those of the arguments, ``past[0]`` among them."""
+    """Return the names of a plan's inputs in ONNX, those of the arguments: ``past[0]``."""
     return leaf_names(plan.signature)
 
 

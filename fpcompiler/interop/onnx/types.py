@@ -13,7 +13,7 @@ from fpcompiler.formats import FORMATS, FloatSpec
 __all__ = ["BLOCK_OPSET", "E8M0_OPSET", "Container", "OwnType", "container", "own_type"]
 
 BLOCK_OPSET: Final = 21
-"""The first in which QuantizeLinear and DequantizeLinear have scales for blocks: all files have it."""
+"""The first in which QuantizeLinear and DequantizeLinear have scales for blocks."""
 E8M0_OPSET: Final = 24
 """The first in which such scales may be E8M0."""
 
@@ -104,7 +104,6 @@ def _holds(name: str, spec: FloatSpec) -> bool:
     values = {*FORMATS[name].values}
     numbers = {spec.value(code) for code in range(spec.max_code + 1)}
     return numbers <= values
-
 
 
 def opset_of(dtype: ir.DataType) -> int:
