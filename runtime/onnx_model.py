@@ -64,14 +64,12 @@ class OnnxFacts:
         scheme: Exact text of the scheme.
         style: ``standard`` or ``portable``.
         noise: For each recorded call, the SQNR that changes of last bits alone lead to, in dB.
-        initial: Names of the states whose first value is in the file; the others begin with zeros.
     """
 
     plan: Plan
     scheme: str
     style: str
     noise: tuple[float, ...]
-    initial: frozenset[str]
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> OnnxFacts:
@@ -89,8 +87,7 @@ class OnnxFacts:
         try:
             noise = [math.inf if value is None else float(value) for value in data["noise_db"]]
             texts = str(data["scheme"]), str(data["style"])
-            initial = frozenset(map(str, data["initial_states"]))
-            return cls(Plan.from_json(data["plan"]), *texts, tuple(noise), initial)
+            return cls(Plan.from_json(data["plan"]), *texts, tuple(noise))
         except (KeyError, TypeError, ValueError) as error:
             raise _foreign(path, f"its property {METADATA!r} lacks {error}") from error
 
@@ -182,6 +179,8 @@ class OnnxModel:
 
     def reset(self) -> None:
         """Bring the states (KV caches) back to the initial ones."""
+        # One that does not begin with zeros has its first value in the file, which onnxruntime
+        # takes where none is given; then it is not among the inputs.
         self._state = {}
         for value in self._session.get_inputs():
             if value.name in self._facts.plan.state:

@@ -37,13 +37,12 @@ def describe(model: ir.Model, artifact: Artifact, style: str, weights: Sequence[
     """Give a model its property, the names of its sizes, and the first values of its states."""
     ClearMetadataAndDocStringPass()(model)  # The exporter's own name files of this machine.
     _name_sizes(model, artifact.plan)
-    initial = _initial_states(model, artifact)
+    _initial_states(model, artifact)
     noise = measure_noise(artifact) if artifact.golden else []
     facts = {
         "version": METADATA_VERSION,
         "style": style,
         "scheme": artifact.scheme,
-        "initial_states": initial,
         "noise_db": [value if math.isfinite(value) else None for value in noise],
         "weights": [asdict(weight) for weight in weights],
         "plan": call_plan(artifact.plan).to_json(),
@@ -100,17 +99,15 @@ def _renamed(size: int | ir.SymbolicDim, names: dict[str, str]) -> int | ir.Symb
     return ir.SymbolicDim(re.sub(r"\w+", lambda m: names.get(m[0], m[0]), size.value))
 
 
-def _initial_states(model: ir.Model, artifact: Artifact) -> list[str]:
+def _initial_states(model: ir.Model, artifact: Artifact) -> None:
     """Put the first values of states into the file, where these are not zeros."""
-    inputs, found = {value.name: value for value in model.graph.inputs}, []
+    inputs = {value.name: value for value in model.graph.inputs}
     keys = artifact.plan.state.values()
     for (name, _), key in zip(state_names(artifact.plan), keys, strict=True):
         tensor = artifact.tensors[key]
         if bool(tensor.any()):
             inputs[name].const_value = ir.tensor(tensor.numpy(), name=name)
             model.graph.register_initializer(inputs[name])
-            found.append(name)
-    return found
 
 
 def golden_file(path: Path, artifact: Artifact) -> None:

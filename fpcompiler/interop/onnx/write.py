@@ -61,16 +61,28 @@ def write(
     _require_packages()
     if not _LOWEST_OPSET <= opset <= HIGHEST_OPSET:
         raise OptionError(f"opset={opset}: it is one from {_LOWEST_OPSET} to {HIGHEST_OPSET}.")
-    model, weights = build(artifact, style, opset)
+    with _new_files(path) as folder:  # Before the work: it says where a file cannot be written.
+        model, weights = build(artifact, style, opset)
+        _fill(folder / path.name, artifact, model, style, weights, external_data)
+        files = [path, *(path.parent / file.name for file in sorted(folder.iterdir()))]
+    return Exported(tuple(dict.fromkeys(files)), _facts(model, weights))
+
+
+def _fill(
+    file: Path,
+    artifact: Artifact,
+    model: ir.Model,
+    style: str,
+    weights: Sequence[Lowered],
+    external_data: bool,
+) -> None:
+    """Write a file and those beside it."""
     from fpcompiler.interop.onnx.metadata import describe, golden_file
 
     describe(model, artifact, style, weights)
     size = sum(tensor.nbytes for tensor in _constants(model))
-    with _new_files(path) as folder:
-        _save(model, folder / path.name, external_data or size > _INLINE_LIMIT)
-        golden_file(folder / path.name, artifact)
-        files = [path, *(path.parent / file.name for file in sorted(folder.iterdir()))]
-    return Exported(tuple(dict.fromkeys(files)), _facts(model, weights))
+    _save(model, file, external_data or size > _INLINE_LIMIT)
+    golden_file(file, artifact)
 
 
 def build(

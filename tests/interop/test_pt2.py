@@ -1,0 +1,87 @@
+"""Archives of torch.export: read by a process with the runtime only, and called like the model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fpcompiler
+import fpcompiler.runtime.ops
+from fpcompiler.errors import ExportError
+from fpcompiler.plan import Parameter, Placeholder, Plan, Signature, Symbol
+from fpcompiler.runtime.model import CompiledModel
+from tests.interop.conftest import example
+from tests.models import own_cases
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+import torch
+import fpcompiler.runtime.ops
+module = torch.export.load(sys.argv[1]).module()
+for rows in (1, 3, 8):
+    x, extra = torch.load(f"{sys.argv[2]}/{rows}.pt")
+    torch.save(module(x, extra), f"{sys.argv[2]}/{rows}.out.pt")
+parts = ("ir", "passes", "capture", "codegen", "interop", "api")
+loaded = [name for name in sys.modules if name.startswith(tuple(f"fpcompiler.{p}" for p in parts))]
+loaded += [name for name in ("torch_mlir", "onnx", "transformers") if name in sys.modules]
+sys.exit(f"imported {loaded}" if loaded else 0)
+"""
+
+
+def test_a_new_process_with_the_runtime_only_gives_the_same_bits(compiled, tmp_path) -> None:
+    file = tmp_path / "model.pt2"
+    written = compiled.export(file, "pt2")
+    assert (written.files, written.facts["arguments"]) == ((file,), "x, extra")
+    for rows in (1, 3, 8):
+        torch.save(example(rows), tmp_path / f"{rows}.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(file), str(tmp_path)],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for rows in (1, 3, 8):
+        expected, found = compiled(*example(rows)), torch.load(tmp_path / f"{rows}.out.pt")
+        assert [*found] == ["y", "h"]
+        assert torch.equal(found["y"], expected["y"])
+        assert torch.equal(found["h"][0], expected["h"][0])
+
+
+def test_weights_are_packed_buffers_under_their_names(compiled, tmp_path) -> None:
+    compiled.export(tmp_path / "model.pt2", "pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    codes = program.state_dict["second.weight.codes"]
+    assert (codes.dtype, codes.shape) == (torch.uint8, (33, 32))
+    assert torch.equal(codes, compiled.artifact.tensors["second.weight.codes"])
+    (size,) = program.range_constraints.values()
+    assert (size.lower, size.upper > 2**30) == (1, True)
+
+
+def test_a_cache_is_a_buffer_that_calls_update(tmp_path) -> None:
+    model, args, kwargs = own_cases()["cached"].make()
+    compiled = fpcompiler.compile(model, "w4a6", example_inputs=args, target="reference")
+    compiled.export(tmp_path / "model.pt2", "pt2")
+    module = torch.export.load(tmp_path / "model.pt2").module()
+    compiled.reset()
+    for args, kwargs in [(args, kwargs), *own_cases()["cached"].other_inputs()]:
+        assert torch.equal(module(*args), compiled(*args, **kwargs))
+
+
+def test_a_size_that_torch_has_no_words_for_is_refused(compiled, tmp_path) -> None:
+    plan = Plan(
+        signature=Signature((), {"t": "tuple", "c": []}), placeholders=(), steps=(), outputs=()
+    )
+    artifact = compiled.artifact
+    odd = Placeholder("x", "float32", ("s0*s1",))
+    symbols = {"s0": Symbol(1, None), "s1": Symbol(1, None)}
+    signature = replace(plan.signature, parameters=(Parameter("x", {"t": "leaf"}),))
+    plan = replace(plan, signature=signature, placeholders=(odd,), symbols=symbols)
+    with pytest.raises(ExportError, match="the input 'x' has the size s0\\*s1, and torch.export"):
+        CompiledModel(replace(artifact, plan=plan, golden=())).export(tmp_path / "m.pt2", "pt2")
+    assert not (tmp_path / "m.pt2").exists()
