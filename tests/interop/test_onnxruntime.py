@@ -121,9 +121,9 @@ def test_files_of_others_are_refused(tmp_path, portable) -> None:
     graph = onnx.helper.make_graph([node], "other", [value], [result])
     opsets = [onnx.helper.make_opsetid("", 18)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), file)
-    with pytest.raises(ArtifactError, match="it has no property 'fpcompiler'. Write it with"):
+    with pytest.raises(ArtifactError, match=r"it has no property 'fpcompiler'\. Write it with"):
         fpcompiler.load(file, backend="onnxruntime")
-    with pytest.raises(ArtifactError, match="an ONNX file, for which load.. has backend='onnxr"):
+    with pytest.raises(ArtifactError, match=r"an ONNX file, for which load\(\) has backend="):
         fpcompiler.load(portable)
     with pytest.raises(ArtifactError, match="there is no file"):
         fpcompiler.load(tmp_path / "none.onnx", backend="onnxruntime")
@@ -149,7 +149,7 @@ def test_a_changed_property_is_refused(portable, tmp_path, change, cause) -> Non
 
 
 def test_a_missing_onnxruntime_or_device_is_named(portable, monkeypatch) -> None:
-    with pytest.raises(TargetError, match="does not run on cuda; it has .*CPUExecutionProvider"):
+    with pytest.raises(TargetError, match=r"does not run on cuda; it has .*CPUExecution"):
         OnnxModel(portable, torch.device("cuda"))
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(DependencyError, match=r"pip install 'fpcompiler\[onnx\]'"):
