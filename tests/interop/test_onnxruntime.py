@@ -85,6 +85,37 @@ def test_a_cache_lives_from_call_to_call(attention, tmp_path) -> None:
     assert torch.equal(runs(*calls[0][0]), first[0])
 
 
+@pytest.mark.parametrize(
+    ("scheme", "method", "operator"),
+    [
+        ("w4a6", "rotate", "fpc.hadamard"),
+        ("w=f4E2M1FN@row:f32,a=f4E2M1FN@tensor:f32", "search", "fpc.encode"),
+    ],
+)
+def test_what_methods_put_into_a_program_is_computed_alike(
+    scheme, method, operator, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    batches = [torch.randn(64, 64) for _ in range(2)]
+    compiled = fpcompiler.compile(
+        model.eval(), scheme, calibration=batches, method=method, target="reference"
+    )
+    assert operator in {step.op for step in compiled.artifact.plan.steps}
+    compiled.export(tmp_path / "model.onnx", "onnx-portable")
+    runs = fpcompiler.load(tmp_path / "model.onnx", backend="onnxruntime")
+    torch.testing.assert_close(runs(batches[0]), compiled(batches[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_kept(tmp_path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32)).half().eval()
+    x = torch.randn(3, 64).half()
+    compiled = fpcompiler.compile(model, example_inputs=(x,), target="reference")
+    compiled.export(tmp_path / "model.onnx", "onnx-portable")
+    found = fpcompiler.load(tmp_path / "model.onnx", backend="onnxruntime")(x)
+    assert torch.equal(found, compiled(x))
+
+
 def test_a_cache_that_does_not_begin_with_zeros_is_in_the_file(tmp_path) -> None:
     class Sum(torch.nn.Module):
         def __init__(self) -> None:
@@ -109,7 +140,7 @@ def test_a_cache_that_does_not_begin_with_zeros_is_in_the_file(tmp_path) -> None
 
 
 def test_a_file_that_onnxruntime_cannot_run_is_refused_with_the_way_out(standard) -> None:
-    with pytest.raises(ArtifactError, match="4- and 6-bit types: export the model to onnx-port"):
+    with pytest.raises(ArtifactError, match="no kernels for 4- and 6-bit types, and few for bf"):
         fpcompiler.load(standard, backend="onnxruntime")
 
 

@@ -141,7 +141,7 @@ def _inner(value: Sequence[Tensor], operand: Operand) -> list[Tensor]:
 
 def _hadamard(x: Tensor, block: int) -> Tensor:
     wide = x.to(torch.float32).reshape(*x.shape[:-1], x.shape[-1] // block, block)
-    return (wide @ sylvester(block)).reshape(x.shape).to(x.dtype)
+    return (wide @ sylvester(block).to(torch.float32)).reshape(x.shape).to(x.dtype)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
