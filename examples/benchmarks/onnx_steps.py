@@ -110,12 +110,13 @@ def check_steps(artifact: Artifact, file: Path, tensors: Mapping[str, Array]) ->
         equal += np.array_equal(tensors[result.name or ""], expected)
     products = _products(model)
     weights = _inner_weights(artifact)
-    worst = max(_ratio(tensors, node, weights[layer]) for layer, node in products.items())
+    errors = [_ratio(tensors, node, weights[layer]) for layer, node in products.items()]
     return {
         "quantizations": len(quantizers),
         "bit_equal": equal,
         "products": len(products),
-        "largest_error_to_bound": worst,
+        "exact_products": errors.count(0.0),
+        "largest_error_to_bound": max(errors),
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ COLUMNS = {
 SHORT = {PAPER: "4/4/4", TOKEN: "w4a6, token scales"}
 """Schemes without a name, as the table has them."""
 
+
+ONNX_WAYS = ("reference", "native", "onnxruntime")
+"""Ways to run a program, as the record has them."""
 
 LAYER_ROWS, LAYER_THREADS = (1, 16, 512), 2
 """What the table of layers shows of the record."""
@@ -81,6 +85,7 @@ def tables() -> dict[str, str]:
         "kernels": kernels(),
         "builds": builds(),
         "proofs": proofs(),
+        "onnx": onnx(),
     }
 
 
@@ -248,6 +253,31 @@ def bars() -> str:
         cells = [layer, str(bar["rows"]), bar["scheme"], bar["against"], f"{bar['wanted']:.2f}"]
         lines.append(f"| {' | '.join(cells)} | {bar['measured']:.2f}{star} |")
     return "\n".join(lines)
+
+
+def onnx() -> str:
+    """Return the table of ONNX files against the artifacts that they were made from."""
+    models = _read("interop_onnx.json")["models"]
+    lines = [
+        "| | reference | native | onnxruntime | equal steps, portable | equal steps, standard |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, (heading, metric, form) in COLUMNS.items():
+        if name in models:
+            values = models[name]["metrics"]
+            cells = [f"{values[way][metric]:{form}}" for way in ONNX_WAYS]
+            parts = models[name]["parts"].values()
+            cells += [_equal_steps(style, parts) for style in ("portable", "standard")]
+            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _equal_steps(style: str, parts: Iterable[dict[str, Any]]) -> str:
+    steps = [part[style]["steps"] for part in parts]
+    equal, count = (sum(step[key] for step in steps) for key in ("bit_equal", "quantizations"))
+    products = sum(step["products"] for step in steps)
+    exact = sum(step["exact_products"] for step in steps)
+    return f"{equal + exact} of {count + products}"
 
 
 def _blocks(row: dict[str, Any]) -> str:

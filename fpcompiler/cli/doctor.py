@@ -85,6 +85,9 @@ def _packages() -> list[Check]:
          "pip install 'fpcompiler[compiler]'"),
         ("transformers", "transformers", "models from Hugging Face folders",
          "pip install 'fpcompiler[models]'"),
+        ("onnxscript", "onnxscript", "exporting to ONNX", "pip install 'fpcompiler[onnx]'"),
+        ("onnxruntime", "onnxruntime", "running what was exported to onnx-portable",
+         "pip install 'fpcompiler[onnx]'"),
     )  # fmt: skip
     return [_package(*row) for row in rows]
 
