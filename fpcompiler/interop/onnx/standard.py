@@ -15,7 +15,7 @@ from fpcompiler.interop.onnx.arithmetic import Grouped, Rounded
 from fpcompiler.interop.onnx.builder import Builder
 from fpcompiler.interop.onnx.styles import StoredWeight, scaled_elements
 from fpcompiler.interop.onnx.types import E8M0_OPSET, Container, container, own_type
-from fpcompiler.numerics import decode, unpack
+from fpcompiler.numerics import decode, encode, unpack
 from fpcompiler.operand import Granularity, Operand
 
 __all__ = ["Standard"]
@@ -109,22 +109,15 @@ def _by_token(operand: Operand) -> bool:
 
 def _tensor(codes: Tensor, spec: FloatSpec, held: Container) -> ir.TensorProtocol:
     """Return codes ``[N, K]``, one a byte, in a type of ONNX."""
-    own = own_type(spec)
-    kind = held.dtype
+    own, kind = own_type(spec), held.dtype
     if own is not None and own.dtype == kind:
         return ir.Tensor(codes.numpy().view(kind.numpy()), kind)
-    values = decode(codes, spec) / held.factor
-    if held.factor == 1.0:
-        values = _recoded(codes, spec, FORMATS[_FORMATS[kind]])
-        return ir.Tensor(values.numpy().view(kind.numpy()), kind)
-    return ir.Tensor(values.to(torch.int16).numpy().astype(kind.numpy()), kind)
+    values = decode(codes, spec)
+    if kind in _WIDER:
+        recoded = encode(values, FORMATS[_WIDER[kind]])
+        return ir.Tensor(recoded.numpy().view(kind.numpy()), kind)
+    return ir.Tensor((values / held.factor).to(torch.int16).numpy().astype(kind.numpy()), kind)
 
 
-_FORMATS: Final = {ir.DataType.FLOAT8E4M3FN: "f8E4M3FN", ir.DataType.FLOAT8E5M2: "f8E5M2"}
-
-
-def _recoded(codes: Tensor, spec: FloatSpec, wider: FloatSpec) -> Tensor:
-    """Return the codes that a wider format has for the same values."""
-    from fpcompiler.numerics import encode
-
-    return encode(decode(codes, spec), wider)
+_WIDER: Final = {ir.DataType.FLOAT8E4M3FN: "f8E4M3FN", ir.DataType.FLOAT8E5M2: "f8E5M2"}
+"""Types that may hold another format, and the format that they are."""
