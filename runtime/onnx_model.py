@@ -240,8 +240,8 @@ class OnnxModel:
         except _errors(self._runtime) as error:
             raise ArtifactError(
                 f"onnxruntime cannot run {self._path}: {_first_line(error)}. It has no kernels for "
-                "4- and 6-bit types, and few for bfloat16: export to onnx-portable, from a model in "
-                "float32 or float16."
+                "4- and 6-bit types, and few for bfloat16: export to onnx-portable, from a model "
+                "in float32 or float16."
             ) from error
 
     def _value(self, name: str, tensor: Tensor) -> Any:

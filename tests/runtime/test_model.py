@@ -18,7 +18,7 @@ from fpcompiler.errors import ArtifactError, OptionError, RunError
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.loading import load
 from fpcompiler.runtime.model import CompiledModel
-from fpcompiler.runtime.verify import _judge, _noise
+from fpcompiler.runtime.verify import _noise, judge
 from tests.plans import Mlp, PackedLinear, expanded, mlp_artifact, with_golden
 
 ROOT = Path(__file__).parents[2]
@@ -247,10 +247,10 @@ def test_replayed_outputs_must_be_close(compiled, change, good, detail):
 @pytest.mark.parametrize(("sqnr", "good"), [(41.0, True), (22.0, True), (19.0, False)])
 def test_what_last_bits_explain_passes(sqnr, good):
     # DINOv2 on another processor: 26.6 dB, where changes of the last bit alone give 24.2 dB.
-    row = _judge("recorded call 0", [sqnr], 26.0, False)
+    row = judge("recorded call 0", [sqnr], 26.0, False)
     assert (row.result == "ok") is good
     assert "last bit alone give 26.0 dB" in row.detail
-    assert _judge("recorded call 0", [5.0], 7.0, False).result == "failed"
+    assert judge("recorded call 0", [5.0], 7.0, False).result == "failed"
 
 
 def test_the_noise_of_last_bits_is_measured(compiled):
