@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fpcompiler
+from fpcompiler.artifact import Artifact
 from fpcompiler.errors import (
     ArtifactError,
     DependencyError,
@@ -16,10 +17,15 @@ from fpcompiler.errors import (
     RunError,
     TargetError,
 )
+from fpcompiler.numerics import pack, quantize
+from fpcompiler.operand import Operand
+from fpcompiler.plan import Parameter, Placeholder, Plan, Signature, Step, Symbol
 from fpcompiler.runtime import onnx_model
+from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.runtime.onnx_model import OnnxModel
 from tests.interop.conftest import example
 from tests.models import own_cases
+from tests.plans import value
 
 ATTENTION = (
     "qkv=f8E4M3FN@token:f32,weights=f4E2M1FN@block16:f8E8M0FNU,cache=f6E2M3FN@block16:f8E8M0FNU"
@@ -64,7 +70,7 @@ def test_a_changed_weight_fails_the_replay(portable, tmp_path) -> None:
     assert not fpcompiler.load(file, backend="onnxruntime").verify().ok
 
 
-@pytest.mark.parametrize("attention", [None, ATTENTION])
+@pytest.mark.parametrize("attention", [None, pytest.param(ATTENTION, marks=pytest.mark.slow)])
 def test_a_cache_lives_from_call_to_call(attention, tmp_path) -> None:
     case = own_cases()["cached"]
     model, args, _ = case.make()
@@ -83,6 +89,43 @@ def test_a_cache_lives_from_call_to_call(attention, tmp_path) -> None:
     assert torch.equal(runs(*last, **kwargs), first[-1])
     runs.reset()
     assert torch.equal(runs(*calls[0][0]), first[0])
+
+
+def cache_of_codes(text: str) -> Artifact:
+    """Return a program that keeps packed codes and scales of rows, and gives their values."""
+    operand, v = Operand.parse(text), value
+    bits = operand.format.storage_bits
+    codes, (scale,) = quantize(torch.ones(4, 36), operand)
+    spec = {"t": "leaf"}
+    plan = Plan(
+        signature=Signature((Parameter("x", spec), Parameter("position", spec)), spec),
+        placeholders=(
+            Placeholder("x", "float32", ("rows", 36)), Placeholder("position", "int64", ("rows",))
+        ),
+        steps=(
+            Step("fpc.quantize", (v("x"), text, "a.layer"), ("q", "s")),
+            Step("fpc.pack", (v("q"), bits), ("p",)),
+            Step("aten.index_copy.default", (v("codes"), 0, v("position"), v("p")), ("c",)),
+            Step("aten.index_copy.default", (v("scales"), 0, v("position"), v("s")), ("t",)),
+            Step("fpc.unpack", (v("c"), bits, 36), ("u",)),
+            Step("fpc.dequantize", ([v("u"), v("t")], text, {"dtype": "float32"}), ("y",)),
+        ),
+        outputs=("y",),
+        symbols={"rows": Symbol(1, 4)},
+        state={"codes": "codes", "scales": "scales"},
+        stores=(("c", "codes"), ("t", "scales")),
+    )  # fmt: skip
+    return Artifact(plan, {"codes": pack(codes, bits), "scales": scale})
+
+
+@pytest.mark.parametrize("text", ["f4E2M1FN@token:f32", "f6E2M3FN@block16:f8E8M0FNU"])
+def test_a_cache_of_packed_codes_is_kept_bit_for_bit(text, tmp_path) -> None:
+    compiled = CompiledModel(cache_of_codes(text))
+    compiled.export(tmp_path / "model.onnx", "onnx-portable")
+    runs = fpcompiler.load(tmp_path / "model.onnx", backend="onnxruntime")
+    for rows in ([2], [0, 3], [3, 1, 0]):
+        call = torch.randn(len(rows), 36), torch.tensor(rows)
+        assert torch.equal(runs(*call), compiled(*call))
 
 
 @pytest.mark.parametrize(
