@@ -132,7 +132,8 @@ class Sizes:
         for index, (name, symbol) in enumerate(plan.symbols.items()):
             wanted = max(symbol.min, _FIRST_SIZE + 2 * index)
             self._numbers[name] = wanted if symbol.max is None else min(wanted, symbol.max)
-            self._dims[name] = Dim(name, min=symbol.min, max=symbol.max)
+            fixed = symbol.min == symbol.max
+            self._dims[name] = symbol.min if fixed else Dim(name, min=symbol.min, max=symbol.max)
         self.tensors = [self._tensor(placeholder) for placeholder in plan.placeholders]
         """A tensor of zeros for each input."""
         self.dims = [self._axes(placeholder) for placeholder in plan.placeholders]
@@ -147,11 +148,12 @@ class Sizes:
         return torch.zeros(sizes, dtype=dtype)
 
     def _axes(self, placeholder: Placeholder) -> dict[int, Any]:
-        return {
+        found = {
             axis: self._evaluate(placeholder, size, self._dims)
             for axis, size in enumerate(placeholder.shape)
             if isinstance(size, str)
         }
+        return {axis: dim for axis, dim in found.items() if not isinstance(dim, int)}
 
     def _evaluate(self, placeholder: Placeholder, size: str, symbols: Mapping[str, Any]) -> Any:
         match = _LINEAR.fullmatch(size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,9 @@ import torch
 
 import fpcompiler
 import fpcompiler.runtime.ops
+from fpcompiler.artifact import Artifact
 from fpcompiler.errors import ExportError
-from fpcompiler.plan import Parameter, Placeholder, Plan, Signature, Symbol
+from fpcompiler.plan import Parameter, Placeholder, Plan, Signature, Step, Symbol
 from fpcompiler.runtime.model import CompiledModel
 from tests.interop.conftest import example
 from tests.models import own_cases
@@ -73,15 +73,32 @@ def test_a_cache_is_a_buffer_that_calls_update(tmp_path) -> None:
         assert torch.equal(module(*args), compiled(*args))
 
 
-def test_a_size_that_torch_has_no_words_for_is_refused(compiled, tmp_path) -> None:
+def doubled(size: str, symbols: dict[str, Symbol]) -> CompiledModel:
+    """Return a program that doubles an input of a size."""
+    leaf = {"t": "leaf"}
     plan = Plan(
-        signature=Signature((), {"t": "tuple", "c": []}), placeholders=(), steps=(), outputs=()
+        signature=Signature((Parameter("x", leaf),), leaf),
+        placeholders=(Placeholder("x", "float32", (size,)),),
+        steps=(Step("aten.mul.Tensor", ({"v": "x"}, 2.0), ("y",)),),
+        outputs=("y",),
+        symbols=symbols,
     )
-    artifact = compiled.artifact
-    odd = Placeholder("x", "float32", ("s0*s1",))
-    symbols = {"s0": Symbol(1, None), "s1": Symbol(1, None)}
-    signature = replace(plan.signature, parameters=(Parameter("x", {"t": "leaf"}),))
-    plan = replace(plan, signature=signature, placeholders=(odd,), symbols=symbols)
+    return CompiledModel(Artifact(plan, {}))
+
+
+def test_sizes_keep_what_the_plan_says_of_them(tmp_path) -> None:
+    file = tmp_path / "model.pt2"
+    doubled("2*n + 1", {"n": Symbol(1, 100)}).export(file, "pt2")
+    program = torch.export.load(file)
+    ranges = {(int(r.lower), int(r.upper)) for r in program.range_constraints.values()}
+    assert (1, 100) in ranges
+    assert torch.equal(program.module()(torch.ones(9)), torch.full((9,), 2.0))
+    doubled("n", {"n": Symbol(4, 4)}).export(file, "pt2")
+    assert torch.export.load(file).module()(torch.ones(4)).tolist() == [2.0] * 4
+
+
+def test_a_size_that_torch_has_no_words_for_is_refused(tmp_path) -> None:
+    model = doubled("s0*s1", {"s0": Symbol(1, None), "s1": Symbol(1, None)})
     with pytest.raises(ExportError, match=r"the input 'x' has the size s0\*s1, and torch"):
-        CompiledModel(replace(artifact, plan=plan, golden=())).export(tmp_path / "m.pt2", "pt2")
+        model.export(tmp_path / "m.pt2", "pt2")
     assert not (tmp_path / "m.pt2").exists()
