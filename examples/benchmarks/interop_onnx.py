@@ -1,6 +1,7 @@
 """ONNX files of the models of the zoo, against the artifacts that they were made from.
 
     python examples/benchmarks/interop_onnx.py --models minilm dinov2
+    python examples/benchmarks/interop_onnx.py --models smollm2 --weight-only
 
 For each model the artifact is exported in both styles. What is recorded:
 
@@ -46,8 +47,9 @@ import fpcompiler
 from examples.benchmarks.accuracy import MODELS, RESULTS, processor, task
 from examples.benchmarks.onnx_steps import check_steps, evaluate
 from examples.zoo import corpora
+from examples.zoo.metrics import mean_cosine
 from examples.zoo.runs import RUNS
-from examples.zoo.tasks import Task
+from examples.zoo.tasks import Part, Task
 from fpcompiler.artifact import Artifact
 from fpcompiler.interop.onnx.read import read_weights
 from fpcompiler.numerics import dequantize_packed
@@ -56,6 +58,8 @@ from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.runtime.verify import measure_noise, ratios
 
 STYLES = ("portable", "standard")
+WEIGHT_ONLY = "w4a16"
+"""Without rounded activations the last bits of a run stay last bits."""
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "ml_dtypes", "netron", "transformers")
 
 
@@ -70,13 +74,18 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "scheme": options.scheme,
         "models": {},
+        "weight_only": {},
     }
     if file.is_file():
-        report["models"] = json.loads(file.read_text())["models"]
+        before = json.loads(file.read_text())
+        report |= {key: before.get(key, {}) for key in ("models", "weight_only")}
     for name in options.models:
-        report["models"][name] = measured(task(name, options), options)
+        section, measure = (
+            ("weight_only", weight_only) if options.weight_only else ("models", measured)
+        )
+        report[section][name] = measure(task(name, options), options)
         file.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(report["models"][name], indent=1))
+        print(json.dumps(report[section][name], indent=1))
     print(f"written to {file}")
 
 
@@ -84,6 +93,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--scheme", default="w4a6")
+    parser.add_argument(
+        "--weight-only", action="store_true", help=f"the metrics with {WEIGHT_ONLY}, nothing else"
+    )
     parser.add_argument("--tokens", type=int, default=1536, help="of the text for perplexity")
     parser.add_argument("--clips", type=Path, default=corpora.LIBRIVOX, help="folder of speech")
     parser.add_argument("--threads", type=int, default=1)
@@ -95,13 +107,48 @@ def measured(model: Task, options: argparse.Namespace) -> dict[str, Any]:
     """Return all that is recorded of a model."""
     with tempfile.TemporaryDirectory() as folder:
         programs, parts = {}, {}
-        for name, part in model.parts().items():
+        for name, part in parts_of(model).items():
             programs[name] = fpcompiler.compile(
                 part.module, options.scheme, example_inputs=part.example
             )
             parts[name] = dict(exports(programs[name], Path(folder) / name))
         files = {name: Path(folder) / f"{name}-portable.onnx" for name in programs}
         return {"parts": parts, "metrics": metrics(model, programs, files)}
+
+
+def weight_only(model: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the metrics with weights alone quantized."""
+    programs, files = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in parts_of(model).items():
+            compiled = fpcompiler.compile(part.module, WEIGHT_ONLY, example_inputs=part.example)
+            programs[name], files[name] = compiled, Path(folder) / f"{name}.onnx"
+            compiled.export(files[name], "onnx-portable")
+        return metrics(model, programs, files)
+
+
+def parts_of(model: Task) -> dict[str, Part]:
+    """Return what is exported of a model: all of it, but of Whisper the encoder."""
+    parts = model.parts()
+    return {"encoder": parts["encoder"]} if model.name == "whisper" else dict(parts)
+
+
+def run(model: Task, parts: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the metric of a model is computed from."""
+    if model.name != "whisper":
+        return RUNS[model.name](parts, inputs)
+    with torch.no_grad():
+        states = [parts["encoder"](features) for features in inputs["features"].split(1)]
+    return {"states": torch.cat(states)}
+
+
+def score(
+    model: Task, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return the metric: that of the model, and for an encoder the cosine with that in fp32."""
+    if model.name != "whisper":
+        return model.score(found, expected)
+    return {"state_cosine": mean_cosine(expected["states"], found["states"])}
 
 
 def metrics(
@@ -114,11 +161,11 @@ def metrics(
         "onnxruntime": {n: fpcompiler.load(f, backend="onnxruntime") for n, f in files.items()},
     }
     inputs, found, seconds = model.inputs(), {}, {}
-    fp32 = {name: part.module for name, part in model.parts().items()}
-    expected = RUNS[model.name](fp32, inputs)
+    fp32 = {name: part.module for name, part in parts_of(model).items()}
+    expected = run(model, fp32, inputs)
     for name, parts in runs.items():
         start = time.perf_counter()
-        found[name] = model.score(RUNS[model.name](parts, inputs), expected)
+        found[name] = score(model, run(model, parts, inputs), expected)
         seconds[name] = time.perf_counter() - start
     return {"protocol": model.protocol, "seconds": seconds, **found}
 
