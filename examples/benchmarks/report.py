@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,12 @@ SHORT = {PAPER: "4/4/4", TOKEN: "w4a6, token scales"}
 """Schemes without a name, as the table has them."""
 
 
+ONNX_COLUMNS = {
+    "smollm2": ("SmolLM2-135M, perplexity", "perplexity", ".3f"),
+    "minilm": ("MiniLM, cosine", "cosine", ".4f"),
+    "dinov2": ("DINOv2 ViT-S, patch cosine", "patch_cosine", ".4f"),
+    "whisper": ("Whisper tiny.en encoder, cosine", "state_cosine", ".4f"),
+}
 ONNX_WAYS = ("reference", "native", "onnxruntime")
 """Ways to run a program, as the record has them."""
 
@@ -257,27 +262,31 @@ def bars() -> str:
 
 def onnx() -> str:
     """Return the table of ONNX files against the artifacts that they were made from."""
-    models = _read("interop_onnx.json")["models"]
+    record = _read("interop_onnx.json")
     lines = [
-        "| | reference | native | onnxruntime | equal steps, portable | equal steps, standard |",
+        "| | reference | native | onnxruntime | equal quantizations | equal weights |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, (heading, metric, form) in COLUMNS.items():
-        if name in models:
-            values = models[name]["metrics"]
+    for name, (heading, metric, form) in ONNX_COLUMNS.items():
+        for section, scheme in (("models", "w4a6"), ("weight_only", "w4a16")):
+            row = record[section].get(name)
+            if row is None:
+                continue
+            values = row.get("metrics", row)
             cells = [f"{values[way][metric]:{form}}" for way in ONNX_WAYS]
-            parts = models[name]["parts"].values()
-            cells += [_equal_steps(style, parts) for style in ("portable", "standard")]
-            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
+            cells += _equal_steps(row) if "parts" in row else ["", ""]
+            lines.append(f"| {heading}, {scheme} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _equal_steps(style: str, parts: Iterable[dict[str, Any]]) -> str:
-    steps = [part[style]["steps"] for part in parts]
-    equal, count = (sum(step[key] for step in steps) for key in ("bit_equal", "quantizations"))
-    products = sum(step["products"] for step in steps)
-    exact = sum(step["exact_products"] for step in steps)
-    return f"{equal + exact} of {count + products}"
+def _equal_steps(row: dict[str, Any]) -> list[str]:
+    """Return how many quantizations and weights of both files are those of the artifact."""
+    files = [part[style] for part in row["parts"].values() for style in ("portable", "standard")]
+    pairs = (("steps", "quantizations"), ("weights", "weights"))
+    return [
+        f"{sum(f[kind]['bit_equal'] for f in files)} of {sum(f[kind][count] for f in files)}"
+        for kind, count in pairs
+    ]
 
 
 def _blocks(row: dict[str, Any]) -> str:
