@@ -269,7 +269,7 @@ def onnx() -> str:
     ]
     for name, (heading, metric, form) in ONNX_COLUMNS.items():
         for section, scheme in (("models", "w4a6"), ("weight_only", "w4a16")):
-            row = record[section].get(name)
+            row = record.get(section, {}).get(name)
             if row is None:
                 continue
             values = row.get("metrics", row)
