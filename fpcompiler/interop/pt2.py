@@ -2,7 +2,7 @@
 
 Weights are uint8 buffers under the names that they have in the model. The operators are registered
 in Python, so ``import fpcompiler.runtime.ops`` comes before ``torch.export.load``; nothing of the
-compiler and no class of the model is imported. AOTInductor runs C++ without Python, so that it would
+compiler and no class of the model is imported. AOTInductor runs C++ without Python, so it would
 need these operators in C++ (``TORCH_LIBRARY``); it packages no such archive.
 """
 
