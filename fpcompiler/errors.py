@@ -48,6 +48,10 @@ class ExportError(FpcompilerError):
     """A compiled model, or a layer of it, that another format cannot express."""
 
 
+class CheckpointError(FpcompilerError):
+    """A quantized checkpoint that is damaged, contradicts itself, or is of an unknown format."""
+
+
 class RunError(FpcompilerError):
     """Inputs that do not fit the compiled program, or a step of it that failed."""
 

@@ -92,6 +92,12 @@ _ROWS: Final = (
         "an archive of torch.export with the operators fpc::, for torch with fpcompiler.runtime",
         "fpcompiler.interop.pt2",
     ),
+    ExportFormat(
+        "compressed-tensors",
+        "a folder of NVFP4 or MX weights for transformers, vLLM and SGLang",
+        "fpcompiler.interop.checkpoints.compressed",
+        ("model",),
+    ),
 )
 
 EXPORT_FORMATS: Final[Mapping[str, ExportFormat]] = MappingProxyType(
