@@ -183,6 +183,7 @@ class _Emitter:
 _LISTS: Final = (
     torch.ops.fpc.quantize.default,
     torch.ops.fpc.fused_quantize.default,
+    torch.ops.fpc.quantize_within.default,
     torch.ops.fpc.fold.default,
 )
 """Operators of ours that return several tensors."""

@@ -17,6 +17,7 @@ from fpcompiler.formats import FORMATS
 
 if TYPE_CHECKING:
     from fpcompiler.api import compile, load
+    from fpcompiler.importing import convert, import_checkpoint
     from fpcompiler.recording import record
     from fpcompiler.runtime.model import CompiledModel
 
@@ -24,6 +25,8 @@ __all__ = [
     "compile",
     "load",
     "record",
+    "import_checkpoint",
+    "convert",
     "CompiledModel",
     "FORMATS",
     "FpcompilerError",
@@ -39,6 +42,10 @@ def __getattr__(name: str) -> Any:
         from fpcompiler import api
 
         return getattr(api, name)
+    if name in ("import_checkpoint", "convert"):
+        from fpcompiler import importing
+
+        return getattr(importing, name)
     if name == "record":
         from fpcompiler.recording import record
 

@@ -1,4 +1,4 @@
-"""A Hugging Face language model with its KV cache in buffers, so that it can be captured.
+"""Models of Hugging Face: an example call, and language models with their KV cache in buffers.
 
 A cache object of transformers cannot cross the border of an exported program. Here the cache is a
 pair of buffers per layer, written in place at given positions; one graph then serves the prompt
@@ -26,6 +26,30 @@ _CHECKED_PROMPT: Final = 4
 _TOLERANCE: Final = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits relative to the largest; 1e-3 for other dtypes. The cached and the
 uncached computation sum in different orders."""
+
+
+def example_call(model: nn.Module) -> dict[str, Tensor]:
+    """Return the arguments of a small call: token numbers, or random pixels.
+
+    Args:
+        model: A model of transformers.
+
+    Raises:
+        OptionError: If it takes something else, for which no example can be made up.
+    """
+    config, name = _config(model), str(model.main_input_name)
+    if name == "input_ids":
+        tokens = torch.arange(32).reshape(2, 16) % config.get_text_config().vocab_size
+        decoder = {"decoder_input_ids": tokens} if config.is_encoder_decoder else {}
+        return {"input_ids": tokens, **decoder}
+    if name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        shape = (2, config.num_channels, config.image_size, config.image_size)
+        generator = torch.Generator().manual_seed(0)
+        return {name: torch.randn(shape, generator=generator)}
+    raise OptionError(
+        f"{type(model).__name__} takes {name!r}, for which no example can be made up: "
+        "give one with --inputs."
+    )
 
 
 class CachedDecoder(nn.Module):

@@ -10,11 +10,17 @@ from fpcompiler.calibration import Calibration
 from fpcompiler.ir.printer import print_program
 from fpcompiler.ir.program import parse_program
 from fpcompiler.ir.weights import Weights
-from fpcompiler.passes.base import Pass, PassContext, pass_text, rewrite
+from fpcompiler.passes.base import Pass, PassContext, StoredWeight, pass_text, rewrite
 from fpcompiler.passes.dump import Dumper, weights_beside
 from fpcompiler.passes.manager import PassResult, run_pipeline
 from fpcompiler.passes.method_advice import advice
-from fpcompiler.passes.methods import METHODS, Method, default_pipeline, what_learns
+from fpcompiler.passes.methods import (
+    METHODS,
+    Method,
+    default_pipeline,
+    import_pipeline,
+    what_learns,
+)
 from fpcompiler.passes.numerics import Probe
 from fpcompiler.passes.pipeline import (
     PASSES,
@@ -58,7 +64,9 @@ __all__ = [
     "Pipeline",
     "Dumper",
     "Probe",
+    "StoredWeight",
     "default_pipeline",
+    "import_pipeline",
     "opt",
     "parse_pipeline",
     "pass_text",

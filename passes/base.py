@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Final, TypeVar
 
+from torch import Tensor
 from torch_mlir import ir
 
 from fpcompiler.calibration import Calibration
@@ -28,6 +29,21 @@ def _no_progress(items: Iterable[Item], total: int, label: str) -> Iterable[Item
     return items
 
 
+@dataclass(frozen=True)
+class StoredWeight:
+    """The weight of a layer as a checkpoint has it.
+
+    Attributes:
+        packed: Packed codes, uint8 ``[N, bytes]``.
+        scales: As :func:`fpcompiler.numerics.quantize` returns them.
+        input_outer: The static scale of the input's tensor, fp32 ``[1, 1]``, or None.
+    """
+
+    packed: Tensor
+    scales: tuple[Tensor, ...]
+    input_outer: Tensor | None = None
+
+
 @dataclass
 class PassContext:
     """What a pass may report while it runs.
@@ -36,6 +52,7 @@ class PassContext:
         statistics: Counts by name, shown in the pass table: ``context.count("layers quantized")``.
         progress: Wraps an iterable for a progress bar: ``progress(items, total, label)``.
         calibration: The calibration data, if there is any; see :meth:`calibrated`.
+        stored: Weights that exist as codes already, by layer; see ``stored-weights``.
         reports: Texts for people, in Markdown: what the pass had to choose among, for instance.
             They are in the dumps, in the artifact's recipe, and printed by the command line.
     """
@@ -43,6 +60,7 @@ class PassContext:
     statistics: Counter[str] = field(default_factory=Counter)
     progress: Callable[[Iterable[Item], int, str], Iterable[Item]] = _no_progress
     calibration: Calibration | None = None
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)
     reports: list[str] = field(default_factory=list)
 
     def calibrated(self, name: str) -> Calibration:

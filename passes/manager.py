@@ -13,7 +13,7 @@ from torch_mlir.passmanager import PassManager
 from fpcompiler.calibration import Calibration
 from fpcompiler.errors import PassError
 from fpcompiler.ir.program import Program, Stage, describe_diagnostics
-from fpcompiler.passes.base import Pass, PassContext, pass_text
+from fpcompiler.passes.base import Pass, PassContext, StoredWeight, pass_text
 from fpcompiler.passes.pipeline import Pipeline
 
 
@@ -64,6 +64,7 @@ def run_pipeline(
     observers: Sequence[Observer] = (),
     progress: Progress | None = None,
     calibration: Calibration | None = None,
+    stored: Mapping[str, StoredWeight] | None = None,
 ) -> tuple[PassResult, ...]:
     """Run passes over a program, in place, checking the program after each.
 
@@ -79,7 +80,7 @@ def run_pipeline(
         for observer in observers:
             observer.before(program, item)
         try:
-            result = _run(program, item, progress, calibration)
+            result = _run(program, item, progress, calibration, stored or {})
         except Exception as error:  # a pass of a user can raise anything, and it goes on up
             error.add_note(f"while running the pass {pass_text(item)}")
             for observer in observers:
@@ -107,9 +108,13 @@ def check_stages(stage: Stage, pipeline: Pipeline) -> None:
 
 
 def _run(
-    program: Program, item: Pass, progress: Progress | None, calibration: Calibration | None
+    program: Program,
+    item: Pass,
+    progress: Progress | None,
+    calibration: Calibration | None,
+    stored: Mapping[str, StoredWeight],
 ) -> PassResult:
-    context = PassContext(calibration=calibration)
+    context = PassContext(calibration=calibration, stored=stored)
     if progress is not None:
         context.progress = progress
     manager = PassManager("builtin.module", program.module.context)

@@ -27,7 +27,10 @@ from fpcompiler.passes.quantize_weights import QuantizeWeights
 from fpcompiler.passes.rotate import Rotate
 from fpcompiler.passes.round_weights import RoundWeights
 from fpcompiler.passes.search_formats import SearchFormats
+from fpcompiler.passes.share_scales import ShareScales
 from fpcompiler.passes.smooth import Smooth
+from fpcompiler.passes.static_inputs import StaticInputs
+from fpcompiler.passes.stored_weights import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,9 @@ def default_pipeline(
     attention: str | None = None,
     effective_bits: float | None = None,
     round_budget: str = "",
+    *,
+    share_scales: bool = False,
+    static_inputs: bool = False,
 ) -> Pipeline:
     """Return the passes that :func:`fpcompiler.compile` runs.
 
@@ -127,9 +133,13 @@ def default_pipeline(
         effective_bits: Bits for each weight, scales included, within which layers get weights of
             different widths, see ``mixed-formats``; None: those of the scheme.
         round_budget: About what learning roundings may take, such as ``5min``; empty: no limit.
+        share_scales: Whether weights that share an input get one scale of the tensor, see
+            ``share-scales``.
+        static_inputs: Whether inputs get a scale of the tensor from calibration data, see
+            ``static-inputs``.
 
     Raises:
-        PassError: If there is no such method, no weights take so few or so many bits, or the budget
+        PassError: If there is no such method, it finds scales of its own for each weight, no weights take so few or so many bits, or the budget
             is no length of time, or for a method that learns no roundings.
         FormatError: If an operand for attention means nothing.
         OptionError: If the text for attention cannot be read.
@@ -143,15 +153,43 @@ def default_pipeline(
             f"{method} stores shifted weights in wider formats, so that effective_bits would not "
             "hold. Take another method, such as search or rotate-gptq."
         )
+    if share_scales and any(not isinstance(item, _KEEP_SCALES) for item in METHODS[method].passes):
+        fitting = [
+            name
+            for name, row in METHODS.items()
+            if all(isinstance(item, _KEEP_SCALES) for item in row.passes)
+        ]
+        raise PassError(
+            f"share_scales gives weights scales of its own, and {method} searches them or changes "
+            f"the weights before. Methods that go with it: {', '.join(fitting)}."
+        )
     return (
-        Cse(),
-        Normalize(),
-        FoldConstants(),
-        InsertQuantize(scheme=scheme),
-        Cse(),
+        *_inserted(scheme),
         *(() if effective_bits is None else (MixedFormats(effective_bits, target=target),)),
+        *((ShareScales(),) if share_scales else ()),
         *_passes(method, target, round_budget, attention),
+        *((StaticInputs(),) if static_inputs else ()),
         QuantizeWeights(clip=clip),
+        *_lowered(target),
+    )
+
+
+def import_pipeline(scheme: str, target: str) -> Pipeline:
+    """Return the passes for a model whose weights a checkpoint has as codes.
+
+    Args:
+        scheme: The exact text of a scheme: what the checkpoint's layers are quantized to.
+        target: Name of the target.
+    """
+    return (*_inserted(scheme), StoredWeights(), *_lowered(target))
+
+
+def _inserted(scheme: str) -> Pipeline:
+    return Cse(), Normalize(), FoldConstants(), InsertQuantize(scheme=scheme), Cse()
+
+
+def _lowered(target: str) -> Pipeline:
+    return (
         LowerGemm(target=target),
         Canonicalize(),
         GroupHeads(),
@@ -161,15 +199,24 @@ def default_pipeline(
     )
 
 
-def what_learns(method: str, effective_bits: float | None = None) -> str:
+_KEEP_SCALES: Final = (QuantizeWeights, Gptq, RoundWeights)
+"""Passes of methods that take the scales that they find."""
+
+
+def what_learns(
+    method: str, effective_bits: float | None = None, static_inputs: bool = False
+) -> str:
     """Return what of the choices for :func:`default_pipeline` needs calibration data; or nothing.
 
     Args:
         method: A name in :data:`METHODS`, or any other, which :func:`default_pipeline` refuses.
         effective_bits: See there.
+        static_inputs: See there.
     """
     if method in METHODS and METHODS[method].needs_data:
         return f"the method {method}"
+    if static_inputs:
+        return "the search for static scales of inputs"
     return "" if effective_bits is None else "the choice of widths for effective_bits"
 
 

@@ -32,7 +32,10 @@ from fpcompiler.passes.quantize_weights import QuantizeWeights
 from fpcompiler.passes.rotate import Rotate
 from fpcompiler.passes.round_weights import RoundWeights
 from fpcompiler.passes.search_formats import SearchFormats
+from fpcompiler.passes.share_scales import ShareScales
 from fpcompiler.passes.smooth import Smooth
+from fpcompiler.passes.static_inputs import StaticInputs
+from fpcompiler.passes.stored_weights import StoredWeights
 
 Pipeline = tuple[Pass, ...]
 
@@ -41,6 +44,7 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     FoldConstants,
     InsertQuantize,
     MixedFormats,
+    ShareScales,
     Smooth,
     Rotate,
     RoundWeights,
@@ -49,6 +53,8 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     Gptq,
     QuantizeCache,
     QuantizeAttention,
+    StaticInputs,
+    StoredWeights,
     QuantizeWeights,
     LowerGemm,
     GroupHeads,

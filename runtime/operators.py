@@ -44,8 +44,8 @@ _SCALAR_FUNCTIONS: Final[Mapping[str, Function]] = MappingProxyType(
 )
 
 FPC_OPERATORS: Final = (
-    "quantize", "fused_quantize", "encode", "dequantize", "fold", "hadamard", "linear", "pack",
-    "unpack",
+    "quantize", "fused_quantize", "quantize_within", "encode", "dequantize", "fold", "hadamard",
+    "linear", "pack", "unpack",
 )  # fmt: skip
 """Operators of the namespace ``fpc``."""
 

@@ -20,6 +20,7 @@ from fpcompiler.numerics import (
     packed_bytes,
     quantize,
     quantize_with,
+    quantize_within,
     unpack,
 )
 from fpcompiler.numerics.folding import divide_columns
@@ -38,6 +39,9 @@ FUSED_QUANTIZE: Final = (
 
 ENCODE: Final = "(Tensor x, Tensor[] scales, str operand, str layer) -> Tensor"
 """Values to codes, with scales that are given."""
+
+QUANTIZE_WITHIN: Final = "(Tensor x, Tensor outer, str operand, str layer) -> Tensor[]"
+"""Values to ``[codes, block scales]``, with a scale of the tensor that is given."""
 
 DEQUANTIZE: Final = "(Tensor[] value, str operand, ScalarType dtype) -> Tensor"
 """``[codes, *scales]`` to values."""
@@ -135,6 +139,16 @@ def _encode(x: Tensor, scales: Sequence[Tensor], operand: str, layer: str) -> Te
 
 def _fake_encode(x: Tensor, scales: Sequence[Tensor], operand: str, layer: str) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.uint8)
+
+
+def _quantize_within(x: Tensor, outer: Tensor, operand: str, layer: str) -> list[Tensor]:
+    return list(quantize_within(x, outer, Operand.parse(operand), layer=layer))
+
+
+def _fake_quantize_within(x: Tensor, outer: Tensor, operand: str, layer: str) -> list[Tensor]:
+    block = Operand.parse(operand).levels[-1]
+    codes = x.new_empty(x.shape, dtype=torch.uint8)
+    return [codes, x.new_empty(scale_shape(x.shape, block), dtype=torch.uint8)]
 
 
 def _dequantize(value: Sequence[Tensor], operand: str, dtype: torch.dtype) -> Tensor:
@@ -236,6 +250,7 @@ for _name, _schema, _run, _fake in (
     ("fpc::quantize", QUANTIZE, _quantize, _fake_quantize),
     ("fpc::fused_quantize", FUSED_QUANTIZE, _fused_quantize, _fake_fused_quantize),
     ("fpc::encode", ENCODE, _encode, _fake_encode),
+    ("fpc::quantize_within", QUANTIZE_WITHIN, _quantize_within, _fake_quantize_within),
     ("fpc::dequantize", DEQUANTIZE, _dequantize, _fake_dequantize),
     ("fpc::linear", LINEAR, _linear, _fake_linear),
     ("fpc::fold", FOLD, _fold, _fake_fold),

@@ -11,6 +11,7 @@ from torch import Tensor
 from fpcompiler.errors import FormatError
 from fpcompiler.formats import FloatSpec, Specials
 from fpcompiler.numerics import packed_bytes
+from fpcompiler.numerics.given import is_nested
 from fpcompiler.operand import Granularity, Operand, ScaleLevel
 from fpcompiler.plan import Plan, Step, used_values
 
@@ -19,6 +20,7 @@ _LINEAR: Final = (
 )  # fmt: skip
 _DEQUANTIZE: Final = ("value", "operand", "dtype")
 _QUANTIZE: Final = ("x", "operand", "layer")
+_WITHIN: Final = ("x", "outer", "operand", "layer")
 _FUSED_QUANTIZE: Final = (
     "x", "weight", "bias", "scale", "shift", "producer", "eps", "operand", "layer",
 )  # fmt: skip
@@ -53,6 +55,8 @@ def _check_step(step: Step, values: Mapping[str, Tensor]) -> Iterator[str]:
             yield from _check_dequantize(_arguments(step, _DEQUANTIZE), values)
         elif step.op == "fpc.quantize":
             Operand.parse(_text(_arguments(step, _QUANTIZE), "operand"))
+        elif step.op == "fpc.quantize_within":
+            yield from _check_within(_arguments(step, _WITHIN), values)
         elif step.op == "fpc.fused_quantize":
             Operand.parse(_text(_arguments(step, _FUSED_QUANTIZE), "operand"))
     except FormatError as error:
@@ -99,6 +103,16 @@ def _check_dequantize(arguments: Mapping[str, Any], values: Mapping[str, Tensor]
         return
     yield from _check_codes(codes, operand.format)
     yield from _check_scales(codes.shape, scales, operand)
+
+
+def _check_within(arguments: Mapping[str, Any], values: Mapping[str, Tensor]) -> Iterator[str]:
+    operand = Operand.parse(_text(arguments, "operand"))
+    if not is_nested(operand):
+        yield f"{operand} has no scale of the tensor with scales of blocks in it"
+    for scale in _constants([arguments.get("outer")], values):
+        positive = scale.dtype == torch.float32 and bool((scale.isfinite() & (scale > 0)).all())
+        if scale.numel() != 1 or not positive:
+            yield f"the scale of the tensor is {_kind(scale)}, not one positive fp32 number"
 
 
 def _text(arguments: Mapping[str, Any], name: str) -> str:

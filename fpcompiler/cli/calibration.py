@@ -41,6 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what learning roundings may take (methods adaround and alike): 90s, 5min, 1h",
     )
     group.add_argument(
+        "--share-scales",
+        action="store_true",
+        help="nvfp4: one scale of the tensor for weights that share an input, as servers of "
+        "checkpoints want it",
+    )
+    group.add_argument(
+        "--static-inputs",
+        action="store_true",
+        help="nvfp4: scales of the inputs' tensors from the calibration data, for servers too",
+    )
+    group.add_argument(
         "--calibration",
         metavar="DATA",
         nargs="+",

@@ -118,6 +118,8 @@ def _compile(args: argparse.Namespace) -> CompiledModel:
             attention=args.attention,
             effective_bits=args.effective_bits,
             round_budget=args.round_budget,
+            share_scales=args.share_scales,
+            static_inputs=args.static_inputs,
             max_memory=args.max_memory,
             work_dir=args.work_dir,
             seed=args.seed,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND"]
 
-_FLAGS: Final = ("external_data", "opset")
+_FLAGS: Final = ("external_data", "opset", "model")
 """Arguments that are options of a format."""
 
 
@@ -32,6 +32,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--opset", type=int, metavar="N",
         help="onnx: the highest opset; types that came later are expressed by earlier ones",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", metavar="FOLDER",
+        help="compressed-tensors: the original model, for its config, tokenizer and other tensors",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -11,9 +11,11 @@ from typing import Final
 from fpcompiler import __version__
 from fpcompiler.cli import (
     bench,
+    convert,
     doctor,
     export,
     formats,
+    import_checkpoint,
     inspect,
     methods,
     opt,
@@ -41,6 +43,8 @@ COMMANDS: Final[tuple[Command, ...]] = (
     bench.COMMAND,
     eval_command.COMMAND,
     export.COMMAND,
+    import_checkpoint.COMMAND,
+    convert.COMMAND,
     opt.COMMAND,
     formats.COMMAND,
     targets.COMMAND,

@@ -80,27 +80,10 @@ def _from_folder(path: Path, inputs: Inputs | None) -> Source:
     kind = getattr(transformers, architectures[0], None) if architectures else None
     if kind is None:
         raise OptionError(f"{config_file}: transformers has no architecture {architectures!r}.")
+    from fpcompiler.huggingface import example_call
+
     model = kind.from_pretrained(path, local_files_only=True).eval()
-    return Source(model, inputs or _example_call(model))
-
-
-def _example_call(model: Any) -> Inputs:
-    """Return a small call of a Hugging Face model: token numbers, or random pixels."""
-    import torch
-
-    config, name = model.config, model.main_input_name
-    if name == "input_ids":
-        tokens = torch.arange(32).reshape(2, 16) % config.get_text_config().vocab_size
-        decoder = {"decoder_input_ids": tokens} if config.is_encoder_decoder else {}
-        return Inputs((), {"input_ids": tokens, **decoder})
-    if name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
-        shape = (2, config.num_channels, config.image_size, config.image_size)
-        generator = torch.Generator().manual_seed(0)
-        return Inputs((), {name: torch.randn(shape, generator=generator)})
-    raise OptionError(
-        f"{type(model).__name__} takes {name!r}, for which no example can be made up: "
-        "give one with --inputs."
-    )
+    return Source(model, inputs or Inputs((), example_call(model)))
 
 
 def _from_function(text: str, inputs: Inputs | None) -> Source:

@@ -3,7 +3,8 @@
 ======================  ==========================================================================
 ``fpq.quantize``        tensor -> quantized; computes scales and codes of the values it is given
 ``fpq.fused_quantize``  the same of a norm or an activation that it computes too
-``fpq.encode``          tensor -> quantized; computes the codes, with scales that are given
+``fpq.encode``          tensor -> quantized; computes the codes, with scales that are given, or
+                        with that of the tensor given, and those of blocks computed
 ``fpq.dequantize``      quantized -> tensor
 ``fpq.assemble``        codes and scales (stored weights, caches) -> quantized
 ``fpq.disassemble``     quantized -> packed codes and scales, as torch tensors
@@ -36,6 +37,7 @@ from fpcompiler.ir.types import (
     tensor_type,
 )
 from fpcompiler.numerics.folding import takes_powers
+from fpcompiler.numerics.given import is_nested
 from fpcompiler.numerics.hadamard import HADAMARD_BLOCKS
 from fpcompiler.numerics.packing import packed_bytes
 from fpcompiler.numerics.shift_lowering import container_shifts
@@ -158,7 +160,10 @@ def check_quantize(op: ir.Operation) -> None:
 def _check_encode(op: ir.Operation) -> None:
     check_quantize(op)
     result = need_quantized(op.results[0], "result")
-    _check_types(list(op.operands)[1:], _slot_types(result), "scales")
+    expected = _slot_types(result)
+    if is_nested(result.operand) and str(op.operands[2].type) == "!torch.none":
+        expected = (expected[0], "!torch.none")
+    _check_types(list(op.operands)[1:], expected, "scales")
 
 
 def _slot_types(kind: QuantizedType) -> tuple[str, ...]:
@@ -257,7 +262,8 @@ class QuantizeOp(Fpq.Operation, name="quantize", traits=[Pure]):
 class EncodeOp(Fpq.Operation, name="encode", traits=[Pure]):
     """``fpq.encode``: the codes of a tensor for scales that a search or calibration has found.
 
-    A level that the type does not have is ``torch.constant.none``, as in ``fpq.assemble``.
+    A level that the type does not have is ``torch.constant.none``, as in ``fpq.assemble``. So is
+    the level of blocks where only the scale of the tensor is given: then it is computed within it.
     """
 
     input: Operand[Any]

@@ -196,6 +196,11 @@ class Raiser:
         kind = quantized_type(op.results[0])
         assert kind is not None
         scales = [arg for arg in args[1:] if arg is not None]
+        if len(scales) < len(kind.operand.levels):
+            called = (args[0], scales[0], str(kind.operand), place_of(op).layer)
+            node = self._call(torch.ops.fpc.quantize_within.default, called)
+            codes, block = (self._call(operator.getitem, (node, i)) for i in range(2))
+            return [codes, scales[0], block]
         called = (args[0], scales, str(kind.operand), place_of(op).layer)
         return [self._call(torch.ops.fpc.encode.default, called), *scales]
 

@@ -1,7 +1,7 @@
 """The arithmetic of quantization: tensors in, tensors out; on CPU and CUDA, without a graph."""
 
 from fpcompiler.numerics.clip import clip
-from fpcompiler.numerics.given import quantize_with
+from fpcompiler.numerics.given import quantize_with, quantize_within
 from fpcompiler.numerics.metrics import cosine, max_error, sqnr_db
 from fpcompiler.numerics.packing import decode_packed, pack, packed_bytes, unpack
 from fpcompiler.numerics.rounding import decode, encode, round_to
@@ -25,6 +25,7 @@ __all__ = [
     "quantize",
     "quantize_packed",
     "quantize_with",
+    "quantize_within",
     "dequantize",
     "dequantize_packed",
     "expand_scale",
