@@ -91,6 +91,11 @@ class _Source:
             self.quantized = read_checkpoint(folder)
         self.tensors = Tensors(folder) if self.quantized is None else self.quantized.tensors
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of the model that was compiled, where our own record has it."""
+        return str(self.quantized.record.get("dtype", "")) if self.quantized else ""
+
     def require_same_model(self, artifact: Artifact, layers: Mapping[str, StoredLayer]) -> None:
         """Check that the folder is that of the model that was compiled."""
         for layer in layers.values():
@@ -129,6 +134,11 @@ def _write(
     folder: Path, artifact: Artifact, layers: Mapping[str, StoredLayer], source: _Source
 ) -> list[Path]:
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    dtype = _dtype_of(config)
+    if dtype == "float32":
+        # compressed-tensors decompresses to bf16, whatever the model is in: with fp32 it cannot run.
+        config["dtype"] = "bfloat16"
+        config.pop("torch_dtype", None)
     plain = [*source.plain(layers)]
     config["quantization_config"] = _section(layers, _ignored(artifact, source, plain))
     write_json(folder / CONFIG, config)
@@ -138,6 +148,7 @@ def _write(
         "fpcompiler": __version__,
         "version": RECORD_VERSION,
         "scheme": artifact.scheme,
+        "dtype": source.dtype or dtype,
         "weights": {layer.name: str(layer.operand) for layer in layers.values()},
         "inputs": {
             layer.name: str(layer.input.operand) if layer.input else "none"
@@ -162,6 +173,11 @@ def _tensors(
             yield f"{layer.name}.{part}", tensor
     for name in plain:
         yield name, source.tensors.read(name)
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    """Return the dtype that transformers would load a model in; fp32 if nothing is said."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def parts_of(layer: StoredLayer) -> dict[str, Tensor]:

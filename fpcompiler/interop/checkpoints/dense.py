@@ -37,7 +37,7 @@ def dense_model(checkpoint: Checkpoint) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # It would make transformers expect codes.
-    dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = _dtype(checkpoint, getattr(config, "dtype", None))
     model, report = kind.from_pretrained(
         None,
         config=config,
@@ -48,6 +48,12 @@ def dense_model(checkpoint: Checkpoint) -> nn.Module:
     _require_whole(checkpoint, report)
     result: nn.Module = model.eval()
     return result
+
+
+def _dtype(checkpoint: Checkpoint, config: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of the model: that which was exported, or the one in the config."""
+    found = getattr(torch, str(checkpoint.record.get("dtype", "")), config)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _require_whole(checkpoint: Checkpoint, report: Any) -> None:
