@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fpcompiler.arguments import PATH, require_type
-from fpcompiler.artifact import Artifact, read
+from fpcompiler.artifact import read, save
 from fpcompiler.dumps import Dumps
 from fpcompiler.errors import ExportError, OptionError
 from fpcompiler.interop.checkpoints.dense import dense_model, load_dense, require_promises_kept
 from fpcompiler.interop.checkpoints.files import Tensors
 from fpcompiler.interop.checkpoints.layers import (
     CHECKPOINT,
+    LayerWeight,
     fused_groups,
+    layer_weights,
     record_of,
-    stored_layers,
 )
 from fpcompiler.interop.checkpoints.compressed import require_same_values
 from fpcompiler.interop.checkpoints.original import require_near
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from fpcompiler.scheme import Scheme
 
 _NONE = type(None)
+
+Layers = Mapping[str, StoredLayer] | Mapping[str, LayerWeight]
+"""Quantized layers by name, of a checkpoint or of an artifact."""
 
 
 def import_checkpoint(
@@ -257,28 +261,22 @@ def convert(
         )
     if start.is_dir():
         artifact = import_checkpoint(start, check_values=check_values).artifact
-        before = dict(read_checkpoint(start, check_values=check_values).layers)
+        before: Layers = read_checkpoint(start, check_values=check_values).layers
     else:
         artifact = read(start)
-        before = stored_layers(artifact)
+        before = layer_weights(artifact)
     if end.suffix == ".fpc":
-        _save(artifact, end)
-        after = stored_layers(read(end))
+        save(end, artifact)
+        after: Layers = layer_weights(read(end))
     else:
         export(artifact, end, "compressed-tensors", model=model or (start if start.is_dir() else None))
-        after = dict(read_checkpoint(end, check_values=check_values).layers)
+        after = read_checkpoint(end, check_values=check_values).layers
     _require_same(before, after)
-    size = sum(layer.codes.nbytes + layer.scale.nbytes for layer in after.values())
+    size = sum(layer.codes.nbytes + layer.scales[-1].nbytes for layer in after.values())
     return Converted(end, len(after), size)
 
 
-def _save(artifact: Artifact, path: Path) -> None:
-    from fpcompiler.artifact import save
-
-    save(path, artifact)
-
-
-def _require_same(before: Mapping[str, StoredLayer], after: Mapping[str, StoredLayer]) -> None:
+def _require_same(before: Layers, after: Layers) -> None:
     if before.keys() != after.keys():
         name = sorted(before.keys() ^ after.keys())[0]
         raise ExportError(f"layer {name!r}: it is quantized on one side of the conversion only.")

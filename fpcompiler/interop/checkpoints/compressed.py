@@ -28,7 +28,12 @@ from fpcompiler.interop.checkpoints.files import (
     write_json,
     write_tensors,
 )
-from fpcompiler.interop.checkpoints.layers import kept_layers, stored_layers
+from fpcompiler.interop.checkpoints.layers import (
+    LayerWeight,
+    dtype_of,
+    kept_layers,
+    stored_layers,
+)
 from fpcompiler.interop.checkpoints.original import require_near
 from fpcompiler.interop.checkpoints.reading import (
     RECORD,
@@ -91,11 +96,6 @@ class _Source:
             self.quantized = read_checkpoint(folder)
         self.tensors = Tensors(folder) if self.quantized is None else self.quantized.tensors
 
-    @property
-    def dtype(self) -> str:
-        """The dtype of the model that was compiled, where our own record has it."""
-        return str(self.quantized.record.get("dtype", "")) if self.quantized else ""
-
     def require_same_model(self, artifact: Artifact, layers: Mapping[str, StoredLayer]) -> None:
         """Check that the folder is that of the model that was compiled."""
         for layer in layers.values():
@@ -134,8 +134,7 @@ def _write(
     folder: Path, artifact: Artifact, layers: Mapping[str, StoredLayer], source: _Source
 ) -> list[Path]:
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    dtype = _dtype_of(config)
-    if dtype == "float32":
+    if _dtype_of(config) == "float32":
         # compressed-tensors decompresses to bf16, whatever the model is in: with fp32 it cannot run.
         config["dtype"] = "bfloat16"
         config.pop("torch_dtype", None)
@@ -148,7 +147,7 @@ def _write(
         "fpcompiler": __version__,
         "version": RECORD_VERSION,
         "scheme": artifact.scheme,
-        "dtype": source.dtype or dtype,
+        "dtype": dtype_of(artifact.plan),
         "weights": {layer.name: str(layer.operand) for layer in layers.values()},
         "inputs": {
             layer.name: str(layer.input.operand) if layer.input else "none"
@@ -240,17 +239,17 @@ def _require_equal(layers: Mapping[str, StoredLayer], folder: Path) -> None:
         require_same_values(layer, again.layers[name])
 
 
-def require_same_values(a: StoredLayer, b: StoredLayer) -> None:
+def require_same_values(a: StoredLayer | LayerWeight, b: StoredLayer | LayerWeight) -> None:
     """Check that a layer stands for the same numbers on both sides of a conversion.
 
     Raises:
         ExportError: If it does not.
     """
     same = torch.equal(a.dequantized(), b.dequantized())
-    inputs = [layer.input_outer for layer in (a, b)]
-    if None not in inputs:
-        same = same and bool(inputs[0] == inputs[1])
-    if not same or (inputs[0] is None) != (inputs[1] is None):
+    inputs = [x.input_outer for x in (a, b) if x.input_outer is not None]
+    if len(inputs) == 2:
+        same = same and float(inputs[0]) == float(inputs[1])
+    if not same or len(inputs) == 1:
         raise ExportError(f"layer {a.name!r}: its values would not be the same after conversion.")
 
 

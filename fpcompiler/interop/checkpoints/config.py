@@ -44,7 +44,7 @@ class Group:
 
     def names(self, layer: str) -> bool:
         """Return whether a target names the layer, alone or by a regular expression."""
-        return any(_names(target, layer) for target in self.targets)
+        return any(names_layer(target, layer) for target in self.targets)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _compressed_tensors(path: Path, config: Mapping[str, Any]) -> QuantizationCo
     )
     ignore = _texts(path, "ignore", config.get("ignore") or [])
     notes = _cache_note(config.get("kv_cache_scheme"))
-    return QuantizationConfig(path, COMPRESSED_TENSORS, found, ignore, _names, notes)
+    return QuantizationConfig(path, COMPRESSED_TENSORS, found, ignore, names_layer, notes)
 
 
 def _group(path: Path, name: str, group: Any, whole: Any) -> Group:
@@ -230,8 +230,11 @@ def _check_regex(path: Path, what: str, pattern: str) -> None:
         ) from error
 
 
-def _names(pattern: str, layer: str) -> bool:
-    """Match as compressed-tensors does: the whole name, or a regular expression from its start."""
+def names_layer(pattern: str, layer: str) -> bool:
+    """Return whether a pattern of compressed-tensors names a layer.
+
+    It is the whole name, or ``re:`` and a regular expression for the beginning of it.
+    """
     if pattern.startswith("re:"):
         return re.match(pattern[3:], layer) is not None
     return pattern == layer
@@ -240,7 +243,7 @@ def _names(pattern: str, layer: str) -> bool:
 def _globs(pattern: str, layer: str) -> bool:
     """Match as ModelOpt does: a glob for the name, or for that of a module around it."""
     if pattern.startswith("re:"):
-        return _names(pattern, layer)
+        return names_layer(pattern, layer)
     parts = layer.split(".")
     around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
     return any(fnmatch.fnmatchcase(name, pattern) for name in around)

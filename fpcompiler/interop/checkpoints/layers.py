@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -14,6 +16,7 @@ from fpcompiler.errors import ExportError, describe_layer
 from fpcompiler.interop.checkpoints.arguments import InputKind, input_kind_of, layout_of
 from fpcompiler.interop.checkpoints.layouts import MXFP4, NVFP4, Layout
 from fpcompiler.interop.checkpoints.stored import StoredLayer, reciprocal_of
+from fpcompiler.numerics import dequantize_packed
 from fpcompiler.operand import Granularity, Operand
 from fpcompiler.plan import Plan, Step, used_values
 from fpcompiler.runtime.ops import LinearArguments
@@ -68,6 +71,42 @@ def stored_layers(artifact: Artifact) -> dict[str, StoredLayer]:
     return layers
 
 
+@dataclass(frozen=True)
+class LayerWeight:
+    """The weight of a quantized layer of an artifact, whatever its format.
+
+    Attributes:
+        name: Module path.
+        operand: What the weight is.
+        codes: uint8 ``[N, bytes]``, packed.
+        scales: Of each level.
+        k: Length of a row.
+        input_outer: The static scale of the input's tensor, or None.
+    """
+
+    name: str
+    operand: Operand
+    codes: Tensor
+    scales: tuple[Tensor, ...]
+    k: int
+    input_outer: Tensor | None
+
+    def dequantized(self) -> Tensor:
+        """Return the values, fp32 ``[N, K]``."""
+        return dequantize_packed(self.codes, self.scales, self.operand, self.k)
+
+
+def layer_weights(artifact: Artifact) -> dict[str, LayerWeight]:
+    """Return the weight of every quantized layer, by name.
+
+    Raises:
+        ExportError: If one is computed by the program.
+    """
+    producers = {out: step for step in artifact.plan.steps for out in step.outs}
+    steps = (step for step in artifact.plan.steps if step.op == "fpc.linear")
+    return {step.layer: _Layer(artifact, step, producers).weight() for step in steps}
+
+
 def _refusal(layer: str, why: str) -> ExportError:
     return ExportError(f"{describe_layer(layer)}: {why}.")
 
@@ -92,13 +131,21 @@ class _Layer:
         self.producers = producers
         self.call = LinearArguments(*step.args)
 
-    def stored(self) -> StoredLayer:
-        operand = Operand.parse(self.call.w_operand)
-        layout = self._layout(operand)
+    def weight(self) -> LayerWeight:
         parts = self._constants(self.call.w)
         if parts is None:
             raise _refusal(self.name, "its weight is computed by the program, not stored")
         codes, *scales = parts
+        operand, x_operand = self.call.w_operand, self.call.x_operand
+        outer = self._static_outer(Operand.parse(x_operand)) if x_operand else None
+        return LayerWeight(
+            self.name, Operand.parse(operand), codes, tuple(scales), self.call.k, outer
+        )
+
+    def stored(self) -> StoredLayer:
+        weight = self.weight()
+        operand, codes, scales = weight.operand, weight.codes, weight.scales
+        layout = self._layout(operand)
         if self.call.k % layout.block.block:
             raise _refusal(
                 self.name,
@@ -109,7 +156,7 @@ class _Layer:
         outer = scales[0] if layout.outer else None
         if outer is not None:
             numbers[layout.outer] = self._number(layout.outer, outer, scales[-1])
-        kind, input_outer = self._input()
+        kind, input_outer = self._input(weight.input_outer)
         if input_outer is not None:
             input_outer = input_outer.reshape(1, 1)
             # Blocks of inputs have any scale, so that only a power of two will do.
@@ -147,19 +194,20 @@ class _Layer:
         found = reciprocal_of(scale, blocks)
         if found is None:
             what = "weight" if part.startswith("weight") else "input"
+            advice = "Compile with share_scales=True (--share-scales): then it is a power of two"
+            if CHECKPOINT in self.artifact.recipe:
+                advice = "It is from a checkpoint that stores the scale itself: serve that one"
             raise _refusal(
                 self.name,
                 f"the scale of its {what}, {float(scale):.9g}, would be stored as one over it, and "
-                "no fp32 number gives the same values. Compile with share_scales=True "
-                "(--share-scales): then it is a power of two",
+                f"no fp32 number gives the same values. {advice}",
             )
         return found
 
-    def _input(self) -> tuple[InputKind | None, Tensor | None]:
+    def _input(self, outer: Tensor | None) -> tuple[InputKind | None, Tensor | None]:
         if not self.call.x_operand:
             return None, None
         operand = Operand.parse(self.call.x_operand)
-        outer = self._static_outer(operand)
         kind = input_kind_of(operand, outer is not None)
         if kind is not None and (kind.is_static or not _has_tensor_scale(operand)):
             return kind, outer
@@ -224,6 +272,12 @@ def fused_groups(names: Mapping[str, Any]) -> Iterator[list[str]]:
 def kept_layers(plan: Plan) -> list[str]:
     """Return the linear layers of a plan that are not quantized."""
     return [row.name for row in plan.layers if not row.quantized and row.op in _LINEAR]
+
+
+def dtype_of(plan: Plan) -> str:
+    """Return the dtype that the quantized layers of a plan give."""
+    given = (LinearArguments(*s.args).dtype for s in plan.steps if s.op == "fpc.linear")
+    return Counter(str(dtype["dtype"]) for dtype in given).most_common(1)[0][0]
 
 
 def record_of(layers: Mapping[str, StoredLayer]) -> dict[str, Any]:

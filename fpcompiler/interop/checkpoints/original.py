@@ -60,7 +60,7 @@ def _causes(layer: StoredLayer, original: Tensor) -> Iterator[str]:
     alike = cosine(original, values)
     if alike >= _SURE:
         factor = float(values.norm() / original.norm())
-        yield f"they are {factor:.4g} times as large: {_scale_name(layer)} is wrong"
+        yield f"they are {factor:.2g} times as large: {_scale_name(layer)} is wrong"
     if alike <= -_SURE:
         yield "all signs are the other way round"
     if layer.operand.format.storage_bits == 4:

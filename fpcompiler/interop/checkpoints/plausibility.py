@@ -5,7 +5,8 @@ order of scales, and nothing in a file says which was meant: the result is a mod
 babbles. What can be seen without the original weights:
 
 * a **reciprocal scale** makes weights a million times too large or too small;
-* **scales in the order of a kernel** (tiles of 128 x 4) lose what rows have in common;
+* **scales in the order of a kernel** (tiles of 128 x 4) lose what rows have in common, where rows
+  differ, and have more than 4 blocks;
 * codes of **another number format** (two's complement, an offset) are not symmetric about zero;
 * the largest code of a **block** is near the largest of the format, whoever chose the scale.
 
@@ -41,7 +42,8 @@ _LEAST_BLOCKS: Final = 64
 _ASYMMETRY: Final = 0.25
 _SHORT_BLOCKS: Final = 0.1
 _TOP: Final = 5  # the code of 3, half of the largest number
-_COHERENCE: Final = 4.0
+_LEAST_COHERENCE: Final = 2.0
+_COHERENCE_GAIN: Final = 1.5
 
 
 def layer_problem(layer: StoredLayer) -> tuple[str, str] | None:
@@ -114,11 +116,11 @@ def _gain_problem(layer: StoredLayer) -> tuple[str, str] | None:
 
 def _order_problem(layer: StoredLayer) -> tuple[str, str] | None:
     n, blocks = layer.scale.shape
-    if n % 128 or blocks % 4:
-        return None  # A swizzled tensor would have another shape.
+    if n % 128 or blocks % 4 or blocks == 4:
+        return None  # It would have another shape; or hold whole rows, in another order.
     as_stored = _coherence(layer.scale)
     in_order = _coherence(unswizzle_scales(layer.scale.flatten(), n, blocks))
-    if in_order < _COHERENCE or in_order < _COHERENCE * as_stored:
+    if in_order < _LEAST_COHERENCE or in_order < _COHERENCE_GAIN * as_stored:
         return None
     return "weight_scale", (
         "its values belong together in the order of a kernel (tiles of 128 x 4), not in that of "

@@ -15,7 +15,12 @@ from torch import Tensor
 from fpcompiler.arguments import PATH, require_type
 from fpcompiler.errors import CheckpointError, FormatError
 from fpcompiler.interop.checkpoints import plausibility, structure
-from fpcompiler.interop.checkpoints.config import Group, QuantizationConfig, read_config
+from fpcompiler.interop.checkpoints.config import (
+    Group,
+    QuantizationConfig,
+    names_layer,
+    read_config,
+)
 from fpcompiler.interop.checkpoints.files import Kind, Tensors, read_json
 from fpcompiler.interop.checkpoints.layouts import MODELOPT, PARAMETERS, same_values
 from fpcompiler.interop.checkpoints.stored import StoredLayer, direct
@@ -243,7 +248,7 @@ class _Reader:
                 f"the config says it is quantized ({group.layout.name}), but it is a plain weight",
             )
         of_class = not target.startswith("re:") and "." not in target
-        found = any(of_class or group.names(name) for name in layers)
+        found = of_class or any(names_layer(target, name) for name in layers)
         if not found and not self.config.ignores(target):
             raise CheckpointError(
                 f"{self.config.source}: the target {target!r} of group {group.name!r} matches no "

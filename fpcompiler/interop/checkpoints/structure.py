@@ -61,15 +61,15 @@ def _scale_shape(layout: Layout, codes: Kind, scale: Kind) -> Iterator[tuple[str
         return
     reason = f"it is {scale}, but {n} rows of K = {k} have {list(expected)} scales"
     padded = (-(-n // 128) * 128, -(-expected[1] // 4) * 4)
-    if scale.count == padded[0] * padded[1] and padded != expected:
+    sizes = [size for size in (8, *BLOCK_SIZES, 256) if scale.shape == (n, k // size)]
+    if sizes:
+        reason += f"; it has those of blocks of {sizes[0]}"
+    elif scale.count == padded[0] * padded[1] and padded != expected:
         reason += "; it looks padded and swizzled for a kernel (tiles of 128 x 4)"
     elif scale.shape == expected[::-1]:
         reason += "; it looks transposed"
     elif scale.count == expected[0] * expected[1]:
         reason += "; it looks reordered for a kernel, or flattened"
-    else:
-        sizes = [size for size in (8, *BLOCK_SIZES, 256) if scale.shape == (n, k // size)]
-        reason += f"; it has those of blocks of {sizes[0]}" if sizes else ""
     yield "weight_scale", reason
 
 
