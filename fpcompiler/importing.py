@@ -17,6 +17,7 @@ from fpcompiler.arguments import PATH, require_type
 from fpcompiler.artifact import read, save
 from fpcompiler.dumps import Dumps
 from fpcompiler.errors import ExportError, OptionError
+from fpcompiler.interop.checkpoints.compressed import require_same_values
 from fpcompiler.interop.checkpoints.dense import dense_model, load_dense, require_promises_kept
 from fpcompiler.interop.checkpoints.files import Tensors
 from fpcompiler.interop.checkpoints.layers import (
@@ -26,7 +27,6 @@ from fpcompiler.interop.checkpoints.layers import (
     layer_weights,
     record_of,
 )
-from fpcompiler.interop.checkpoints.compressed import require_same_values
 from fpcompiler.interop.checkpoints.original import require_near
 from fpcompiler.interop.checkpoints.reading import Checkpoint, read_checkpoint
 from fpcompiler.interop.checkpoints.stored import StoredLayer
@@ -71,13 +71,18 @@ def import_checkpoint(
             Model Optimizer (NVFP4).
         model: The model, if it is not one of transformers that ``config.json`` names; the values of
             the checkpoint are loaded into it.
-        example_inputs, example_kwargs: An example call; a model of transformers needs none.
+        example_inputs: Positional arguments of an example call; a model of transformers needs none.
+        example_kwargs: Keyword arguments of it.
         original: The folder of the model before it was quantized. Each weight is compared with it,
             which alone shows nibbles that are swapped.
         weights_only: Leave inputs in high precision, whatever the config says.
         check_values: Whether weights that no model has are refused, such as with scales that are
             reciprocals.
-        target, dynamic, dump_dir, strict, progress: As for :func:`fpcompiler.compile`.
+        target: What it runs on, see ``fpcompiler targets``.
+        dynamic: Which sizes may vary, see :func:`fpcompiler.compile`.
+        dump_dir: A folder that gets the program after each pass.
+        strict: Whether it is an error if a layer would run here without the kernels of the target.
+        progress: Wraps an iterable of long work for a progress bar.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, contradicts itself or the model, or is of a
@@ -256,8 +261,8 @@ def convert(
     start, end = Path(source), Path(target)
     if end.suffix in (".onnx", ".pt2"):
         raise OptionError(
-            f"{end}: what convert writes is read again and compared, and {end.suffix} files are not "
-            "read here. Use fpcompiler export."
+            f"{end}: what convert writes is read again and compared, and no {end.suffix} file "
+            "is read here. Use fpcompiler export."
         )
     if start.is_dir():
         artifact = import_checkpoint(start, check_values=check_values).artifact
@@ -269,7 +274,9 @@ def convert(
         save(end, artifact)
         after: Layers = layer_weights(read(end))
     else:
-        export(artifact, end, "compressed-tensors", model=model or (start if start.is_dir() else None))
+        export(
+            artifact, end, "compressed-tensors", model=model or (start if start.is_dir() else None)
+        )
         after = read_checkpoint(end, check_values=check_values).layers
     _require_same(before, after)
     size = sum(layer.codes.nbytes + layer.scales[-1].nbytes for layer in after.values())

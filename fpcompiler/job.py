@@ -206,6 +206,7 @@ class Job:
 
 
 def default_progress() -> Progress:
+    """Return what shows progress by default: a bar on stderr, if that is a terminal."""
     if not Options.from_env().shows_progress(sys.stderr):
         return lambda items, total, label: items
     from rich.console import Console

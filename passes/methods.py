@@ -139,8 +139,9 @@ def default_pipeline(
             ``static-inputs``.
 
     Raises:
-        PassError: If there is no such method, it finds scales of its own for each weight, no weights take so few or so many bits, or the budget
-            is no length of time, or for a method that learns no roundings.
+        PassError: If there is no such method, it finds scales of its own for each weight though
+            they shall share them, no weights take so few or so many bits, or the budget is no
+            length of time, or for a method that learns no roundings.
         FormatError: If an operand for attention means nothing.
         OptionError: If the text for attention cannot be read.
     """

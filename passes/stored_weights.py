@@ -23,8 +23,8 @@ from fpcompiler.passes.weights import OpenWeight, OpenWeights
 class StoredWeights(Pass):
     """Store the weights of a checkpoint bit for bit, and the static scales of inputs.
 
-    The model was loaded with the values of the checkpoint's weights. Each open weight of the program
-    is compared with them, so that codes end up where their values are, and nowhere else.
+    The model was loaded with the values of the checkpoint's weights. Each open weight of the
+    program is compared with them, so that codes end up where their values are, and nowhere else.
     """
 
     name: ClassVar[str] = "stored-weights"
@@ -46,7 +46,9 @@ class StoredWeights(Pass):
         for weight in weights.every():
             stored = context.stored.get(weight.layer)
             if stored is None:
-                raise PassError(f"{describe_layer(weight.layer)}: the checkpoint has no codes of it.")
+                raise PassError(
+                    f"{describe_layer(weight.layer)}: the checkpoint has no codes of it."
+                )
             _require_equal(weights, weight, stored)
             weights.store(weight, stored.packed, stored.scales, context)
         for group in groups:
@@ -69,8 +71,9 @@ def _require_equal(weights: OpenWeights, weight: OpenWeight, stored: StoredWeigh
         same = torch.equal(values.to(value.dtype), value.cpu())
     if not same:
         raise PassError(
-            f"{describe_layer(weight.layer)}: the model changes this weight before it multiplies (it "
-            "is transposed, scaled, or joined with another), so its codes cannot be carried over."
+            f"{describe_layer(weight.layer)}: the model changes this weight before it multiplies "
+            "(it is transposed, scaled, or joined with another), so its codes cannot be "
+            "carried over."
         )
 
 

@@ -44,5 +44,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 COMMAND: Final = Command(
-    "convert", "turn artifacts into checkpoints and back, without loss", _EXAMPLE, _add_arguments, _run
+    "convert",
+    "turn artifacts into checkpoints and back, without loss",
+    _EXAMPLE,
+    _add_arguments,
+    _run,
 )

@@ -55,7 +55,9 @@ def quantized(layer: str, layout: Layout, is_static: bool) -> dict[str, Tensor]:
     if is_static:
         parts[layout.input_outer] = power_of_two(12.0, layout.operand).reshape(1)
     if layout.reciprocal:
-        parts |= {name: 1 / parts[name] for name in (layout.outer, layout.input_outer) if name in parts}
+        parts |= {
+            name: 1 / parts[name] for name in (layout.outer, layout.input_outer) if name in parts
+        }
     return {f"{layer}.{name}": tensor for name, tensor in parts.items()}
 
 

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 import fpcompiler
 from fpcompiler.errors import CheckpointError, PassError
 from fpcompiler.interop.checkpoints.reading import read_checkpoint
-from tests.interop.folders import DATA, LAYERS, N, K, edit_config, edit_tensors, original, write, write_original
+from tests.interop.folders import (
+    DATA,
+    LAYERS,
+    K,
+    N,
+    edit_config,
+    edit_tensors,
+    original,
+    write,
+    write_original,
+)
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 TOOLS = ("llmcompressor-nvfp4", "llmcompressor-mxfp4", "modelopt-nvfp4")
@@ -50,14 +60,18 @@ def decompressed(folder: Path) -> dict[str, Tensor]:
         named = (g for g in parsed.config_groups.values() if layer in g.targets)
         scheme = next(named, None) or next(iter(parsed.config_groups.values()))
         compressor = compressors.BaseCompressor.get_value_from_registry(scheme.format)
-        own = {n.removeprefix(f"{layer}."): t for n, t in tensors.items() if n.startswith(f"{layer}.")}
+        own = {
+            n.removeprefix(f"{layer}."): t for n, t in tensors.items() if n.startswith(f"{layer}.")
+        }
         values[layer] = compressor.decompress(own, scheme)["weight"]
     return values
 
 
 def decompressed_modelopt(folder: Path) -> dict[str, Tensor]:
     """Return the weights of a ModelOpt checkpoint, by what compressed-tensors makes of it."""
-    converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.modelopt_nvfp4")
+    converters = pytest.importorskip(
+        "compressed_tensors.entrypoints.convert.converters.modelopt_nvfp4"
+    )
     schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
     compressors = pytest.importorskip("compressed_tensors.compressors")
     scheme = schemes.preset_name_to_scheme("NVFP4", ["Linear"])
@@ -66,7 +80,9 @@ def decompressed_modelopt(folder: Path) -> dict[str, Tensor]:
     tensors = converter.process(load_file(folder / "model.safetensors"))
     values = {}
     for layer in [n.removesuffix(".weight_packed") for n in tensors if n.endswith("_packed")]:
-        own = {n.removeprefix(f"{layer}."): t for n, t in tensors.items() if n.startswith(f"{layer}.")}
+        own = {
+            n.removeprefix(f"{layer}."): t for n, t in tensors.items() if n.startswith(f"{layer}.")
+        }
         own["weight_global_scale"] = own["weight_global_scale"].reshape(1)
         values[layer] = compressor.decompress(own, scheme)["weight"]
     return values
@@ -89,7 +105,9 @@ def test_codes_and_scales_are_those_of_the_file(tool: str, tmp_path: Path) -> No
     stored = load_file(DATA / tool / "model.safetensors")
     artifact = fpcompiler.load(tmp_path / "model.fpc").artifact
     for name, layer in read_checkpoint(DATA / tool).layers.items():
-        assert torch.equal(artifact.tensors[f"{name}.weight.codes"], stored[f"{name}.{layer.layout.codes}"])
+        assert torch.equal(
+            artifact.tensors[f"{name}.weight.codes"], stored[f"{name}.{layer.layout.codes}"]
+        )
         scale = artifact.tensors[f"{name}.weight.block_scale"]
         assert torch.equal(scale, stored[f"{name}.weight_scale"].view(torch.uint8))
         if layer.outer is not None:
@@ -125,21 +143,32 @@ def test_inputs_are_quantized_as_the_config_says() -> None:
 
 def test_inputs_of_their_own_scales_stay_apart(tmp_path: Path) -> None:
     folder = write(tmp_path / "tiny")
-    edit_tensors(lambda t: t.update({"model.k_proj.input_global_scale": torch.tensor([64.0])}))(folder)
+    edit_tensors(lambda t: t.update({"model.k_proj.input_global_scale": torch.tensor([64.0])}))(
+        folder
+    )
     with pytest.warns(UserWarning, match="vLLM would take the largest"):
         compiled = fpcompiler.import_checkpoint(
             folder, model=Tiny(), example_inputs=torch.randn(3, K), target="reference"
         )
     within = [s for s in compiled.artifact.plan.steps if s.op == "fpc.quantize_within"]
-    assert [float(compiled.artifact.tensors[compiled.artifact.plan.constants[s.args[1]["v"]]]) for s in within] == [2**-7, 2**-6]
+    assert [
+        float(compiled.artifact.tensors[compiled.artifact.plan.constants[s.args[1]["v"]]])
+        for s in within
+    ] == [2**-7, 2**-6]
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "mxfp6", "mxfp8", "modelopt"])
 @pytest.mark.filterwarnings("ignore:.*vLLM would take the largest:UserWarning")
 def test_a_model_of_the_users_own(kind: str, tmp_path: Path) -> None:
-    folder = write(tmp_path / "tiny", kind, is_static=False) if kind != "modelopt" else write(tmp_path / "tiny", kind)
+    folder = (
+        write(tmp_path / "tiny", kind, is_static=False)
+        if kind != "modelopt"
+        else write(tmp_path / "tiny", kind)
+    )
     model = Tiny()
-    compiled = fpcompiler.import_checkpoint(folder, model=model, weights_only=True, target="reference")
+    compiled = fpcompiler.import_checkpoint(
+        folder, model=model, weights_only=True, target="reference"
+    )
     x = torch.randn(5, K)
     got = compiled(x)  # captured by its first call
     layers = read_checkpoint(folder).layers
@@ -194,9 +223,14 @@ class Unused(Tiny):
 
 @pytest.mark.parametrize(
     ("model", "why"),
-    [(Scaled(), "changes this weight before it multiplies|no codes of it"), (Unused(), "model.k_proj")],
+    [
+        (Scaled(), "changes this weight before it multiplies|no codes of it"),
+        (Unused(), "model.k_proj"),
+    ],
 )
-def test_a_model_that_does_not_multiply_the_weights(model: nn.Module, why: str, tmp_path: Path) -> None:
+def test_a_model_that_does_not_multiply_the_weights(
+    model: nn.Module, why: str, tmp_path: Path
+) -> None:
     folder = write(tmp_path / "tiny", "mxfp4")
     with pytest.raises(PassError, match=why):
         fpcompiler.import_checkpoint(folder, model=model, example_inputs=torch.randn(2, K))
@@ -223,7 +257,9 @@ def test_swapped_nibbles_are_found_with_the_original(tmp_path: Path) -> None:
 def test_a_quantized_cache_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     shutil.copytree(DATA / "modelopt-nvfp4", folder)
-    edit_tensors(lambda t: t.update({"model.layers.0.self_attn.k_proj.k_scale": torch.ones(())}))(folder)
+    edit_tensors(lambda t: t.update({"model.layers.0.self_attn.k_proj.k_scale": torch.ones(())}))(
+        folder
+    )
     with pytest.warns(UserWarning, match="scales of the KV cache in the folder are left out"):
         fpcompiler.import_checkpoint(folder)
 

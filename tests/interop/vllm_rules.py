@@ -1,4 +1,4 @@
-"""What vLLM does with a compressed-tensors folder until its kernels start, as rules to test against.
+"""What vLLM does with a compressed-tensors folder until its kernels start, as rules.
 
 Written from its loaders (``vllm/model_executor/layers/quantization/compressed_tensors``: the scheme
 classes for NVFP4, MXFP4 and MXFP8, ``utils.py``, and the stacked parameters of ``llama.py``): which
@@ -145,7 +145,9 @@ def _check(layer: Layer) -> None:
         tensors = [t for t in found if t is not None]
         assert {t.dtype for t in tensors} == {dtype}
         # Scales of tensors are one number for each part; other parameters are stacked by rows.
-        whole = torch.cat([t.reshape(1) if len(shape) == 1 else t.view(torch.uint8) for t in tensors])
+        whole = torch.cat(
+            [t.reshape(1) if len(shape) == 1 else t.view(torch.uint8) for t in tensors]
+        )
         assert whole.shape == shape
         if len(shape) == 1:
             assert whole.unique().numel() == 1, f"{layer.name}.{parameter}: vLLM takes the largest"

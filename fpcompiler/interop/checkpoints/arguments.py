@@ -67,7 +67,6 @@ INPUTS: Final = (
 """What inputs can be quantized to in a checkpoint."""
 
 
-
 def weight_arguments(layout: Layout) -> dict[str, Any]:
     """Return the arguments that describe the weights of a format."""
     strategy = "tensor_group" if layout.outer else "group"

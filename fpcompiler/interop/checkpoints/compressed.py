@@ -12,8 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fpcompiler import __version__
-from fpcompiler.artifact import Artifact
+from fpcompiler.artifact import Artifact, package_versions
 from fpcompiler.errors import CheckpointError, ExportError
 from fpcompiler.interop.checkpoints.arguments import input_arguments, weight_arguments
 from fpcompiler.interop.checkpoints.config import (
@@ -119,8 +118,8 @@ class _Source:
         own = self.tensors.read(name)
         if own.shape != value.shape or not torch.equal(own.to(value.dtype), value):
             raise ExportError(
-                f"tensor {name!r}: the one in {self.folder} is not that of the compiled model. Name "
-                "the folder that was compiled."
+                f"tensor {name!r}: the one in {self.folder} is not that of the compiled model. "
+                "Name the folder that was compiled."
             )
 
     def plain(self, layers: Mapping[str, StoredLayer]) -> Iterator[str]:
@@ -135,7 +134,7 @@ def _write(
 ) -> list[Path]:
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if _dtype_of(config) == "float32":
-        # compressed-tensors decompresses to bf16, whatever the model is in: with fp32 it cannot run.
+        # compressed-tensors decompresses to bf16, whatever the model is in: in fp32 none can run.
         config["dtype"] = "bfloat16"
         config.pop("torch_dtype", None)
     plain = [*source.plain(layers)]
@@ -144,7 +143,7 @@ def _write(
     sums: dict[str, str] = {}
     files = write_tensors(folder, _tensors(layers, source, plain, sums))
     record = {
-        "fpcompiler": __version__,
+        "fpcompiler": package_versions().get("fpcompiler", "checkout, not installed"),
         "version": RECORD_VERSION,
         "scheme": artifact.scheme,
         "dtype": dtype_of(artifact.plan),

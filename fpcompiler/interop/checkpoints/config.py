@@ -129,9 +129,7 @@ def _compressed_tensors(path: Path, config: Mapping[str, Any]) -> QuantizationCo
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise CheckpointError(f"{path}: config_groups names no group of quantized layers.")
-    found = tuple(
-        _group(path, name, group, config.get("format")) for name, group in groups.items()
-    )
+    found = tuple(_group(path, name, group, config.get("format")) for name, group in groups.items())
     ignore = _texts(path, "ignore", config.get("ignore") or [])
     notes = _cache_note(config.get("kv_cache_scheme"))
     return QuantizationConfig(path, COMPRESSED_TENSORS, found, ignore, names_layer, notes)
@@ -176,7 +174,7 @@ def _input(where: str, arguments: Any) -> InputKind | None:
 
 
 def _modelopt(path: Path, config: Mapping[str, Any]) -> QuantizationConfig:
-    algorithm = config.get("quant_algo")
+    algorithm = str(config.get("quant_algo"))
     if algorithm not in _ALGORITHMS:
         raise CheckpointError(
             f"{path}: quant_algo is {algorithm!r}; those that are read: {', '.join(_ALGORITHMS)}."
@@ -187,7 +185,7 @@ def _modelopt(path: Path, config: Mapping[str, Any]) -> QuantizationConfig:
             f"{path}: group_size is {size!r}, but {algorithm} has blocks of {MODELOPT.block.block}."
         )
     excluded = config.get("exclude_modules", config.get("ignore")) or []
-    group = Group(str(algorithm), ("Linear",), MODELOPT, _ALGORITHMS[algorithm])
+    group = Group(algorithm, ("Linear",), MODELOPT, _ALGORITHMS[algorithm])
     ignore = _texts(path, "exclude_modules", excluded)
     cache = config.get("kv_cache_quant_algo", config.get("kv_cache_scheme"))
     return QuantizationConfig(path, "modelopt", (group,), ignore, _globs, _cache_note(cache))

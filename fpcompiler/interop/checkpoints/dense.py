@@ -1,4 +1,4 @@
-"""The model of a checkpoint with its weights dequantized: what is captured before codes replace them."""
+"""The model of a checkpoint with its weights dequantized: what is captured before codes come."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def dense_model(checkpoint: Checkpoint) -> nn.Module:
         import transformers
     except ImportError as error:
         raise DependencyError(
-            "a Hugging Face folder needs transformers: pip install 'fpcompiler[models]'. Or give the "
-            "model itself: import_checkpoint(folder, model=...)."
+            "a Hugging Face folder needs transformers: pip install 'fpcompiler[models]'. Or give "
+            "the model itself: import_checkpoint(folder, model=...)."
         ) from error
     settings = read_json(checkpoint.folder / CONFIG)
     architectures = settings.get("architectures") or [None]
@@ -68,7 +68,8 @@ def _require_whole(checkpoint: Checkpoint, report: Any) -> None:
     lost = [name for name in unexpected if name.removesuffix(".weight") in checkpoint.layers]
     if lost:
         raise CheckpointError(
-            f"{checkpoint.folder}: tensor {lost[0]!r} is quantized, but the model has no such weight."
+            f"{checkpoint.folder}: tensor {lost[0]!r} is quantized, but the model has no such "
+            "weight."
         )
 
 
@@ -91,7 +92,8 @@ def load_dense(model: nn.Module, checkpoint: Checkpoint) -> None:
         first = (missing or unexpected)[0]
         where = "checkpoint" if missing else "model"
         raise CheckpointError(
-            f"{checkpoint.folder}: the {where} has no tensor {first!r}: it is that of another model."
+            f"{checkpoint.folder}: the {where} has no tensor {first!r}: it is that of another "
+            "model."
         )
 
 
@@ -121,6 +123,7 @@ def require_promises_kept(model: nn.Module, checkpoint: Checkpoint) -> None:
         # An output head that is tied to the embedding has no tensor of its own.
         if group is not None and f"{name}.weight" in checkpoint.tensors:
             raise CheckpointError(
-                f"tensor '{name}.weight': {checkpoint.config.source} says that the layer is quantized "
-                f"({group.layout.name}), and does not ignore it, but it is a plain weight."
+                f"tensor '{name}.weight': {checkpoint.config.source} says that the layer is "
+                f"quantized ({group.layout.name}), and does not ignore it, but it is a plain "
+                "weight."
             )

@@ -79,7 +79,7 @@ class Tensors:
             )
         try:
             handle = safetensors.safe_open(path, framework="pt")
-            self._handles[name] = handle.__enter__()
+            self._handles[name] = handle
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: it is no whole safetensors file ({error}). Download it again."
@@ -180,7 +180,8 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[
 
 def _name_shards(folder: Path, shards: list[dict[str, str]], total: int) -> list[Path]:
     count = len(shards)
-    files, index = [], {}
+    files: list[Path] = []
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards):
         name = SINGLE if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
         (folder / f"model-{number + 1:05}.tmp").replace(folder / name)

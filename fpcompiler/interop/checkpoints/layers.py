@@ -62,7 +62,8 @@ def stored_layers(artifact: Artifact) -> dict[str, StoredLayer]:
             continue
         if kinds.get(step.layer, "") not in _LINEAR:
             raise _refusal(
-                step.layer, f"it is a {kinds.get(step.layer, 'part')}, and only linear layers can be stored"
+                step.layer,
+                f"it is a {kinds.get(step.layer, 'part')}, and only linear layers can be stored",
             )
         layers[step.layer] = _Layer(artifact, step, producers).stored()
     if not layers:
@@ -117,8 +118,8 @@ def _require_only_rounded(pipeline: str) -> None:
         if match[1] not in _WEIGHTS_ONLY:
             raise ExportError(
                 f"the pass {match[1]} has changed what is computed between the layers, which a "
-                "checkpoint of weights cannot express. Compile with a method that only rounds: rtn, "
-                "mse, gptq, adaround."
+                "checkpoint of weights cannot express. Compile with a method that only rounds: "
+                "rtn, mse, gptq, adaround."
             )
 
 
@@ -172,8 +173,8 @@ class _Layer:
             raise _refusal(
                 self.name,
                 f"compressed-tensors has no format for weights in {operand}. It has NVFP4 "
-                f"({NVFP4}), MXFP4 ({MXFP4}), MXFP6 and MXFP8: compile with --scheme nvfp4 or mxfp4, "
-                "or keep the layer in high precision with a rule",
+                f"({NVFP4}), MXFP4 ({MXFP4}), MXFP6 and MXFP8: compile with --scheme nvfp4 or "
+                "mxfp4, or keep the layer in high precision with a rule",
             )
         return layout
 

@@ -101,4 +101,3 @@ def _order_of_rows(original: Tensor, values: Tensor) -> str:
             if cosine(original[order], values) >= _SURE:
                 return "its rows are interleaved for a kernel"
     return ""
-

@@ -22,7 +22,7 @@ from fpcompiler.interop.checkpoints.config import (
     read_config,
 )
 from fpcompiler.interop.checkpoints.files import Kind, Tensors, read_json
-from fpcompiler.interop.checkpoints.layouts import MODELOPT, PARAMETERS, same_values
+from fpcompiler.interop.checkpoints.layouts import PARAMETERS, same_values
 from fpcompiler.interop.checkpoints.stored import StoredLayer, direct
 from fpcompiler.operand import Operand
 
@@ -58,9 +58,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
-def read_checkpoint(
-    folder: str | os.PathLike[str], *, check_values: bool = True
-) -> Checkpoint:
+def read_checkpoint(folder: str | os.PathLike[str], *, check_values: bool = True) -> Checkpoint:
     """Read a compressed-tensors or ModelOpt checkpoint; its weights are held as they are stored.
 
     Args:
@@ -117,9 +115,11 @@ class _Reader:
         """Yield the layers that have codes."""
         for name, kind in self.tensors.kinds.items():
             layer, _, parameter = name.rpartition(".")
-            if parameter == "weight_packed" or f"{layer}.{_MODELOPT_MARK}" in self.tensors:
-                yield layer
-            elif parameter == "weight" and kind.dtype in ("U8", "F8_E4M3"):
+            if (
+                parameter == "weight_packed"
+                or f"{layer}.{_MODELOPT_MARK}" in self.tensors
+                or (parameter == "weight" and kind.dtype in ("U8", "F8_E4M3"))
+            ):
                 yield layer
 
     def layer(self, name: str) -> StoredLayer:
@@ -130,10 +130,13 @@ class _Reader:
             raise self.error(f"{name}.{tensor}", why)
         layout = group.layout
         parts = {part: self._read(f"{name}.{part}") for part in kinds}
-        codes, scale = structure.as_bytes(parts[layout.codes]), structure.as_bytes(
-            parts["weight_scale"]
+        codes, scale = (
+            structure.as_bytes(parts[layout.codes]),
+            structure.as_bytes(parts["weight_scale"]),
         )
-        numbers = {part: parts[part] for part in (layout.outer, layout.input_outer) if part in parts}
+        numbers = {
+            part: parts[part] for part in (layout.outer, layout.input_outer) if part in parts
+        }
         for tensor, why in structure.value_problems(layout, codes, scale, numbers):
             raise self.error(f"{name}.{tensor}", why)
         if layout.scale_dtype == "F8_E4M3":
@@ -160,7 +163,9 @@ class _Reader:
             )
         group = self.config.group_of(name)
         if group is None:
-            raise self.error(f"{name}.weight", "it holds codes, but no group of the config names it")
+            raise self.error(
+                f"{name}.weight", "it holds codes, but no group of the config names it"
+            )
         return group
 
     def _kinds(self, name: str, group: Group) -> dict[str, Kind]:
@@ -192,7 +197,7 @@ class _Reader:
         if expected is not None and checksum(tensor) != expected:
             raise self.error(
                 name,
-                f"its checksum is not the one in {RECORD}: it was changed after fpcompiler wrote it",
+                f"its checksum is not the one in {RECORD}: it was changed after it was written",
             )
         return tensor
 
@@ -219,7 +224,9 @@ class _Reader:
             if name in self.used:
                 continue
             if part in PARAMETERS:
-                raise self.error(name, f"there are no codes of a weight in {layer!r} that it is for")
+                raise self.error(
+                    name, f"there are no codes of a weight in {layer!r} that it is for"
+                )
             if kind.dtype in ("F32", "F16", "BF16", "F64"):
                 self._require_finite(name, layer, part)
 
@@ -238,9 +245,7 @@ class _Reader:
             for target in group.targets:
                 self._require_target(group, target, layers)
 
-    def _require_target(
-        self, group: Group, target: str, layers: Mapping[str, StoredLayer]
-    ) -> None:
+    def _require_target(self, group: Group, target: str, layers: Mapping[str, StoredLayer]) -> None:
         is_name = not target.startswith("re:") and f"{target}.weight" in self.tensors
         if is_name and target not in layers and not self.config.ignores(target):
             raise self.error(
@@ -265,8 +270,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if record.get("version") != RECORD_VERSION:
         raise CheckpointError(
             f"{path}: it has version {record.get('version')!r}; this fpcompiler reads "
-            f"{RECORD_VERSION}. Install the version that wrote it, or delete the file: then nothing "
-            "is checked against it."
+            f"{RECORD_VERSION}. Install the version that wrote it, or delete the file: then "
+            "nothing is checked against it."
         )
     for key in ("sha256", "weights", "inputs"):
         if not isinstance(record.get(key), dict):
@@ -277,4 +282,4 @@ def _read_record(folder: Path) -> dict[str, Any]:
 def checksum(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

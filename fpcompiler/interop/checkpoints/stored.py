@@ -81,7 +81,7 @@ def reciprocal_of(scale: Tensor, codes: Tensor) -> Tensor | None:
     Returns:
         ``G``, fp32 ``[1]``, or None.
     """
-    used = codes.unique().view(torch.float8_e4m3fn).to(torch.float32)
+    used = torch.unique(codes).view(torch.float8_e4m3fn).to(torch.float32)
     middle = (1 / scale.reshape(1)).to(torch.float32)
     below = torch.nextafter(middle, torch.zeros(1))
     above = torch.nextafter(middle, torch.full((1,), float("inf")))
