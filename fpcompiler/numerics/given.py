@@ -152,7 +152,7 @@ def shared_power_scales(
     Raises:
         NumericsError: If a weight holds NaN or infinity.
     """
-    largest = [float(weight.abs().max()) if weight.numel() else 0.0 for weight in weights]
+    largest = [float(w.detach().abs().max()) if w.numel() else 0.0 for w in weights]
     if not all(amax < float("inf") for amax in largest):
         raise not_finite(operand, layer)
     outer = power_of_two(max(largest), operand)
