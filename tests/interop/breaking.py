@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fpcompiler.numerics.kernel_layout import swizzle_scales
-from tests.interop.folders import WEIGHTS, edit_config, edit_group, edit_tensors
+from tests.interop.folders import WEIGHTS, edit_config, edit_group, edit_json, edit_tensors
 
 Q = "model.q_proj"
 PACKED, SCALE, PLAIN, BIAS = (
@@ -107,7 +107,7 @@ def inputs(**values: Any) -> Edit:
 
 
 def modelopt(**values: Any) -> Edit:
-    return modelopt(values)
+    return edit_json(lambda c: c["quantization"].update(values), MODELOPT)
 
 
 def swapped(tensor: Tensor) -> Tensor:

@@ -43,6 +43,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 Compiled = Callable[[str], CompiledModel]
 
+_SLOW = pytest.mark.slow
+SOME = [
+    pytest.param(scheme, marks=() if scheme in ("nvfp4", [*OPTIONS][-1]) else _SLOW)
+    for scheme in OPTIONS
+]
+"""All of them; by default those that differ most, since an import captures the model."""
+
 
 def base() -> nn.Module:
     model: nn.Module = transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32)
@@ -97,7 +104,7 @@ def test_compressed_tensors_decompresses_exactly_our_values(
         assert torch.equal(values[name].float(), layer.dequantized())  # though they are in bf16
 
 
-@pytest.mark.parametrize("scheme", [*OPTIONS][1::2])
+@pytest.mark.parametrize("scheme", SOME)
 def test_the_way_back_gives_every_bit(
     scheme: str, compiled: Compiled, exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -151,7 +158,7 @@ def test_the_rules_of_vllm_catch_what_it_would_not(
 
 
 @pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")
-@pytest.mark.parametrize("scheme", [f"w={NVFP4},a=none", "mxfp4"])
+@pytest.mark.parametrize("scheme", [f"w={NVFP4},a=none", pytest.param("mxfp4", marks=_SLOW)])
 def test_transformers_computes_what_the_reference_does(
     scheme: str, compiled: Compiled, exported: Callable[[str], Path]
 ) -> None:
@@ -260,7 +267,9 @@ def test_nothing_is_written_over(compiled: Compiled, tmp_path: Path) -> None:
         compiled("mxfp4").export(tmp_path / "folder", "compressed-tensors", model=BASE)
 
 
-@pytest.mark.parametrize("tool", ["llmcompressor-nvfp4", "llmcompressor-mxfp4"])
+@pytest.mark.parametrize(
+    "tool", ["llmcompressor-nvfp4", pytest.param("llmcompressor-mxfp4", marks=_SLOW)]
+)
 def test_convert_to_an_artifact_and_back_gives_the_same_file(tool: str, tmp_path: Path) -> None:
     there = fpcompiler.convert(DATA / tool, tmp_path / "model.fpc")
     assert (there.layers, there.path) == (7, tmp_path / "model.fpc")
