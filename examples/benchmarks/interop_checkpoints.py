@@ -3,11 +3,14 @@
     python examples/benchmarks/interop_checkpoints.py
     python examples/benchmarks/interop_checkpoints.py --model smollm2 --llmcompressor smollm2-nvfp4
 
-For each scheme: does the package compressed-tensors decompress exactly our values, does transformers
-generate the same text as the reference backend on weights alone, and does the way back give every
-bit? With ``--llmcompressor``, a checkpoint that llm-compressor has made of ``--model`` is imported
-too. What powers of two as scales of tensors cost is measured as perplexity. The script prints the
-numbers, writes ``results/interop_checkpoints.json``, and exits with 1 if something is not equal.
+For each scheme: does the package compressed-tensors decompress exactly our values, does
+transformers generate the same text as the reference backend on weights alone, and does the way
+back give every bit? With ``--llmcompressor``, a checkpoint that llm-compressor has made of
+``--model`` is imported too, and run beside its decompression: as the package gives it, rounded to
+bf16, and without that rounding. What powers of two as scales of tensors cost is measured as
+perplexity. The script prints the numbers, writes ``results/interop_checkpoints.json``, and exits
+with 1 if something is not equal. ``--part`` measures one of the three again and leaves the others
+as they are.
 """
 
 from __future__ import annotations
@@ -31,12 +34,15 @@ sys.path.insert(0, str(ROOT))
 import fpcompiler  # noqa: E402
 from examples.benchmarks.memory import machine  # noqa: E402
 from examples.zoo import metrics, smollm2  # noqa: E402
+from fpcompiler import numerics  # noqa: E402
 from fpcompiler.interop.checkpoints.layers import layer_weights  # noqa: E402
 from fpcompiler.interop.checkpoints.reading import read_checkpoint  # noqa: E402
 from fpcompiler.runtime.model import CompiledModel  # noqa: E402
 
 RESULTS = ROOT / "examples" / "benchmarks" / "results" / "interop_checkpoints.json"
 NVFP4 = "w=f4E2M1FN@tensor:f32/block16:f8E4M3FN,a=none"
+PARTS = ("exported", "llmcompressor", "perplexity")
+LLMCOMPRESSOR = "0.14.0.1"
 PROMPTS = ("The capital of France is", "Water boils when", "Once upon a time there was a")
 NEW_TOKENS = 24
 TOKENS = 1536
@@ -47,20 +53,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="SmolLM2 as a folder; by default written anew")
     parser.add_argument("--llmcompressor", type=Path, help="what llm-compressor has made of it")
     parser.add_argument("--write-model", type=Path, help="only write SmolLM2 as a folder there")
+    parser.add_argument("--part", choices=PARTS, help="measure this alone; by default all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where to write the numbers")
     options = parser.parse_args(arguments)
     if options.write_model:
         write_model(options.write_model)
         return 0
+    before = json.loads(options.output.read_text()) if options.part else {}
     with tempfile.TemporaryDirectory() as work:
         folder = options.model or write_model(Path(work) / "smollm2")
-        report = measure(folder, options.llmcompressor, Path(work))
+        parts = [options.part] if options.part else PARTS
+        report = {**before, **about(), **measure(parts, folder, options.llmcompressor, Path(work))}
     options.output.write_text(json.dumps(report, indent=2) + "\n")
-    for row in report["checkpoints"]:
-        print(json.dumps(row))
-    print(json.dumps(report["perplexity"]))
+    for name in PARTS:
+        print(name, json.dumps(report.get(name), indent=2))
     print(f"written to {options.output}")
-    return 0 if all(row["all_equal"] for row in report["checkpoints"]) else 1
+    rows = [*report.get("exported", ()), *filter(None, [report.get("llmcompressor")])]
+    return 0 if all(row["all_equal"] for row in rows) else 1
 
 
 def write_model(folder: Path) -> Path:
@@ -75,25 +84,8 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def measure(folder: Path, llmcompressor: Path | None, work: Path) -> dict[str, Any]:
-    """Return all numbers as JSON values."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    calibration = [{"input_ids": ids[None]} for ids in smollm2.tokens(1024).split(256)]
-    shared = {"share_scales": True}
-    rows = []
-    for scheme, options in (
-        (NVFP4, shared),
-        ("nvfp4", {**shared, "static_inputs": True, "calibration": calibration}),
-        ("mxfp4", {}),
-        ("mxfp8", {}),
-    ):
-        rows.append(exported(model, scheme, options, folder, work / f"export-{len(rows)}"))
-        print(json.dumps(rows[-1]), file=sys.stderr)
-    if llmcompressor:
-        rows.append(imported(llmcompressor, folder))
-        print(json.dumps(rows[-1]), file=sys.stderr)
+def about() -> dict[str, Any]:
+    """Return what was measured, and where."""
     return {
         "what": "SmolLM2-135M-Instruct as quantized checkpoints, exported and imported",
         "date": time.strftime("%Y-%m-%d"),
@@ -104,14 +96,42 @@ def measure(folder: Path, llmcompressor: Path | None, work: Path) -> dict[str, A
         },
         "prompts": PROMPTS,
         "new_tokens": NEW_TOKENS,
-        "checkpoints": rows,
-        "perplexity": {
+    }
+
+
+def measure(
+    parts: Sequence[str], folder: Path, llmcompressor: Path | None, work: Path
+) -> dict[str, Any]:
+    """Return the numbers of some parts as JSON values."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found: dict[str, Any] = {}
+    if "exported" in parts:
+        found["exported"] = []
+        for scheme, options in schemes():
+            target = work / f"export-{len(found['exported'])}"
+            found["exported"].append(exported(model, scheme, options, folder, target))
+    if "llmcompressor" in parts and llmcompressor:
+        found["llmcompressor"] = imported(llmcompressor, folder)
+    if "perplexity" in parts:
+        found["perplexity"] = {
             "tokens": TOKENS,
             "fp32": perplexity(lambda ids: model(input_ids=ids).logits),
             "nvfp4 weights, scales of tensors as they come": compiled_perplexity(model, {}),
-            "nvfp4 weights, shared powers of two": compiled_perplexity(model, shared),
-        },
-    }
+            "nvfp4 weights, shared powers of two": compiled_perplexity(
+                model, {"share_scales": True}
+            ),
+        }
+    return found
+
+
+def schemes() -> list[tuple[str, dict[str, Any]]]:
+    """Return what is exported, and how it is compiled."""
+    calibration = [{"input_ids": ids[None]} for ids in smollm2.tokens(1024).split(256)]
+    shared = {"share_scales": True}
+    static = {**shared, "static_inputs": True, "calibration": calibration}
+    return [(NVFP4, shared), ("nvfp4", static), ("mxfp4", {}), ("mxfp8", {})]
 
 
 def exported(
@@ -145,9 +165,56 @@ def exported(
 
 
 def imported(source: Path, folder: Path) -> dict[str, Any]:
-    """Import a checkpoint of another tool and compare."""
-    row = {"scheme": "NVFP4", "by": "llm-compressor", **compared(source, folder)}
-    return {**row, "all_equal": is_equal(row)}
+    """Import a checkpoint of another tool in fp32, and run it beside its decompression."""
+    layers = read_checkpoint(source).layers
+    values = decompressed(source)
+    alike = sum(
+        torch.equal(values[name], layer.dequantized().to(values[name].dtype))
+        for name, layer in layers.items()
+    )
+    ours = fpcompiler.import_checkpoint(
+        source, model=in_fp32(folder), original=folder, weights_only=True, target="reference",
+        example_kwargs=example(),
+    )  # fmt: skip
+    whole, rounded = in_fp32(folder), in_fp32(folder)
+    for name, layer in layers.items():
+        whole.get_submodule(name).weight.data = layer.dequantized()
+        rounded.get_submodule(name).weight.data = values[name].float()
+    texts = [generated(ours, prompt) for prompt in PROMPTS]
+    row = {
+        "by": f"llm-compressor {LLMCOMPRESSOR}",
+        "bytes": sum(file.stat().st_size for file in source.glob("*.safetensors")),
+        "layers": len(layers),
+        "layers_that_compressed_tensors_decompresses_alike": alike,
+        "logits_sqnr_db": {
+            "beside the decompression": sqnr(whole, ours),
+            "beside the decompression rounded to bf16": sqnr(rounded, ours),
+        },
+        "prompts_with_the_same_text": {
+            "as the decompression": same_texts(whole, texts),
+            "as the decompression rounded to bf16": same_texts(rounded, texts),
+        },
+    }
+    same = row["prompts_with_the_same_text"]["as the decompression"] == len(PROMPTS)
+    return {**row, "all_equal": alike == len(layers) and same}
+
+
+def in_fp32(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def sqnr(expected: Any, got: Any) -> float:
+    a, b = expected(**example()).logits, got(**example()).logits
+    return round(numerics.sqnr_db(a, b), 2)
+
+
+def same_texts(model: Any, texts: list[Tensor]) -> int:
+    with torch.no_grad():
+        theirs = [generated(model, prompt) for prompt in PROMPTS]
+    return sum(map(torch.equal, texts, theirs))
 
 
 def is_equal(row: dict[str, Any]) -> bool:
@@ -157,7 +224,7 @@ def is_equal(row: dict[str, Any]) -> bool:
     )
 
 
-def compared(checkpoint: Path, original: Path | None = None) -> dict[str, Any]:
+def compared(checkpoint: Path) -> dict[str, Any]:
     """Compare a checkpoint's values and texts with those of the package and of transformers."""
     layers = read_checkpoint(checkpoint).layers
     values = decompressed(checkpoint)
@@ -170,7 +237,6 @@ def compared(checkpoint: Path, original: Path | None = None) -> dict[str, Any]:
     )
     ours = fpcompiler.import_checkpoint(
         checkpoint,
-        original=original,
         weights_only=True,
         target="reference",
         example_kwargs=example(),
@@ -243,9 +309,7 @@ def generated(model: Any, prompt: str) -> Tensor:
 
 
 def compiled_perplexity(model: Any, options: dict[str, Any]) -> float:
-    compiled = fpcompiler.compile(
-        model, NVFP4, example_kwargs=example(), target="cpu", **options
-    )
+    compiled = fpcompiler.compile(model, NVFP4, example_kwargs=example(), target="cpu", **options)
     return perplexity(lambda ids: compiled(input_ids=ids).logits)
 
 

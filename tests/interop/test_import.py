@@ -274,3 +274,34 @@ def test_a_block_of_zeros_may_have_the_scale_zero(tmp_path: Path) -> None:
     layer = read_checkpoint(folder).layers["model.q_proj"]
     assert int(layer.scale[0, 0]) == 1
     assert not layer.dequantized()[0, :16].any()
+
+
+def test_a_model_of_transformers_may_be_given_in_another_dtype() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig.from_pretrained(DATA / "base", tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    compiled = fpcompiler.import_checkpoint(
+        DATA / "llmcompressor-mxfp4",
+        model=model,
+        weights_only=True,
+        target="reference",
+        example_kwargs={"input_ids": IDS},
+    )
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+    torch.testing.assert_close(compiled(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+class Tied(Tiny):
+    """Has one weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(K, N, bias=False)
+        self.head.weight = self.model.k_proj.weight
+
+
+def test_a_tied_weight_has_no_tensor_of_its_own(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tiny", "mxfp4")
+    compiled = fpcompiler.import_checkpoint(folder, model=Tied(), example_inputs=torch.randn(2, K))
+    assert {row.name for row in compiled.plan().rows if row.quantized} == {*LAYERS}

@@ -39,7 +39,9 @@ def test_blocks_beyond_the_scale_saturate() -> None:
     assert bool((value == 6 * 448 * 2.0**-8).all())
 
 
-@pytest.mark.parametrize("text", ["f4E2M1FN@block32:f8E8M0FNU", "f4E2M1FN@row:f32/block16:f8E4M3FN"])
+@pytest.mark.parametrize(
+    "text", ["f4E2M1FN@block32:f8E8M0FNU", "f4E2M1FN@row:f32/block16:f8E4M3FN"]
+)
 def test_other_levels_are_refused(text: str) -> None:
     with pytest.raises(NumericsError, match="no scale of the tensor"):
         quantize_within(normal(2, 32), torch.ones(1), Operand.parse(text))
@@ -65,7 +67,9 @@ def test_zeros_have_the_scale_one() -> None:
 def test_weights_share_the_scale_of_the_largest() -> None:
     weights = [normal(8, 32), normal(4, 32, seed=1) * 10]
     (first, _), (second, _) = shared_power_scales(weights, NVFP4)
-    assert float(first) == float(second) == float(power_of_two(float(weights[1].abs().max()), NVFP4))
+    assert (
+        float(first) == float(second) == float(power_of_two(float(weights[1].abs().max()), NVFP4))
+    )
     for weight, scales in zip(weights, shared_power_scales(weights, NVFP4), strict=True):
         codes, blocks = quantize_within(weight, scales[0], NVFP4)
         assert torch.equal(blocks, scales[1])

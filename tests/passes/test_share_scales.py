@@ -104,7 +104,8 @@ module attributes {{fpq.stage = "quantized"}} {{
     %s = torch.vtensor.literal(dense<1.0> : tensor<1x1xf32>) : !torch.vtensor<[1,1],f32>
     %scale = torch_c.to_builtin_tensor %s : !torch.vtensor<[1,1],f32> -> tensor<1x1xf32>
     %none = torch.constant.none
-    %q = "fpq.encode"(%x, %scale, %none) : (!torch.vtensor<[4,32],f32>, tensor<1x1xf32>, !torch.none)
+    %q = "fpq.encode"(%x, %scale, %none)
+      : (!torch.vtensor<[4,32],f32>, tensor<1x1xf32>, !torch.none)
       -> !fpq.quantized<tensor<4x32xf4E2M1FN>, "{levels}">
     %y = "fpq.dequantize"(%q) : (!fpq.quantized<tensor<4x32xf4E2M1FN>, "{levels}">)
       -> !torch.vtensor<[4,32],f32>

@@ -87,7 +87,10 @@ def load_dense(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"tensor {name!r}: it is {list(value.shape)}, but in the model it is "
                 f"{list(own[name].shape)}."
             )
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    found, unexpected = model.load_state_dict(state, strict=False)
+    loaded = {own[name].data_ptr() for name in state if name in own}
+    # An output head that is tied to the embedding has no tensor of its own.
+    missing = [name for name in found if own[name].data_ptr() not in loaded]
     if missing or unexpected:
         first = (missing or unexpected)[0]
         where = "checkpoint" if missing else "model"
