@@ -3,17 +3,18 @@
 //   waves * (kFixed + kEach * units of K of a block),   waves = ceil(tiles / blocks at a time)
 //
 // in nanoseconds, with numbers for each shape of tile that were fitted to measured times of an H200
-// (132 SMs, 576 to 14336 rows and K, 24 to 4096 tokens). Results of floating point depend on how
-// many parts of K are summed apart: N and K alone say how many, so that a token's results do not
-// depend on other tokens. Tiles whose blocks chain the parts are for many tokens, those whose
-// blocks share them for few. Exact sums may be divided in any way.
+// (132 SMs, 576 to 14336 rows and K, 24 to 4096 tokens).
+//
+// Whether blocks share K depends on the number of tokens, and so do the last bits of results of
+// floating point, by the order in which K is added. Sums of integers are exact in any order.
 
 namespace fpc {
 
-template <class T, int kFixed_, int kEach_>
+// kPerSm: blocks that an SM runs at once, if they do not stay for a second tile.
+template <class T, int kFixed_, int kEach_, int kPerSm_ = 1>
 struct TimedTile {
     using Tile = T;
-    static constexpr int kFixed = kFixed_, kEach = kEach_;
+    static constexpr int kFixed = kFixed_, kEach = kEach_, kPerSm = kPerSm_;
 };
 
 template <class... Timed>
@@ -25,45 +26,55 @@ struct ManyTiles;
 template <class P>
 struct ManyTiles<P, kInt8> {
     using List = TileList<
-        TimedTile<ManyTile<256>, 3700, 610>, TimedTile<ManyTile<128>, 3900, 370>,
-        TimedTile<ManyTile<64>, 4000, 288>, TimedTile<ManyTile<32>, 3900, 280>,
-        TimedTile<ManyTile<128, 2>, 5300, 384>, TimedTile<ManyTile<64, 2>, 4500, 312>,
-        TimedTile<ManyTile<32, 2>, 4000, 293>, TimedTile<ManyTile<64, 1, 1>, 3900, 230>,
-        TimedTile<ManyTile<64, 2, 1>, 4500, 230>, TimedTile<ManyTile<32, 2, 1>, 4000, 200>>;
+        TimedTile<ManyTile<256>, 4250, 610>, TimedTile<ManyTile<128>, 2840, 390>,
+        TimedTile<ManyTile<64>, 2340, 340>, TimedTile<ManyTile<32>, 1830, 330>,
+        TimedTile<ManyTile<128, 2>, 3910, 415>, TimedTile<ManyTile<64, 2>, 3060, 365>,
+        TimedTile<ManyTile<64, 1, 1>, 2060, 237>, TimedTile<ManyTile<64, 2, 1>, 2480, 270>,
+        TimedTile<ManyTile<32, 2, 1>, 2210, 258>>;
 };
 
 template <class P>
 struct ManyTiles<P, kE4m3> {
     using List = TileList<
-        TimedTile<ManyTile<256>, 3700, 760>, TimedTile<ManyTile<128>, 3700, 430>,
-        TimedTile<ManyTile<64>, 3600, 340>, TimedTile<ManyTile<32>, 3500, 320>,
-        TimedTile<ManyTile<64, 1, 1>, 3600, 260>, TimedTile<ManyTile<32, 1, 1>, 3500, 240>,
-        TimedTile<ManyTile<128, 1, 2, 2>, 3800, 435>, TimedTile<ManyTile<64, 1, 2, 2>, 3700, 345>,
-        TimedTile<ManyTile<64, 2, 1>, 4500, 260>, TimedTile<ManyTile<32, 2, 1>, 4400, 240>>;
+        TimedTile<ManyTile<256>, 3510, 830>, TimedTile<ManyTile<128>, 2110, 510>,
+        TimedTile<ManyTile<64>, 2070, 356>,
+        TimedTile<ManyTile<32>, 1730, 320>, TimedTile<ManyTile<64, 1, 1>, 1790, 272>,
+        TimedTile<ManyTile<32, 1, 1>, 1630, 231>, TimedTile<ManyTile<64, 2, 1>, 2340, 306>,
+        TimedTile<ManyTile<32, 2, 1>, 2070, 277>>;
+};
+
+struct TilesWithoutBlocks {
+    using List = TileList<
+        TimedTile<ManyTile<256>, 3350, 1225>, TimedTile<ManyTile<128>, 2230, 655>,
+        TimedTile<ManyTile<64>, 1910, 560>, TimedTile<ManyTile<32>, 1660, 530>,
+        TimedTile<ManyTile<128, 1, 1>, 2170, 385>, TimedTile<ManyTile<64, 1, 1>, 1790, 392>,
+        TimedTile<ManyTile<128, 2>, 3410, 675>, TimedTile<ManyTile<64, 2>, 2650, 598>,
+        TimedTile<ManyTile<64, 2, 1>, 2240, 435>, TimedTile<ManyTile<32, 2, 1>, 1650, 500, 2>>;
+};
+
+// Measured were tiles of 256, 128 and 64 tokens, and those of 64 rows with 64 and 32 tokens, of
+// blocks that do not share K. The others take as much longer than without scales of blocks.
+struct TilesOfBlocks {
+    using List = TileList<
+        TimedTile<ManyTile<256>, 3170, 1230>, TimedTile<ManyTile<128>, 2300, 733>,
+        TimedTile<ManyTile<64>, 1910, 685>, TimedTile<ManyTile<32>, 1660, 640>,
+        TimedTile<ManyTile<128, 1, 1>, 2170, 450>, TimedTile<ManyTile<64, 1, 1>, 1790, 476>,
+        TimedTile<ManyTile<128, 2>, 3410, 755>, TimedTile<ManyTile<64, 2>, 2650, 730>,
+        TimedTile<ManyTile<64, 2, 1>, 2240, 528>, TimedTile<ManyTile<32, 2, 1>, 1700, 560>,
+        TimedTile<ManyTile<32, 1, 1>, 1590, 450>>;
 };
 
 template <class P>
 struct ManyTiles<P, kFloats> {
-    using List = TileList<
-        TimedTile<ManyTile<256>, 3700, 1200>, TimedTile<ManyTile<128>, 3700, 680>,
-        TimedTile<ManyTile<64>, 3800, 460>, TimedTile<ManyTile<32>, 3700, 430>,
-        TimedTile<ManyTile<128, 1, 1>, 3800, 480>, TimedTile<ManyTile<64, 1, 1>, 3700, 350>,
-        TimedTile<ManyTile<32, 1, 1>, 3600, 320>,
-        TimedTile<ManyTile<128, 1, 2, 2>, 3800, 685>, TimedTile<ManyTile<64, 1, 2, 2>, 3900, 465>,
-        TimedTile<ManyTile<128, 2>, 5300, 680>, TimedTile<ManyTile<64, 2>, 4600, 460>,
-        TimedTile<ManyTile<64, 2, 1>, 4500, 350>, TimedTile<ManyTile<32, 2, 1>, 4400, 320>>;
+    using List =
+        typename Choose<P::kBlock == 0, TilesWithoutBlocks, TilesOfBlocks>::type::List;
 };
-
-// Two parts where tiles of 64 rows occupy less than half of the SMs, and K is long enough to gain.
-inline int parts_of_k(const FpcGemmArguments& a) {
-    return a.n <= 4224 && a.k >= 8192 ? 2 : 1;
-}
 
 template <class T>
 int64_t time_of(const FpcGemmArguments& a, int sms) {
     using Tile = typename T::Tile;
     const int64_t tiles = (int64_t)row_tiles<Tile>(a) * token_tiles<Tile>(a);
-    const int64_t at_once = sms / Tile::kSplit, units = a.k / kUnitK;
+    const int64_t at_once = sms * T::kPerSm / Tile::kSplit, units = a.k / kUnitK;
     const int64_t longest = (units + Tile::kSplit - 1) / Tile::kSplit;
     return (tiles + at_once - 1) / at_once * (T::kFixed + T::kEach * longest);
 }
@@ -71,8 +82,11 @@ int64_t time_of(const FpcGemmArguments& a, int sms) {
 template <class P, class T, class Launch>
 void consider(const FpcGemmArguments& a, int sms, int64_t& least, Launch& launch) {
     using Tile = typename T::Tile;
-    if (sms < Tile::kSplit || a.k / kUnitK < Tile::kParts) return;
-    if (P::kMode != kInt8 && Tile::kParts != parts_of_k(a)) return;
+    constexpr int kReserved = 1024;  // for each block that an SM runs
+    static_assert(T::kPerSm * (ManyLayout<P, Tile>::kBytes + kReserved) <=
+                      kSharedBytes + kReserved,
+                  "so many blocks fit on an SM");
+    if (sms < Tile::kSplit || a.k / kUnitK < Tile::kSplit) return;
     const int64_t time = time_of<T>(a, sms);
     if (time >= least) return;
     least = time;

@@ -42,6 +42,7 @@ struct Decoder<P, kInt8> {
     static constexpr uint64_t kPositive = in_each_byte(kOffset) + P::kMagnitudes;
     static constexpr uint64_t kNegative = in_each_byte(kOffset) - P::kMagnitudes;
     static_assert(kOffset < 64, "bytes of the table have no sign bit");
+    static_assert(P::kBlock == 0, "sums of integers have no scales inside");
 
     uint32_t positive = held_constant<(uint32_t)kPositive>();  // codes 0..3
     uint32_t negative = held_constant<(uint32_t)kNegative>();
@@ -58,30 +59,20 @@ struct Decoder<P, kInt8> {
     }
 };
 
-// A block's exponent is added to the exponent field of its codes; code 0 stays zero.
 template <class P>
 struct Decoder<P, kE4m3> {
     static constexpr uint32_t kLow = (uint32_t)P::kMagnitudes;
     static constexpr uint32_t kHigh = (uint32_t)(P::kMagnitudes >> 32);
     static_assert(largest_byte(P::kMagnitudes) < 0x7F, "magnitudes are finite");
+    static_assert(P::kBlock == 0, "products of blocks are those of bf16");
 
     uint32_t table = held_constant<kLow>();  // codes 0..3
 
     FPC_DEVICE void decode(uint32_t codes, uint32_t& low, uint32_t& high) const {
-        decode(codes, table, kHigh, low, high);
-    }
-
-    FPC_DEVICE void decode(uint32_t codes, uint32_t exponent, uint32_t& low,
-                           uint32_t& high) const {
-        decode(codes, kLow + exponent * 0x08080800u, kHigh + exponent * 0x08080808u, low, high);
-    }
-
-    FPC_DEVICE static void decode(uint32_t codes, uint32_t table_low, uint32_t table_high,
-                                  uint32_t& low, uint32_t& high) {
         const uint32_t magnitudes = codes & 0x77777777, moved = codes << 4;
-        low = look_up(table_low, table_high, magnitudes) |
+        low = look_up(table, kHigh, magnitudes) |
               (look_up(codes, moved, 0x1504) & 0x80808080);
-        high = look_up(table_low, table_high, magnitudes >> 16) |
+        high = look_up(table, kHigh, magnitudes >> 16) |
                (look_up(codes, moved, 0x3726) & 0x80808080);
     }
 };
@@ -104,8 +95,9 @@ FPC_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
 }
 
 // The bf16 factor of codes in a block whose scale is a byte of `scales`, twice, times 2**126. A
-// scale of 32 is the exponent field of the factor. A scale of 16 is E4M3 without subnormal numbers,
-// and its factor 2**-18 times too small.
+// scale of 32 is the exponent field of the factor. A scale of 16 has five bits of exponent, with a
+// bias of 18, and three of mantissa: E4M3 without subnormal numbers. Its factor is 2**-7 times the
+// scale, so that none exceeds bf16.
 template <int kBlock>
 FPC_DEVICE uint32_t unspread_factor(uint32_t scales, int byte) {
     if constexpr (kBlock == 0) return kUnspread;

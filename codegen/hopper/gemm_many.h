@@ -23,13 +23,7 @@ FPC_DEVICE void multiply_tiles(const ManyParameters& p, uint32_t shared, int ran
         const int row = work.row + group * 64;
         const Scales<P, T> scales(p, row, work.token, thread);
         Sums<P, T> sums;
-        sums.multiply(by, work.steps(p, 0));
-#pragma unroll 1
-        for (int link = 1; link < T::kChain; link++) {
-            Sums<P, T> more;
-            more.multiply(by, work.steps(p, link));
-            sums.add(more);
-        }
+        sums.multiply(by, work.last - work.first);
         scales.share(p, of_tokens, of_rows, thread);
         staging.sync();
         if constexpr (T::kSplit > 1) {

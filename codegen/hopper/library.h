@@ -11,8 +11,9 @@ inline int64_t scale_bytes(int64_t n, int64_t k, int block) {
     return block ? (n + 15) / 16 * 16 * (k / block) : 0;
 }
 
-// K, divided among a warp's lanes or not, is added in one order for every number of tokens within
-// each of the two kernels.
+// For kInt8, a token's results do not depend on how many others there are: both kernels scale exact
+// sums by the same steps. Sums of floating point are added in an order that depends on the number
+// of tokens, and so do their last bits.
 template <class P>
 int32_t run(const FpcGemmArguments& a) {
     if (a.m == 0) return FPC_OK;

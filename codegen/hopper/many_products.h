@@ -10,13 +10,12 @@ struct BlockScales {
     uint32_t words[2], later[2];
 
     FPC_DEVICE void load(uint32_t scales, int row_group, int lane) {
-        static_assert(S::kSteps <= 2 && S::kScaleBytes <= 4 * S::kSteps, "");
+        static_assert(S::kSteps == 2 && (S::kScaleBytes == 4 || S::kScaleBytes == 8), "");
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint32_t at = scales + (row_group * 16 + lane / 4 + 8 * half) * S::kScaleBytes;
             words[half] = load_shared(at);
-            if constexpr (S::kSteps == 2)
-                later[half] = S::kScaleBytes == 8 ? load_shared(at + 4) : words[half] >> 16;
+            later[half] = S::kScaleBytes == 8 ? load_shared(at + 4) : words[half] >> 16;
         }
     }
 
@@ -48,8 +47,6 @@ struct WeightCodes {
             const uint32_t word = quads[at / 2].words[at % 2 * 2 + half];
             if constexpr (kPairs)
                 decoder.decode(word, scales.words[half], part, a[half], a[half + 2]);
-            else if constexpr (P::kBlock > 0)
-                decoder.decode(word, scales.words[half] >> 8 * part & 0xFF, a[half], a[half + 2]);
             else
                 decoder.decode(word, a[half], a[half + 2]);
         }
@@ -105,22 +102,12 @@ struct Multiplier {
     }
 };
 
-template <class Value, int kUnits, int kCount>
-FPC_DEVICE void add_values(Value (&to)[kUnits][kCount], const Value (&more)[kUnits][kCount]) {
-#pragma unroll
-    for (int i = 0; i < kUnits; i++)
-#pragma unroll
-        for (int j = 0; j < kCount; j++) to[i][j] += more[i][j];
-}
-
 // Sums of a tile, exact ones or those of fp32. Some products run while the next codes are decoded.
 template <class P, class T, Mode kMode = P::kMode>
 struct Sums {
     static constexpr int kColumns = T::kTokens, kUnits = 1;
     static constexpr int kInFlight = T::kTokens > 64 ? 2 : 3;
     typename Choose<kMode == kInt8, int32_t, float>::type values[kUnits][kColumns / 2];
-
-    FPC_DEVICE void add(const Sums& more) { add_values(values, more.values); }
 
     FPC_DEVICE void add_products(const uint32_t (&a)[4], uint64_t matrix, bool adding) {
         if constexpr (kMode == kInt8)
@@ -157,9 +144,8 @@ template <class P, class T>
 struct Sums<P, T, kE4m3> {
     static constexpr int kColumns = T::kTokens < 64 ? T::kTokens : 64;
     static constexpr int kUnits = T::kTokens / kColumns, kTurns = kUnits > 1 ? 2 : 1;
+    static_assert(T::kTokens % kColumns == 0, "tokens are whole units");
     float values[kUnits][kColumns / 2];
-
-    FPC_DEVICE void add(const Sums& more) { add_values(values, more.values); }
 
     FPC_DEVICE void take(int unit, float (&partial)[kColumns / 2]) {
         pin(partial);

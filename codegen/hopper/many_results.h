@@ -35,15 +35,21 @@ struct Scales {
         for (int i = 0; i < kEach; i++) {
             const int at = thread + i * kGroupThreads;
             if (at >= T::kTokens) continue;
-            store_shared(of_tokens + at * 8, (uint32_t)bits_of(token[i]));
+            const float scale = of_token(p, token[i]);
+            store_shared(of_tokens + at * 8, (uint32_t)bits_of(scale));
             if constexpr (P::kMode == kInt8) store_shared(of_tokens + at * 8 + 4, (uint32_t)sum[i]);
         }
         if (thread >= kRows) return;
-        float scale = multiply(row, p.alpha);
-        if (p.scalar_a) scale = multiply(scale, __ldg(p.scalar_a));
-        if (p.scalar_b) scale = multiply(scale, __ldg(p.scalar_b));
-        store_shared(of_rows + thread * 8, (uint32_t)bits_of(scale));
+        store_shared(of_rows + thread * 8, (uint32_t)bits_of(row));
         store_shared(of_rows + thread * 8 + 4, (uint32_t)bits_of(bias));
+    }
+
+    // All but the scale of the row, rounded in the order of gemm_few: results are the same bits.
+    FPC_DEVICE static float of_token(const ManyParameters& p, float scale) {
+        scale = multiply(scale, p.alpha);
+        if (p.scalar_a) scale = multiply(scale, __ldcg(p.scalar_a));
+        if (p.scalar_b) scale = multiply(scale, __ldcg(p.scalar_b));
+        return scale;
     }
 };
 
@@ -179,7 +185,7 @@ FPC_DEVICE void store_sums(const ManyParameters& p, Staging<P, T>& staging, uint
             const Quad q = load_shared_quad(of_tokens + column * 8);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float scale = multiply(row_scale[j / 2], float_of(q.words[j % 2 * 2]));
+                const float scale = multiply(float_of(q.words[j % 2 * 2]), row_scale[j / 2]);
                 results[i][j] = activated<P::kActivation>(scaled(values[(first + i) * 4 + j],
                                                     q.words[j % 2 * 2 + 1], scale, bias[j / 2]));
             }

@@ -16,13 +16,10 @@ struct ManyParameters {
     int32_t together;     // tiles of tokens that are taken in turn for each tile of rows
 };
 
-// kSplit: blocks of a cluster that share K; kGroups: warpgroups that multiply, with 64 rows each;
-// kChain: parts of K that a block sums one after the other, to the bits of as many that share K.
-template <int kTokens_, int kSplit_ = 1, int kGroups_ = 2, int kChain_ = 1>
+// kSplit: blocks of a cluster that share K; kGroups: warpgroups that multiply, with 64 rows each.
+template <int kTokens_, int kSplit_ = 1, int kGroups_ = 2>
 struct ManyTile {
     static constexpr int kTokens = kTokens_, kSplit = kSplit_, kGroups = kGroups_;
-    static constexpr int kChain = kChain_, kParts = kSplit * kChain;
-    static_assert(kSplit == 1 || kChain == 1, "parts of K are shared or chained");
     static constexpr int kRows = 64 * kGroups, kThreads = kGroupThreads * (kGroups + 1);
 };
 
@@ -78,18 +75,12 @@ struct Work {
         const int side = min(p.together, p.token_tiles - before), within = tile % each;
         row = within / side * T::kRows;
         token = (before + within % side) * T::kTokens;
-        first = first_step(p, rank, T::kSplit);
-        last = first_step(p, rank + 1, T::kSplit);
+        first = first_step(p, rank);
+        last = first_step(p, rank + 1);
     }
 
-    FPC_DEVICE static int first_step(const ManyParameters& p, int part, int parts) {
-        return (int)((int64_t)p.units * part / parts) * ManyStep<P>::kSteps;
-    }
-
-    // Steps of a link of the chain.
-    FPC_DEVICE int steps(const ManyParameters& p, int link) const {
-        if (T::kChain == 1) return last - first;
-        return first_step(p, link + 1, T::kChain) - first_step(p, link, T::kChain);
+    FPC_DEVICE static int first_step(const ManyParameters& p, int rank) {
+        return (int)((int64_t)p.units * rank / T::kSplit) * ManyStep<P>::kSteps;
     }
 };
 

@@ -1,7 +1,7 @@
 // What the GEMMs of packed 4-bit weights for Hopper have in common.
 //
 // A generated source defines a problem P:
-//   Mode kMode; int kBlock (values of a row of W that share a scale: 0, 16 or 32);
+//   Mode kMode; int kBlock (values of a row of W that share a scale: 0, for kFloats also 16 or 32);
 //   uint64_t kMagnitudes (kInt8, kE4m3: the bytes of codes 0..7, lowest first);
 //   Type kOutput; Activation kActivation.
 //
@@ -17,8 +17,8 @@ namespace fpc {
 
 enum Mode {
     kInt8,    // X is int8, with a sum for each row; exact
-    kE4m3,    // X is E4M3; a scale of 32 is an exponent from 0 to 11, added to those of codes
-    kFloats,  // X is bf16; a scale of 32 is an exponent, of 16 an E4M3 number
+    kE4m3,    // X is E4M3
+    kFloats,  // X is bf16; a scale of 32 is an exponent, of 16 a number with five bits of exponent
 };
 
 enum Activation { kIdentity, kActSilu, kActGelu, kActGeluTanh };
