@@ -63,7 +63,7 @@ bool encode_maps(ManyParameters& p, const FpcGemmArguments& a) {
     constexpr int kGroups = T::kRows / 16, kSize = kSizeOf<P::kOutput>;
     const cuuint64_t m = a.m, n = a.n, k = a.k, groups = (n + 15) / 16;
     const cuuint64_t steps = k / S::kStepK, units = k / kUnitK;
-    const MapShape<2> x{{k, m}, {k * kStepBytes / S::kStepK}, {S::kStepK, T::kTokens}};
+    const MapShape<2> x{{k, m}, {k * kStepBytes / S::kStepK}, {S::kStepK, (cuuint32_t)p.tokens}};
     const MapShape<3> codes{
         {kCodes / 4, steps, groups}, {kCodes, steps * kCodes}, {kCodes / 4, 1, kGroups}};
     const MapShape<2> d{{n, m}, {n * kSize}, {D::kBoxRows, D::kTokens}};
@@ -120,6 +120,9 @@ int32_t start_many(const ManyParameters& p, int clusters, void* stream) {
 template <class P, class T>
 int32_t launch_tiles(const FpcGemmArguments& a, int sms) {
     ManyParameters p{};
+    // Zeros behind the last token would cost more time than tokens. Whatever is in their place in
+    // shared memory gets into sums that are not stored.
+    p.tokens = a.m < T::kTokens ? a.m : T::kTokens;
     if (!encode_maps<P, T>(p, a)) return FPC_INITIALIZE;
     p.token_scale = a.token_scale, p.row_scale = a.row_scale, p.bias = a.bias;
     p.scalar_a = a.scalar_a, p.scalar_b = a.scalar_b, p.alpha = a.alpha;

@@ -13,6 +13,7 @@ struct ManyParameters {
     float alpha;
     int32_t m, n, units;  // units: k / kUnitK
     int32_t row_tiles, token_tiles;
+    int32_t tokens;       // of a copy of X
     int32_t together;     // tiles of tokens that are taken in turn for each tile of rows
 };
 
@@ -99,7 +100,7 @@ template <class P, class T>
 FPC_DEVICE void copy_tiles(const ManyParameters& p, uint32_t shared, int rank) {
     using L = ManyLayout<P, T>;
     using S = ManyStep<P>;
-    const int tiles = p.row_tiles * p.token_tiles;
+    const int tiles = p.row_tiles * p.token_tiles, of_x = p.tokens * kStepBytes;
     bool waited = false;
     Ring<L::kSlots> ring;
     for (int tile = first_tile<T>(); tile < tiles; tile = next_tile<T>(tile)) {
@@ -109,7 +110,7 @@ FPC_DEVICE void copy_tiles(const ManyParameters& p, uint32_t shared, int rank) {
             const uint32_t full = shared + L::kFullAt + 8 * ring.slot;
             const bool with_scales = L::kScales && step % S::kSteps == 0;
             barrier_wait(shared + L::kEmptyAt + 8 * ring.slot, ring.phase ^ 1);
-            barrier_expect(full, L::kX + L::kCodes + (with_scales ? L::kScales : 0));
+            barrier_expect(full, of_x + L::kCodes + (with_scales ? L::kScales : 0));
             load_tile(p.weights, to + L::kX, full, 0, step, work.row / 16);
             if (with_scales)
                 load_tile(p.scales, to + L::kX + L::kCodes, full, 0, step / S::kSteps,
