@@ -43,10 +43,14 @@ FPC_DEVICE uint64_t matrix_descriptor(uint32_t address) {
     FPC_LIST_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FPC_LIST_128 \
+#define FPC_LIST_80 \
     FPC_LIST_64 \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define FPC_LIST_96 \
+    FPC_LIST_80 \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FPC_LIST_128 \
+    FPC_LIST_96 \
     ", %96, %97, %98, %99, %100, %101, %102, %103" \
     ", %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119" \
@@ -58,6 +62,8 @@ FPC_DEVICE uint64_t matrix_descriptor(uint32_t address) {
 #define FPC_REGISTERS_16(c, i) FPC_EIGHT(c, i), FPC_EIGHT(c, i + 8)
 #define FPC_REGISTERS_32(c, i) FPC_REGISTERS_16(c, i), FPC_REGISTERS_16(c, i + 16)
 #define FPC_REGISTERS_64(c, i) FPC_REGISTERS_32(c, i), FPC_REGISTERS_32(c, i + 32)
+#define FPC_REGISTERS_80(c, i) FPC_REGISTERS_64(c, i), FPC_REGISTERS_16(c, i + 64)
+#define FPC_REGISTERS_96(c, i) FPC_REGISTERS_64(c, i), FPC_REGISTERS_32(c, i + 64)
 #define FPC_REGISTERS_128(c, i) FPC_REGISTERS_64(c, i), FPC_REGISTERS_64(c, i + 64)
 
 #define FPC_PRODUCT(name, tokens, count, type, c, types, a0, a1, a2, a3, b, accumulate, options)   \
@@ -75,6 +81,8 @@ FPC_DEVICE uint64_t matrix_descriptor(uint32_t address) {
     FPC_PRODUCT(name, 32, 16, type, c, types, 16, 17, 18, 19, 20, 21, options)                     \
     FPC_PRODUCT(name, 64, 32, type, c, types, 32, 33, 34, 35, 36, 37, options)                     \
     FPC_PRODUCT(name, 128, 64, type, c, types, 64, 65, 66, 67, 68, 69, options)                    \
+    FPC_PRODUCT(name, 160, 80, type, c, types, 80, 81, 82, 83, 84, 85, options)                    \
+    FPC_PRODUCT(name, 192, 96, type, c, types, 96, 97, 98, 99, 100, 101, options)                  \
     FPC_PRODUCT(name, 256, 128, type, c, types, 128, 129, 130, 131, 132, 133, options)
 
 FPC_PRODUCTS(add_int8_products, int32_t, "+r", "k32.s32.u8.s8", "")
