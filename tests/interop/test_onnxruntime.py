@@ -150,6 +150,7 @@ def test_what_methods_put_into_a_program_is_computed_alike(
     torch.testing.assert_close(runs(batches[0]), compiled(batches[0]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_is_kept(tmp_path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 32)).half().eval()
     x = torch.randn(3, 64).half()
