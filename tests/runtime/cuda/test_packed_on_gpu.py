@@ -20,7 +20,7 @@ from fpcompiler.options import Options
 from fpcompiler.runtime.cuda.fragments import Mode
 from fpcompiler.runtime.cuda.kernels import CudaKernels, load_kernels
 from fpcompiler.runtime.cuda.layers import CudaLinear
-from fpcompiler.runtime.model import load
+from fpcompiler.runtime.loading import load
 from fpcompiler.runtime.trust import Gatekeeper
 from fpcompiler.scheme.presets import find_preset
 from fpcompiler.tree import flatten
