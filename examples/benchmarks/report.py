@@ -44,7 +44,7 @@ LAYER_ROWS, LAYER_THREADS = (1, 16, 512), 2
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCUMENTS = dict.fromkeys(
-    ("all", "dit", "layers", "bars", "kernels", "builds", "proofs"), HERE / "README.md"
+    ("all", "dit", "layers", "bars", "kernels", "builds", "proofs", "hopper"), HERE / "README.md"
 )
 """Where tables are that are not in the README of the project."""
 
@@ -89,6 +89,7 @@ def tables() -> dict[str, str]:
         "bars": bars(),
         "kernels": kernels(),
         "builds": builds(),
+        "hopper": hopper(),
         "proofs": proofs(),
         "onnx": onnx(),
     }
@@ -184,6 +185,22 @@ def kernels() -> str:
             f"{c['with_kernels']} ({len(c['kernels'])})" if c["kernels"] else "0" for c in found
         ]
         lines.append("| " + " | ".join([target, f"`{scheme}`", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def hopper() -> str:
+    """Return the speeds of layers on a Hopper GPU, relative to cuBLAS in bf16."""
+    rows = _read("hopper_layers.json")["rows"]
+    schemes = [name for name in rows[0]["seconds"] if name != "bf16"]
+    lines = [
+        "| N x K | M | bf16, us | " + " | ".join(f"`{name}`" for name in schemes) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(schemes),
+    ]
+    for row in rows:
+        taken = row["seconds"]
+        cells = [f"{row['n']} x {row['k']}", str(row["m"]), f"{taken['bf16'] * 1e6:.1f}"]
+        cells += [f"{taken['bf16'] / taken[name]:.2f}" for name in schemes]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
