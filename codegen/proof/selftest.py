@@ -6,14 +6,15 @@ Whoever has such a GPU runs this; for Blackwell nobody here has.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from fpcompiler.codegen.proof.golden import GOLDEN, GoldenProblem, GoldenVerdict
+from fpcompiler.codegen.proof.packed_problem import packed_problems
 from fpcompiler.formats import FORMATS
 from fpcompiler.numerics.kernel_layout import scale_bytes
 from fpcompiler.numerics.packing import packed_bytes
@@ -64,6 +65,7 @@ class Timing:
 def selftest(kernels: CudaKernels) -> Iterator[GemmResult]:
     """Run the golden problems on the kernels that multiply their formats.
 
+    Kernels of packed weights read them in an order of their own, and get problems of their own.
     Kernels with an activation function are left out: what is on record are plain products.
 
     Args:
@@ -72,11 +74,14 @@ def selftest(kernels: CudaKernels) -> Iterator[GemmResult]:
     for name, gemm in kernels.gemms.items():
         for problem in problems_for(gemm):
             yield GemmResult(name, problem.judge(_run(gemm, problem, kernels.machine)))
+        for packed in packed_problems(gemm):
+            yield GemmResult(name, packed.judge(packed.call(gemm, kernels.machine)()))
 
 
 def problems_for(gemm: Gemm) -> Sequence[GoldenProblem]:
-    """Return the golden problems in the formats of a kernel."""
+    """Return the golden problems in the formats of a kernel, if it is one of CUTLASS's."""
     plain = gemm.activation == "none" and gemm.output in (torch.float32, torch.bfloat16)
+    plain = plain and gemm.mode is None
     return [problem for problem in GOLDEN if plain and _formats(problem) == _read_by(gemm)]
 
 
@@ -117,21 +122,31 @@ def _multiply(
 
 
 def _microseconds(gemm: Gemm, size: tuple[int, int, int], machine: Machine) -> float:
+    call = _random_call(gemm, size, machine)
+    times: list[float] = []
+    for _ in range(_REPEATS):
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)  # type: ignore[no-untyped-call]
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(machine.device)
+        times.append(begin.elapsed_time(end) * 1000)
+    return statistics.median(times)
+
+
+def _random_call(gemm: Gemm, size: tuple[int, int, int], machine: Machine) -> Callable[[], Tensor]:
+    if gemm.mode is not None:
+        plain = replace(gemm, activation="none")  # only named: the kernel still computes its own
+        (problem,) = packed_problems(plain, (size,))
+        return problem.call(plain, machine)
     m, n, k = size
     parts: list[Tensor | None] = []
     for rows, element in ((m, gemm.a), (n, gemm.b)):
         parts.append(_bytes(rows * packed_bytes(k, FORMATS[element].storage_bits), machine))
         block = int(gemm.scale.partition(":")[0].removeprefix("block")) if ":" in gemm.scale else 0
         parts.append(_bytes(scale_bytes(rows, k // block), machine) if block else None)
-    times: list[float] = []
-    for _ in range(_REPEATS):
-        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)  # type: ignore[no-untyped-call]
-        begin.record()
-        _multiply(gemm, _shaped(parts, m, n), size, machine)
-        end.record()
-        torch.cuda.synchronize(machine.device)
-        times.append(begin.elapsed_time(end) * 1000)
-    return statistics.median(times)
+    shaped = _shaped(parts, m, n)
+    return lambda: _multiply(gemm, shaped, size, machine)
 
 
 def _shaped(parts: Sequence[Tensor | None], m: int, n: int) -> list[Tensor | None]:

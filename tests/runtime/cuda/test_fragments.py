@@ -37,15 +37,15 @@ def test_kernels_read_the_values(text: str, mode: Mode, spread: float) -> None:
     stored = fragment_weights([pack(codes, 4), *scales], operand, K, mode)
     assert stored.padded == 48
     assert stored.outputs == N
-    found = values_of(stored, operand, mode)
+    found = values_of(stored, operand, mode, K)
     expected = dequantize(codes, scales, operand, torch.float64)
     # Real scales are multiplied in fp32 there and in fp64 here.
     assert torch.allclose(found, expected, rtol=2.0**-22, atol=0)
 
 
-def values_of(stored: KernelWeights, operand: Operand, mode: Mode) -> Tensor:
+def values_of(stored: KernelWeights, operand: Operand, mode: Mode, k: int) -> Tensor:
     """Return what kernels multiply by, with all factors."""
-    codes = codes_of_fragments(stored.codes, mode.order, N, K)
+    codes = codes_of_fragments(stored.codes, mode.order, stored.outputs, k)
     values = decode(codes, operand.format).double()
     if mode is Mode.INTEGERS:
         values = (values / stored.alpha).round() if operand.outer else values
@@ -57,6 +57,6 @@ def values_of(stored: KernelWeights, operand: Operand, mode: Mode) -> Tensor:
         bits = rows.to(torch.int64)
         bits = bits << 7 if operand.block.block == 32 else bits * 16 + 0x7200
         factors = (bits << 16).to(torch.int32).view(torch.float32).double() * 2.0**-126
-        values *= factors[:N].repeat_interleave(operand.block.block, 1)[:, :K]
+        values *= factors[: stored.outputs].repeat_interleave(operand.block.block, 1)[:, :k]
     values *= stored.alpha
     return values if stored.row is None else values * stored.row.double().view(-1, 1)
