@@ -234,8 +234,8 @@ def _pair_of(
     first = found[0]
     if first.output != dtype:
         raise _unfit(layer, f"they give {first.output}, the layer {dtype}")
-    # Kernels of packed weights find the scales of activations in their values.
-    scaled = (w,) if first.mode else (x, w)
+    # Where bf16 is multiplied, activations have the scales of their blocks in their values.
+    scaled = (w,) if first.mode is Mode.BF16 else (x, w)
     wanted = {_scale_of(operand) for operand in scaled if operand}
     if wanted != {first.scale}:
         raise _unfit(layer, f"they read the scales {first.scale} of w={w},a={x or 'none'}")

@@ -13,13 +13,15 @@ from torch import Tensor
 from fpcompiler.artifact import Artifact, jsonfile, read, save
 from fpcompiler.artifact.kernels import DECODE_ROWS, INDEX, KernelIndex, LayerKernels
 from fpcompiler.errors import ArtifactError, NumericsError
+from fpcompiler.numerics import pack, quantize
 from fpcompiler.operand import Operand
 from fpcompiler.options import Options
 from fpcompiler.plan import Symbol
 from fpcompiler.runtime.cuda import kernels as module
 from fpcompiler.runtime.cuda.form import at_boundary
+from fpcompiler.runtime.cuda.fragments import Mode
 from fpcompiler.runtime.cuda.kernels import CudaKernels
-from fpcompiler.runtime.cuda.layers import CudaLayer, Machine
+from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
 from fpcompiler.runtime.cuda.quantizers import CudaQuantizer
 from fpcompiler.runtime.executor import Executor
@@ -240,6 +242,17 @@ def test_kernels_that_do_not_fit_are_refused_when_the_model_is_loaded(
         kernels.instances[name] = replace(old, problem={**old.problem, **change})
     with pytest.raises(ArtifactError, match=cause):
         Executor(artifact.plan, artifact.tensors, kernels=kernels.open("up"))
+
+
+def test_packed_weights_in_fp8_take_no_scales_of_blocks() -> None:
+    w, x = Operand.parse("e2m1@row:f32"), Operand.parse("e4m3@block32:e8m0")
+    codes, scales = quantize(torch.ones(8, 128), w)
+    gemm = Gemm(0, "f8E4M3FN", "f4E2M1FN", "none", torch.float32, "none", Mode.E4M3)
+    machine = Machine(torch.device("cpu"), 1)
+    with pytest.raises(ArtifactError, match="they read the scales none"):
+        CudaLinear(
+            {"decode": gemm}, machine, [pack(codes, 4), *scales], None, x, w, 128, torch.float32
+        )
 
 
 def test_a_layer_needs_a_gemm_and_quantized_inputs(tmp_path: Path) -> None:
