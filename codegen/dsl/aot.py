@@ -20,7 +20,7 @@ from fpcompiler.codegen.problem import BlockScale, OutputType
 from fpcompiler.errors import DependencyError, TargetError
 from fpcompiler.options import compiler_environment
 
-__all__ = ["DslKernel", "build", "why_not"]
+__all__ = ["DslKernel", "build", "missing_packages", "why_not"]
 
 _CHILD: Final = Path(__file__).with_name("child.py")
 _PACKAGES: Final = {"nvidia-cutlass-dsl": "4.8.1", "nvidia-cutlass-operators": "0.3.0"}
@@ -59,13 +59,19 @@ def why_not(instance: Instance) -> str:
         return f"CuTe DSL's kernels are compared on sm_100a, not on {instance.arch}"
     if instance.scale is BlockScale.NONE:
         return "CuTe DSL has no kernel for these formats without block scales"
+    missing = missing_packages()
+    return f"{missing}; {_INSTALL}" if missing else ""
+
+
+def missing_packages() -> str:
+    """Return which packages are not there in the version that is used; empty if all are."""
     found = {name: _version(name) for name in _PACKAGES}
     wrong = [
         f"{name} {version or 'is not installed'}"
         for name, version in found.items()
         if version != _PACKAGES[name]
     ]
-    return f"{', '.join(wrong)}; {_INSTALL}" if wrong else ""
+    return ", ".join(wrong)
 
 
 def build(instance: Instance, folder: Path) -> DslKernel:

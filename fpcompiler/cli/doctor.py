@@ -12,16 +12,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Final
 
 from fpcompiler.cli.command import FAILED, OK, Command
 from fpcompiler.cli.output import print_json, print_table
+from fpcompiler.errors import DependencyError
 from fpcompiler.options import Options
 
 __all__ = ["COMMAND", "Check"]
-
-_CUDA_FOLDERS: Final = ("/usr/local/cuda/bin",)
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    checks = [_python(), _torch(), *_packages(), _native(), _onednn(), _compiler(), _nvcc(), _gpu()]
+    checks = [_python(), _torch(), *_packages(), _native(), _onednn(), _compiler()]
+    checks += [*_kernel_tools(), _gpu()]
     if args.json:
         print_json([asdict(check) for check in checks])
     else:
@@ -152,13 +151,57 @@ def _compiler() -> Check:
     )  # fmt: skip
 
 
+def _kernel_tools() -> list[Check]:
+    """Look for what compiles and checks kernels, by the very functions that compile and check."""
+    if importlib.util.find_spec("torch") is None:
+        return []  # without it there is no code generator to ask
+    return [_nvcc(), _cutlass(), _disassemblers(), _dsl()]
+
+
 def _nvcc() -> Check:
-    folders = (Path(folder) / "nvcc" for folder in _CUDA_FOLDERS)
-    found = shutil.which("nvcc") or next((str(path) for path in folders if path.exists()), None)
-    return _tool(
-        "nvcc", found, r"release [\d.]+", "compiling kernels for GPUs",
-        "install the CUDA toolkit 13, with its bin folder on PATH",
-    )  # fmt: skip
+    from fpcompiler.codegen.nvcc import find_nvcc
+
+    name, enables = "nvcc", "compiling kernels for GPUs"
+    fix = "install the CUDA toolkit 13, with its bin folder on PATH or in CUDA_HOME"
+    try:
+        found = find_nvcc(Options.from_env())
+    except (DependencyError, OSError) as error:  # OSError: a file that is no program
+        return Check(name, False, str(error).partition(". ")[0], enables, fix)
+    return Check(name, True, f"{'.'.join(map(str, found.version))} ({found.path})", enables, fix)
+
+
+def _cutlass() -> Check:
+    from fpcompiler.codegen.cutlass.package import CUTLASS_VERSION, find_cutlass
+
+    name = "nvidia-cutlass"
+    enables = "kernels for Blackwell, and FP8 for Hopper; weights in four bits there need none"
+    fix = f"pip install --no-deps nvidia-cutlass=={CUTLASS_VERSION}"
+    try:
+        found = find_cutlass()
+    except DependencyError as error:
+        return Check(name, False, _version(name) or str(error).partition(". ")[0], enables, fix)
+    return Check(name, True, found.version, enables, fix)
+
+
+def _disassemblers() -> Check:
+    from fpcompiler.codegen.proof.disassembly import find_disassembler
+
+    name, enables = "cuobjdump, nvdisasm", "level L3 of fpcompiler prove: machine code"
+    fix = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    try:
+        found = find_disassembler(Options.from_env())
+    except DependencyError as error:
+        return Check(name, False, str(error).partition(";")[0], enables, fix)
+    return _tool(name, str(found.cuobjdump), r"release [\d.]+", enables, fix)
+
+
+def _dsl() -> Check:
+    from fpcompiler.codegen.dsl.aot import missing_packages
+
+    missing = missing_packages()
+    found = missing or _version("nvidia-cutlass-dsl")
+    enables = "level L6 of fpcompiler prove: a second compiler; not under an open licence"
+    return Check("CuTe DSL", not missing, found, enables, "pip install 'fpcompiler[dsl]'")
 
 
 def _tool(name: str, path: str | None, pattern: str, enables: str, fix: str) -> Check:

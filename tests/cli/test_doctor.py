@@ -10,6 +10,7 @@ import pytest
 from fpcompiler import native
 from fpcompiler.cli import doctor
 from fpcompiler.cli.main import main
+from fpcompiler.codegen.proof import disassembly
 from fpcompiler.native import loading
 
 
@@ -97,9 +98,43 @@ def test_tools_that_are_missing_or_broken(tmp_path) -> None:
     )
 
 
+def test_nvcc_is_the_one_that_compiles_kernels(checks, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    row = checks()[1]["nvcc"]
+    assert not row["ok"]
+    assert row["found"].startswith(f"There is no nvcc in {tmp_path}")
+    tool = tmp_path / "bin" / "nvcc"
+    tool.parent.mkdir()
+    for version, ok in (("11.8", False), ("13.0", True)):
+        tool.write_text(f"#!/bin/sh\necho 'Cuda, release {version}, V{version}.88'\n")
+        tool.chmod(0o755)
+        row = checks()[1]["nvcc"]
+        assert row["ok"] == ok
+        assert version in row["found"]
+    tool.write_text("no program")
+    assert not checks()[1]["nvcc"]["ok"]
+
+
+def test_what_compiles_and_checks_kernels_is_listed(checks, monkeypatch) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if "cutlass" in name:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(disassembly.shutil, "which", lambda name, path=None: None)
+    rows = checks()[1]
+    assert rows["nvidia-cutlass"]["fix"].endswith("nvidia-cutlass==4.2.0.0")
+    assert rows["cuobjdump, nvdisasm"]["found"] == "there is no cuobjdump"
+    assert "nvidia-cutlass-dsl is not installed" in rows["CuTe DSL"]["found"]
+    names = ("nvcc", "nvidia-cutlass", "cuobjdump, nvdisasm", "CuTe DSL")
+    assert not any(rows[name]["ok"] for name in names)
+
+
 def test_the_table_names_the_fix_of_what_is_missing(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor, "_CUDA_FOLDERS", ())
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: None)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "apt-get install g++" in text
