@@ -27,9 +27,10 @@ from fpcompiler.codegen.arch import Arch, arch
 from fpcompiler.codegen.build import KernelCache
 from fpcompiler.codegen.cutlass import heuristics
 from fpcompiler.codegen.gemms import Gemm, gemms_of
+from fpcompiler.codegen.hopper import packed_gemm
 from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
 from fpcompiler.codegen.legalize import legalize
-from fpcompiler.codegen.problem import Epilogue, GemmProblem, Rows
+from fpcompiler.codegen.problem import Epilogue, GemmProblem, OutputType, Rows
 from fpcompiler.codegen.proof.stored import recorded_proof
 from fpcompiler.codegen.quantize_problems import quantize_problems
 from fpcompiler.codegen.rebuild import quantize_kernels
@@ -39,6 +40,7 @@ from fpcompiler.options import Options
 from fpcompiler.plan import Plan
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
 from fpcompiler.runtime.executor import Executor
+from fpcompiler.scheme import LayerScheme, Scheme
 
 __all__ = ["KernelPlan", "require_tools", "plan_kernels", "build_sources", "package"]
 
@@ -70,17 +72,22 @@ class KernelPlan:
         return tuple(found)
 
 
-def require_tools(options: Options) -> None:
+def require_tools(options: Options, scheme: Scheme, archs: Sequence[str]) -> None:
     """Check, before long work, that kernels can be compiled here.
 
     Args:
         options: The user's settings.
+        scheme: The formats of the layers. A method may change some, so that a layer takes CUTLASS
+            where the scheme does not: that is said when its kernel is generated.
+        archs: What kernels are compiled for, such as ``sm_100a``.
 
     Raises:
-        DependencyError: If there is no nvcc, or CUTLASS is not installed.
+        DependencyError: If there is no nvcc, or CUTLASS is needed and not installed.
     """
     KernelCache.from_options(options)
-    cutlass.find_cutlass()
+    layers = (scheme.base, *(rule.layer for rule in scheme.rules))
+    if any(_takes_cutlass(layer, name) for layer in layers for name in archs):
+        cutlass.find_cutlass()
 
 
 def plan_kernels(gemms: Sequence[Gemm], name: str) -> KernelPlan:
@@ -147,7 +154,7 @@ def package(
         progress: Wraps what comes out one by one, for a progress bar.
 
     Raises:
-        DependencyError: If there is no nvcc, or CUTLASS is not installed.
+        DependencyError: If there is no nvcc, or CUTLASS is needed and not installed.
         TargetError: If there is no such architecture, a kernel does not compile, or a target has
             no kernel for any layer.
     """
@@ -214,11 +221,16 @@ def describe(instance: GemmInstance) -> dict[str, Any]:
     return cutlass.describe(instance)
 
 
+def _takes_cutlass(layer: LayerScheme, arch_name: str) -> bool:
+    """Return whether the kernels of such a layer are generated with CUTLASS, if it gets any."""
+    if layer.weight is None:
+        return False
+    return packed_gemm(layer.weight, layer.activation, arch_name, OutputType.BF16) is None
+
+
 def _packed(gemm: Gemm, machine: Arch) -> hopper.PackedGemm | None:
     """Return the kernels that keep the weights of a layer in four bits, if there are some."""
-    return hopper.packed_gemm(
-        gemm.weight, gemm.activation, machine.name, gemm.output, gemm.function
-    )
+    return packed_gemm(gemm.weight, gemm.activation, machine.name, gemm.output, gemm.function)
 
 
 def _problems(gemm: Gemm, machine: Arch) -> dict[Rows, GemmProblem] | str:
@@ -244,7 +256,12 @@ def _problems(gemm: Gemm, machine: Arch) -> dict[Rows, GemmProblem] | str:
 
 def _require_some(plan: KernelPlan) -> None:
     reasons = [row for row in plan.layers.values() if isinstance(row, str)]
-    if plan.layers and len(reasons) == len(plan.layers):
+    if not plan.layers:
+        raise TargetError(
+            f"The model has no quantized linear layers, so there are no kernels for "
+            f"{plan.arch.name} to compile. Leave that target out, or choose another scheme."
+        )
+    if len(reasons) == len(plan.layers):
         raise TargetError(f"No layer has a kernel on {plan.arch.name}. The first: {reasons[0]}")
 
 
@@ -293,7 +310,8 @@ class _Packer:
         if quantizers.source is not None:
             name = quantizers.source.name
             instances[name] = self._instance("quantize", name, quantizers.source.description)
-        first = self.kernels[plan.instances[0].name].metadata
+        built = [self.kernels[gemm.name].metadata for gemm in plan.instances]
+        headers = {str(metadata["headers"]): None for metadata in built if metadata["headers"]}
         layers = {
             layer: _layer(row, name if layer in quantizers.layers else "")
             for layer, row in plan.layers.items()
@@ -301,7 +319,10 @@ class _Packer:
         return TargetKernels(
             target=plan.arch.name,
             capabilities=tuple(f"{major}.{minor}" for major, minor in plan.arch.capabilities),
-            toolchain={"compiler": str(first["toolchain"]), "headers": str(first["headers"])},
+            toolchain={
+                "compiler": str(built[0]["toolchain"]),
+                "headers": ", ".join(headers),
+            },
             instances=instances,
             layers=layers,
         )

@@ -130,7 +130,7 @@ def compile(
     require_type("pipeline", pipeline, (str, tuple, list, _NONE), "a text or a tuple of passes")
     require_type("dump_dir", dump_dir, (*PATH, _NONE), "a folder, such as 'dumps'")
     parsed = SchemeClass.of(scheme)
-    plan_target, archs = _require_targets(target, strict)
+    plan_target, archs = _require_targets(target, parsed, strict)
     # What is wrong with the passes is said before a model is captured.
     given = (method, attention, effective_bits, round_budget, share_scales, static_inputs)
     if pipeline is not None and given != ("rtn", None, None, None, False, False):
@@ -191,14 +191,16 @@ def compile(
         raise
 
 
-def _require_targets(target: str | Sequence[str], strict: bool) -> tuple[str, tuple[str, ...]]:
+def _require_targets(
+    target: str | Sequence[str], scheme: Scheme, strict: bool
+) -> tuple[str, tuple[str, ...]]:
     """Return the target of the plan and those that get kernels; all that needs is there."""
     from fpcompiler.codegen.package import require_tools
     from fpcompiler.codegen.targets import split_targets
 
     plan_target, archs = split_targets(target)
     if archs:
-        require_tools(Options.from_env())
+        require_tools(Options.from_env(), scheme, archs)
     if strict:
         require_library(plan_target)
     return plan_target, archs

@@ -48,6 +48,11 @@ class Instance:
     files: Mapping[str, str]
     sha256: str
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is a GEMM whose weights stay packed: fpcompiler's own, not of CUTLASS."""
+        return self.role == "gemm" and "mode" in self.problem
+
 
 @dataclass(frozen=True)
 class LayerKernels:

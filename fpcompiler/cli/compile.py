@@ -80,8 +80,8 @@ def _run(args: argparse.Namespace) -> int:
     print(f"{size_text(plan.bytes_before)} -> {size_text(plan.bytes_after)}")
     if plan.caches:
         print(plan.cache_text)
-    for gpu, _, layers, gemms, passed, kernel_size in kernel_rows(compiled.artifact.kernels):
-        print(f"kernels for {gpu}: {layers} layers, {gemms} GEMMs, {passed} proved, {kernel_size}")
+    for gpu, _, layers, gemms, proved, kernel_size in kernel_rows(compiled.artifact.kernels):
+        print(f"kernels for {gpu}: {layers} layers, {gemms} GEMMs, proved: {proved}; {kernel_size}")
     if dumps:
         print(f"dumps: {dumps}")
     for text in compiled.reports.values():

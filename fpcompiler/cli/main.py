@@ -55,7 +55,8 @@ COMMANDS: Final[tuple[Command, ...]] = (
 
 _EPILOG: Final = """\
 exit codes: 0 done, 1 failed or verification failed, 2 wrong call
-environment: FPC_DUMP, FPC_LOGS, FPC_CACHE, FPC_NATIVE, FPC_NATIVE_LIBRARY, FPC_PROGRESS
+environment: FPC_DUMP, FPC_LOGS, FPC_CACHE, FPC_NATIVE, FPC_NATIVE_LIBRARY, FPC_PROGRESS,
+    CUDA_HOME (for nvcc)
 (FPC_LOGS=debug shows tracebacks)
 """
 

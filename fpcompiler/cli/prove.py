@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli.command import FAILED, OK, Command
 from fpcompiler.cli.output import print_json, print_table, progress
-from fpcompiler.errors import OptionError
+from fpcompiler.cli.prove_artifact import WHY_NOT_PACKED
+from fpcompiler.errors import OptionError, TargetError
 
 if TYPE_CHECKING:
     from fpcompiler.codegen.kernel import BuiltKernel
@@ -88,13 +89,19 @@ def _kernel(args: argparse.Namespace, options: Options) -> BuiltKernel:
     """Return the kernel of a layer with the scheme's operands, compiled if it is not there."""
     from fpcompiler.codegen.build import KernelCache
     from fpcompiler.codegen.cutlass import choose, emit
+    from fpcompiler.codegen.hopper import packed_gemm
     from fpcompiler.codegen.legalize import legalize
-    from fpcompiler.codegen.problem import Rows
+    from fpcompiler.codegen.problem import OutputType, Rows
     from fpcompiler.scheme import Scheme
 
     base = Scheme.of(args.scheme).base
     if base.weight is None:
         raise OptionError(f"the scheme {args.scheme} leaves weights as they are.")
+    if packed_gemm(base.weight, base.activation, args.target, OutputType.BF16):
+        raise TargetError(
+            f"{args.scheme} on {args.target}: {WHY_NOT_PACKED} compile a model and run "
+            "`fpcompiler selftest` on its artifact."
+        )
     problem = legalize("", base.weight, base.activation, _SIZES, args.target, rows=Rows(args.rows))
     return KernelCache.from_options(options).build(emit(choose([problem])[problem]))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli.output import progress
 from fpcompiler.errors import ArtifactError, TargetError
@@ -13,7 +14,13 @@ if TYPE_CHECKING:
     from fpcompiler.artifact.kernels import Instance
     from fpcompiler.codegen.kernel import BuiltKernel
 
-__all__ = ["proved", "recorded"]
+__all__ = ["WHY_NOT_PACKED", "proved", "recorded"]
+
+WHY_NOT_PACKED: Final = (
+    "the levels of proof are for kernels that CUTLASS generates. Those whose weights stay in four "
+    "bits are fpcompiler's own, and are tested on a Hopper GPU (H100, H200) alone:"
+)
+"""Why such kernels are not proved; what tests them follows."""
 
 
 def recorded(file: str, target: str | None) -> list[dict[str, Any]]:
@@ -25,7 +32,7 @@ def recorded(file: str, target: str | None) -> list[dict[str, Any]]:
 
     Raises:
         ArtifactError: If it has no kernels or no records, or those are of other libraries.
-        TargetError: If it has no kernels for the target.
+        TargetError: If it has no kernels for the target, or none that is proved.
     """
     artifact = _read(file)
     return [_recorded(instance, artifact.kernels) for instance in _gemms(artifact, file, target)]
@@ -43,7 +50,8 @@ def proved(file: str, target: str | None) -> list[dict[str, Any]]:
 
     Raises:
         ArtifactError: If it has no kernels.
-        TargetError: If it has no kernels for the target, or one does not compile.
+        TargetError: If it has no kernels for the target, or none that is proved, or one does not
+            compile.
         DependencyError: If there is no nvcc, or CUTLASS is not installed.
     """
     return [_proved(instance) for instance in _gemms(_read(file), file, target)]
@@ -73,7 +81,14 @@ def _gemms(artifact: Artifact, file: str, target: str | None) -> list[Instance]:
         for name, instance in index.all_instances()
         if instance.role == "gemm" and target in (None, name)
     }
-    return list(found.values())
+    generated = [instance for instance in found.values() if not instance.is_packed]
+    if len(generated) < len(found):
+        names = ", ".join(name for name, instance in found.items() if instance.is_packed)
+        text = f"{names}: {WHY_NOT_PACKED} `fpcompiler selftest {file}` runs them."
+        if not generated:
+            raise TargetError(text)
+        print(f"warning: {text}", file=sys.stderr)
+    return generated
 
 
 def _recorded(instance: Instance, files: Mapping[str, Any]) -> dict[str, Any]:

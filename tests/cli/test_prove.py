@@ -74,6 +74,7 @@ def test_the_record_is_printed_as_json(proved, capsys) -> None:
         (["--target", "sm_90"], "Did you mean sm_90a?"),
         (["--target", "sm_100a", "--level", "L9"], "there is no level L9; levels: L0, L1"),
         (["--target", "sm_100a", "--scheme", "w4a16"], "there is no FP4 kernel"),
+        (["--target", "sm_90a", "--scheme", "nvfp4"], "tested on a Hopper GPU"),
         (["--target", "sm_100a", "--scheme", "w=none"], "leaves weights as they are"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from fpcompiler.codegen.package import package, plan_kernels
 from fpcompiler.codegen.problem import Activation, OutputType
 from fpcompiler.errors import DependencyError, TargetError
 from fpcompiler.options import Options
+from fpcompiler.scheme import Scheme
 
 
 class Mixed(nn.Module):
@@ -147,13 +149,56 @@ def test_no_kernel_for_any_layer_is_an_error(fake) -> None:
         compiled("w4a16", target="sm_100a")
 
 
+def test_a_model_without_quantized_layers_gets_no_kernels(fake) -> None:
+    with pytest.raises(TargetError, match="no quantized linear layers"):
+        compiled("nvfp4; *: skip", target="sm_100a")
+
+
 def test_missing_tools_are_said_before_the_model_is_captured(monkeypatch) -> None:
-    def missing(options: Options) -> None:
+    def missing(options: Options, scheme: Scheme, archs: Sequence[str]) -> None:
         raise DependencyError("There is no nvcc.")
 
     monkeypatch.setattr(packaging, "require_tools", missing)
     with pytest.raises(DependencyError, match="no nvcc"):
         fpcompiler.compile(nn.Linear(4, 4), "nvfp4", target="sm_100a")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "archs", "needed"),
+    [
+        ("w4a6-row", ["sm_90a"], False),
+        ("nvfp4; gate: skip; up: w4a16", ["sm_90a"], False),
+        ("nvfp4; gate: w=f6E2M3FN@row:f32,a=f6E2M3FN@token:f32", ["sm_90a"], True),
+        ("w4a6-row", ["sm_90a", "sm_100a"], True),
+    ],
+)
+def test_cutlass_is_asked_for_where_it_writes_kernels(
+    scheme: str, archs: list[str], needed: bool, fake, monkeypatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(packaging.cutlass, "find_cutlass", lambda: asked.append(True))
+    packaging.require_tools(Options(), Scheme.of(scheme), archs)
+    assert bool(asked) == needed
+
+
+def test_packed_kernels_need_no_cutlass_and_have_no_proof(
+    fake, monkeypatch, tmp_path, capsys
+) -> None:
+    def missing() -> None:
+        raise DependencyError("nvidia-cutlass is not installed.")
+
+    emitting = importlib.import_module("fpcompiler.codegen.cutlass.emit")
+    for module in (packaging.cutlass, emitting):
+        monkeypatch.setattr(module, "find_cutlass", missing)
+    artifact = compiled("nvfp4", torch.bfloat16, target="sm_90a").artifact
+    path = str(_saved(artifact, tmp_path))
+    assert main(["inspect", path]) == 0
+    assert "2 by selftest only" in capsys.readouterr().out
+    for more in ([], ["--recorded"]):
+        assert main(["prove", path, *more]) == 1
+        error = capsys.readouterr().err
+        assert "fpcompiler's own" in error
+        assert f"`fpcompiler selftest {path}`" in error
 
 
 @pytest.mark.nvcc
