@@ -3,7 +3,8 @@
 A library is loaded if the user says so (``trust=True``), or if the same bytes were built on this
 machine, by this user: then the hash of the library is found in the folder of compiled kernels. Any
 other is built again from the description of its problem, and what was built is loaded in its place.
-Builds give the same bytes for the same problem and compilers, so a difference is worth a warning.
+Whether its bytes were those of the file says nothing: two builds of one source by one nvcc may
+differ in names, so that a difference is told, and no more.
 
 Loaded files are copies under the name of their hash, in a folder that only the user can write to.
 """
@@ -102,7 +103,7 @@ class Gatekeeper:
         if _sha256(data) != instance.sha256:
             _LOG.warning(
                 "%s: the library in the artifact differs from the one built here, which is used. "
-                "Other versions of the compilers explain that; otherwise distrust the artifact.",
+                "Two builds of one source may differ in names: this alone is no sign of a change.",
                 instance.name,
             )
         return data
