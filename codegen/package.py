@@ -35,7 +35,7 @@ from fpcompiler.codegen.proof.stored import recorded_proof
 from fpcompiler.codegen.quantize_problems import quantize_problems
 from fpcompiler.codegen.rebuild import quantize_kernels
 from fpcompiler.codegen.torch_operators import OPERATORS, build_operators
-from fpcompiler.errors import TargetError
+from fpcompiler.errors import TargetError, describe_layer
 from fpcompiler.options import Options
 from fpcompiler.plan import Plan
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
@@ -235,6 +235,13 @@ def _packed(gemm: Gemm, machine: Arch) -> hopper.PackedGemm | None:
 
 def _problems(gemm: Gemm, machine: Arch) -> dict[Rows, GemmProblem] | str:
     """Return the problem of a layer for each range of rows, or why there is none."""
+    as_bf16 = packed_gemm(gemm.weight, gemm.activation, machine.name, OutputType.BF16)
+    if as_bf16 is not None and gemm.activation is None and gemm.output is not OutputType.BF16:
+        return (
+            f"{describe_layer(gemm.layer)}: its kernel on {machine.name} multiplies activations "
+            f"that are not quantized in bf16, and this model has {gemm.output.value}. Convert it "
+            "to bfloat16 before it is compiled."
+        )
     epilogue = Epilogue(bias=gemm.bias, activation=gemm.function)
     try:
         return {

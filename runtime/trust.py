@@ -3,8 +3,8 @@
 A library is loaded if the user says so (``trust=True``), or if the same bytes were built on this
 machine, by this user: then the hash of the library is found in the folder of compiled kernels. Any
 other is built again from the description of its problem, and what was built is loaded in its place.
-Whether its bytes were those of the file says nothing: two builds of one source by one nvcc may
-differ in names, so that a difference is told, and no more.
+If the bytes differ, that is told. It means something where one source and one compiler give the
+same bytes: not for CUTLASS's kernels, in which nvcc names things after the folder of the source.
 
 Loaded files are copies under the name of their hash, in a folder that only the user can write to.
 """
@@ -29,6 +29,11 @@ from fpcompiler.options import Options
 
 _LOG: Final = logging.getLogger("fpcompiler.runtime")
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+_SAME_BYTES: Final = (
+    "Other versions of the compilers explain that; otherwise distrust the artifact."
+)
+_OTHER_BYTES: Final = "Builds of CUTLASS's kernels always differ, so that this says nothing."
 
 Rebuild: TypeAlias = Callable[[Instance, Options], Path]
 """Builds a library from the description of its problem and returns its path."""
@@ -103,8 +108,9 @@ class Gatekeeper:
         if _sha256(data) != instance.sha256:
             _LOG.warning(
                 "%s: the library in the artifact differs from the one built here, which is used. "
-                "Two builds of one source may differ in names: this alone is no sign of a change.",
+                "%s",
                 instance.name,
+                _SAME_BYTES if instance.role != "gemm" or instance.is_packed else _OTHER_BYTES,
             )
         return data
 

@@ -149,6 +149,13 @@ def test_no_kernel_for_any_layer_is_an_error(fake) -> None:
         compiled("w4a16", target="sm_100a")
 
 
+def test_plain_activations_are_multiplied_in_bf16_on_hopper(fake) -> None:
+    with pytest.raises(TargetError, match=r"this model has f32\. Convert it to bfloat16"):
+        compiled("w4a16", target="sm_90a")
+    kernels = compiled("w4a16", torch.bfloat16, target="sm_90a").artifact.kernels
+    assert all(row.kernels for row in KernelIndex.of(kernels).targets["sm_90a"].layers.values())
+
+
 def test_a_model_without_quantized_layers_gets_no_kernels(fake) -> None:
     with pytest.raises(TargetError, match="no quantized linear layers"):
         compiled("nvfp4; *: skip", target="sm_100a")

@@ -85,6 +85,22 @@ def test_an_unknown_hash_is_built_again(options: Options, caplog: pytest.LogCapt
     assert "differs from the one built here" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("role", "problem", "says"),
+    [
+        ("gemm", {"kind": "nvf4"}, "this says nothing"),
+        ("gemm", {"mode": "i8"}, "otherwise distrust the artifact"),
+        ("quantize", {}, "otherwise distrust the artifact"),
+    ],
+)
+def test_other_bytes_mean_something_where_builds_are_reproducible(
+    role: str, problem: dict[str, str], says: str, options: Options, caplog
+) -> None:
+    instance = replace(instance_of(LIBRARY, role), problem=problem)
+    Gatekeeper(options, rebuild=Builder()).admit(instance, LIBRARY)
+    assert says in caplog.text
+
+
 def test_the_same_bytes_are_no_reason_for_distrust(
     options: Options, caplog: pytest.LogCaptureFixture
 ) -> None:
