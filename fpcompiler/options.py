@@ -10,6 +10,8 @@ FPC_NATIVE           ``0`` does without the native library, ``require`` refuses 
                      used where it was built.
 FPC_NATIVE_LIBRARY   A file to load in place of the native library that was built with the package,
                      such as one with sanitizers.
+FPC_GRAPHS           ``0`` records no calls as CUDA graphs; by default it is done where kernels of a
+                     GPU are used.
 FPC_PROGRESS         ``1`` always shows progress bars, ``0`` never; by default on a terminal only.
 CUDA_HOME            The folder of the CUDA toolkit whose nvcc compiles kernels; by default the
                      first nvcc on ``PATH``, then that of ``/usr/local/cuda``.
@@ -42,9 +44,11 @@ LOG_PARTS: Final = (
 
 _VARIABLES: Final = (
     "FPC_DUMP", "FPC_LOGS", "FPC_CACHE", "FPC_NATIVE", "FPC_NATIVE_LIBRARY", "FPC_PROGRESS",
+    "FPC_GRAPHS",
 )  # fmt: skip
 _NVCC_FLAGS: Final = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 _PROGRESS: Final = {"": None, "auto": None, "1": True, "0": False}
+_GRAPHS: Final = {"": None, "auto": None, "0": False}
 _NATIVE: Final = {"": None, "auto": None, "1": None, "0": False, "require": True}
 
 
@@ -60,6 +64,7 @@ class Options:
         native_library: The file to load in place of the one that was built with the package.
         progress: Whether progress bars are shown; None: on a terminal only.
         cuda_home: The folder of the CUDA toolkit, or None to look for one.
+        graphs: False: calls are not recorded as CUDA graphs; None: where kernels are used.
     """
 
     dump: Path | None = None
@@ -69,6 +74,7 @@ class Options:
     native: bool | None = None
     native_library: Path | None = None
     cuda_home: Path | None = None
+    graphs: bool | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:
@@ -88,13 +94,18 @@ class Options:
         native = env.get("FPC_NATIVE", "").strip().lower()
         if native not in _NATIVE:
             raise OptionError(f"FPC_NATIVE={native!r}: it is auto, 0 or require.")
+        graphs = env.get("FPC_GRAPHS", "").strip().lower()
+        if graphs not in _GRAPHS:
+            raise OptionError(f"FPC_GRAPHS={graphs!r}: it is auto or 0.")
         dump = _folder("FPC_DUMP", env.get("FPC_DUMP", ""))
         cache = _folder("FPC_CACHE", env.get("FPC_CACHE", "")) or _default_cache(env)
         logs = _parse_logs(env.get("FPC_LOGS", ""))
         named = _file("FPC_NATIVE_LIBRARY", env.get("FPC_NATIVE_LIBRARY", ""))
         # No FPC_ in front: it is what every tool around CUDA reads.
         cuda = _folder("CUDA_HOME", env.get("CUDA_HOME", ""))
-        return cls(dump, logs, cache, _PROGRESS[progress], _NATIVE[native], named, cuda)
+        return cls(
+            dump, logs, cache, _PROGRESS[progress], _NATIVE[native], named, cuda, _GRAPHS[graphs]
+        )
 
     @property
     def debug(self) -> bool:

@@ -15,6 +15,7 @@ from fpcompiler.native import library
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import backends, inputs, operators
 from fpcompiler.runtime.compiled_rest import Run, compile_rest
+from fpcompiler.runtime.cuda.graphs import GraphCache
 from fpcompiler.runtime.cuda.kernels import CudaKernels
 from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.instructions import STEP_ERRORS, Instruction, last_uses, step_error
@@ -39,6 +40,7 @@ class Executor:
         device: Where to run.
         release: Gives back the memory of tensors that have been copied, if they can be read again.
         kernels: The compiled kernels for the device, if there are any.
+        graphs: Records calls on a GPU and replays them; None runs all step by step.
 
     Raises:
         ArtifactError: If the plan uses an operator or a kernel that is unknown or refused, or a
@@ -52,6 +54,7 @@ class Executor:
         device: str | torch.device = "cpu",
         release: Callable[[], None] | None = None,
         kernels: CudaKernels | None = None,
+        graphs: GraphCache | None = None,
     ) -> None:
         self.plan = plan
         self.device = parse_device(device)
@@ -76,6 +79,7 @@ class Executor:
         in_place = {item.outs[0] for item in self._code if item.function is write_rows}
         self._stores = tuple(store for store in plan.stores if store[0] not in in_place)
         self._programs = self._new_programs()
+        self.graphs = graphs
         self._compiled: Run | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,21 +143,41 @@ class Executor:
         times: list[tuple[int, int]] | None = None,
     ) -> list[Any]:
         with torch.no_grad():
-            values = dict(self._constants)
-            values.update(self._state)
-            for placeholder, leaf in zip(self.plan.placeholders, leaves, strict=True):
-                values[placeholder.name] = leaf
-            if self._programs is None or observe or caller or torch.compiler.is_compiling():
-                self._run_steps(values, observe, caller)
-            else:
-                self._programs.run(values, times)
-            if self._kernels:
-                self._kernels.check()
-            outputs = [self._own(out, values) for out in self.plan.outputs]
-            updates = [(name, self._own(value, values)) for value, name in self._stores]
-            for name, update in updates:
-                self._state[name].copy_(update)
-        return outputs
+            special = observe or caller or torch.compiler.is_compiling()
+            if self.graphs is not None and not special:
+                return self.graphs.run(leaves, self._results, self._finish)
+            return self._finish(self._results(leaves, observe, caller, times))
+
+    def _results(
+        self,
+        leaves: Sequence[Tensor],
+        observe: Observer | None = None,
+        caller: Caller | None = None,
+        times: list[tuple[int, int]] | None = None,
+    ) -> list[Any]:
+        """Return the outputs, and behind them what is stored.
+
+        A second run with the same leaves, before anything is stored, gives the same.
+        """
+        values = dict(self._constants)
+        values.update(self._state)
+        for placeholder, leaf in zip(self.plan.placeholders, leaves, strict=True):
+            values[placeholder.name] = leaf
+        if self._programs is None or observe or caller or torch.compiler.is_compiling():
+            self._run_steps(values, observe, caller)
+        else:
+            self._programs.run(values, times)
+        kept = *self.plan.outputs, *(value for value, _ in self._stores)
+        return [self._own(name, values) for name in kept]
+
+    def _finish(self, results: list[Any]) -> list[Any]:
+        """Check what quantizers met, store the new state, and return the outputs."""
+        if self._kernels:
+            self._kernels.check()
+        count = len(self.plan.outputs)
+        for (_, name), update in zip(self._stores, results[count:], strict=True):
+            self._state[name].copy_(update)
+        return results[:count]
 
     def program(self, leaves: Sequence[Tensor]) -> Program | None:
         """Return what runs in place of the steps for tensors of these sizes, if there is one now.
@@ -167,6 +191,7 @@ class Executor:
         other = copy.copy(self)
         other._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
         other._programs = other._new_programs()
+        other.graphs = None if self.graphs is None else self.graphs.fresh()
         other._compiled = None
         return other
 

@@ -10,6 +10,7 @@ import torch
 
 from fpcompiler.artifact import read
 from fpcompiler.errors import OptionError
+from fpcompiler.runtime.cuda.graphs import GraphOptions
 from fpcompiler.runtime.model import CompiledModel
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def load(
     strict: bool = False,
     trust: bool = False,
     kernels: bool = True,
+    graphs: bool | GraphOptions | None = None,
     backend: None = None,
 ) -> CompiledModel: ...
 
@@ -49,6 +51,7 @@ def load(
     strict: bool = False,
     trust: bool = False,
     kernels: bool = True,
+    graphs: bool | GraphOptions | None = None,
     backend: str | None = None,
 ) -> CompiledModel | OnnxModel:
     """Load a compiled model from a file that :meth:`CompiledModel.save` wrote.
@@ -68,6 +71,10 @@ def load(
             library, say. Otherwise they run more slowly.
         trust: Whether compiled kernels are loaded as they are in the file.
         kernels: Whether compiled kernels are used; without them a GPU runs the reference.
+        graphs: Whether the second call with tensors of the same sizes is recorded as a CUDA graph,
+            which later ones replay; by default where kernels are used (``FPC_GRAPHS=0``: not even
+            there). :class:`~fpcompiler.runtime.cuda.graphs.GraphOptions` says how many are kept.
+            ``model.graphs`` tells which calls are replayed, and why others are not.
         backend: ``onnxruntime`` for an ONNX file that ``export`` wrote. What comes back is called
             alike and has ``reset``, ``verify`` and ``plan``.
 
@@ -76,8 +83,8 @@ def load(
             kernels are not trusted and cannot be built again.
         TargetError: If the file has kernels, but none for this GPU; the message lists them. Or if
             strict, and layers would run without the kernels of their target.
-        OptionError: If others can write to the folder of compiled kernels (``FPC_CACHE``), or there
-            is no such backend.
+        OptionError: If others can write to the folder of compiled kernels (``FPC_CACHE``), graphs
+            are asked for on a device that has none, or there is no such backend.
         DependencyError: If the backend is not installed.
     """
     if backend == ONNXRUNTIME:
@@ -91,5 +98,6 @@ def load(
         )
     artifact, source = read(path), Path(path).absolute()
     return CompiledModel(
-        artifact, device=device, source=source, strict=strict, trust=trust, kernels=kernels
-    )
+        artifact, device=device, source=source, strict=strict, trust=trust, kernels=kernels,
+        graphs=graphs,
+    )  # fmt: skip

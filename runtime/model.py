@@ -15,6 +15,8 @@ from fpcompiler.artifact import Artifact, save
 from fpcompiler.errors import OptionError, RunError
 from fpcompiler.options import Options
 from fpcompiler.runtime.compare import Batch, call_arguments, compare
+from fpcompiler.runtime.cuda.capture import CudaRecorder
+from fpcompiler.runtime.cuda.graphs import GraphCache, GraphOptions, GraphRow
 from fpcompiler.runtime.cuda.kernels import CudaKernels, load_kernels
 from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.example_call import example_call
@@ -50,8 +52,10 @@ class CompiledModel:
         trust: Whether compiled kernels of the artifact are loaded as they are; see
             :func:`fpcompiler.load`.
         kernels: Whether they are used at all.
+        graphs: Whether calls are recorded as CUDA graphs; see :func:`fpcompiler.load`.
 
     Raises:
+        OptionError: If graphs are asked for on a device that has none.
         TargetError: If there are such layers, or the artifact has kernels for other GPUs only.
         ArtifactError: If its kernels are not trusted and cannot be built again.
     """
@@ -66,6 +70,7 @@ class CompiledModel:
         strict: bool = False,
         trust: bool = False,
         kernels: bool = True,
+        graphs: bool | GraphOptions | None = None,
     ) -> None:
         self._artifact: Artifact | None = artifact
         self._executor: Executor | None = None
@@ -74,6 +79,7 @@ class CompiledModel:
         self._device = parse_device(device)
         self._source = source
         self._strict, self._trust, self._use_kernels = strict, trust, kernels
+        self._use_graphs = _checked_graphs(graphs, self._device)
         self._compiles_rest = False
         self.dumps = dumps
         self._ready()
@@ -101,6 +107,7 @@ class CompiledModel:
         model._artifact, model._executor, model._build = None, None, build
         model._scheme, model._device, model._source = scheme, parse_device(device), None
         model._strict, model._trust, model._use_kernels = strict, False, True
+        model._use_graphs = None
         model._compiles_rest, model.dumps = False, dumps
         return model
 
@@ -189,6 +196,15 @@ class CompiledModel:
         """
         reports: Mapping[str, str] = self.artifact.recipe.get("reports", {})
         return reports
+
+    @property
+    def graphs(self) -> tuple[GraphRow, ...]:
+        """What became of the calls with the same sizes: a CUDA graph, or why not.
+
+        Empty where calls are not recorded: on the CPU, with ``graphs=False``, and without kernels.
+        """
+        cache = self._executor.graphs if self._executor else None
+        return cache.rows() if cache else ()
 
     def compare(self, model: nn.Module, batches: Iterable[Batch]) -> CompareTable:
         """Compare with the eager model: SQNR, cosine and largest error per layer and output.
@@ -300,8 +316,9 @@ class CompiledModel:
                 require_kernels(artifact.plan, artifact.tensors, self._device, target)
             # Kernels have weights in an order of their own: those of the file are read once.
             release = artifact.pages.release
+            graphs = self._new_graphs(kernels)
             self._executor = Executor(
-                artifact.plan, artifact.tensors, self._device, release, kernels
+                artifact.plan, artifact.tensors, self._device, release, kernels, graphs
             )
             if self._compiles_rest:
                 self._executor.compile_rest()
@@ -312,6 +329,16 @@ class CompiledModel:
             return None
         gatekeeper = Gatekeeper(Options.from_env(), self._trust)
         return load_kernels(artifact.kernels, self._device, gatekeeper)
+
+    def _new_graphs(self, kernels: CudaKernels | None) -> GraphCache | None:
+        chosen = self._use_graphs
+        if chosen is None:
+            # The reference looks at values from Python, which no graph can do.
+            chosen = kernels is not None and Options.from_env().graphs is not False
+        if chosen is False:
+            return None
+        options = chosen if isinstance(chosen, GraphOptions) else GraphOptions()
+        return GraphCache(options, CudaRecorder(self._device))
 
     def _compile(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Executor:
         if torch.compiler.is_compiling():
@@ -325,3 +352,14 @@ class CompiledModel:
                 self._scheme = self._artifact.scheme
                 self._build = None  # It holds the eager model, which is not needed any more.
             return self._ready()
+
+
+def _checked_graphs(
+    graphs: bool | GraphOptions | None, device: torch.device
+) -> bool | GraphOptions | None:
+    if graphs and device.type != "cuda":
+        raise OptionError(
+            f"graphs={graphs!r}: only CUDA devices have graphs, and the model runs on {device}. "
+            "Leave it out, or load the model with device='cuda'."
+        )
+    return graphs
