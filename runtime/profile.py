@@ -75,6 +75,7 @@ def profile(
     least = LEAST_CALLS if iterations is None else iterations
     latency = Latency.of(repeat(call, clock, seconds, least, iterations))
     memory = meter.read()
+    graphs = executor.graphs.rows() if executor.graphs else ()
     executor.reset()
     linears = linear_calls(executor, leaves)
     most = min(iterations or MOST_TIMED, MOST_TIMED)
@@ -99,6 +100,7 @@ def profile(
         rows=timeline.rows(groups),
         roofline=roofline(linears, [times[c.result] for c in linears], ceilings),
         ceilings=ceilings,
+        graphs=graphs,
     )
 
 

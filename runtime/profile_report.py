@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fpcompiler.runtime.ceilings import Ceilings
+from fpcompiler.runtime.cuda.graphs import GraphRow
 from fpcompiler.runtime.kernels import NATIVE
 from fpcompiler.runtime.memory import Memory
 from fpcompiler.runtime.roofline import RooflineRow
@@ -73,6 +74,8 @@ class Profile:
         rows: Their time by operator.
         roofline: Their quantized layers against the ceilings.
         ceilings: Of the machine.
+        graphs: On a GPU, whether the calls replayed a CUDA graph, or why not; those of which each
+            step was timed ran step by step.
     """
 
     device: str
@@ -88,6 +91,7 @@ class Profile:
     rows: tuple[OperatorRow, ...]
     roofline: tuple[RooflineRow, ...]
     ceilings: Ceilings
+    graphs: tuple[GraphRow, ...] = ()
 
     @property
     def items_per_second(self) -> float:
@@ -131,6 +135,7 @@ class Profile:
                 "faster_half_mean": total,
             },
             "program": self.timeline.program,
+            "graphs": [asdict(row) for row in self.graphs],
             "split": asdict(self.timeline.split()),
             "groups": [
                 {"group": group, "calls": calls, "seconds": time, "share": time / total}
@@ -178,6 +183,8 @@ def _summary(profile: Profile) -> Table:
     if profile.state:
         tensors = "tensor" if profile.state == 1 else "tensors"
         rows["state"] = f"{profile.state} {tensors}, reset before each call, which is not counted"
+    if profile.graphs:
+        rows["graphs"] = "; ".join(map(str, profile.graphs))
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, text in rows.items():
         table.add_row(Text(name, style="bold"), Text(text))

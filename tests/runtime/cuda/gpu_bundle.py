@@ -26,9 +26,11 @@ from fpcompiler.codegen.legalize import legalize
 from fpcompiler.codegen.problem import OutputType, Rows
 from fpcompiler.codegen.rebuild import quantize_kernels
 from fpcompiler.codegen.torch_operators import build_operators
+from fpcompiler.huggingface import CachedDecoder
 from fpcompiler.operand import Operand
 from fpcompiler.options import Options
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
+from tests.hf_models import hf_model
 from tests.models import Llama, token_ids
 from tests.plans import Mlp, mlp_artifact, with_golden
 
@@ -45,6 +47,12 @@ PACKED = {
     "nv": "nvfp4", "plain": "w4a16",
 }  # fmt: skip
 """Schemes whose layers run on kernels of packed weights, one for each kind."""
+
+DECODER = "decoder"
+"""The language model with a KV cache."""
+
+POSITIONS = 64
+"""Of its cache."""
 
 
 def quantize_problems() -> Iterator[QuantizeProblem]:
@@ -124,6 +132,15 @@ def main(folder: Path) -> None:
         print(
             f"packed-{name}: {sorted({i.name for _, i in _instances(packed.artifact)})}", flush=True
         )
+    decoder().save(folder / f"{DECODER}.fpc")
+
+
+def decoder() -> fpcompiler.CompiledModel:
+    """Return a tiny Llama in bf16 with its KV cache."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "attn_implementation": "sdpa"}
+    cached = CachedDecoder(hf_model("hf-llama", **sizes).bfloat16(), 1, POSITIONS, last_logits=1)
+    inputs = token_ids(1, 8), torch.arange(8)
+    return fpcompiler.compile(cached, "w4a6-row", example_inputs=inputs, target=["cpu", ARCH])
 
 
 def _instances(artifact: Artifact) -> list[tuple[str, Instance]]:

@@ -1,4 +1,4 @@
-"""Which calls are recorded and replayed, with a recorder that keeps functions in place of graphs."""
+"""Which calls are recorded and replayed, with a recorder that has functions in place of graphs."""
 
 from __future__ import annotations
 
