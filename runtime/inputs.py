@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fpcompiler.errors import RunError
 from fpcompiler.plan import Parameter, Placeholder, Signature, Symbol
-from fpcompiler.tree import describe, flatten, leaf_paths, same_scalar
+from fpcompiler.tree import describe, flatten, leaf_paths, same_scalar, unflatten
 
 _COMPILE_AGAIN = "compile the model again with example_inputs that have it"
 
@@ -40,6 +40,17 @@ def bind(signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     for parameter in signature.parameters:
         leaves.extend(_leaves(parameter, given))
     return leaves
+
+
+def named(signature: Signature, leaves: Sequence[Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, of its tensors: what :func:`bind` takes apart."""
+    given: dict[str, Any] = {}
+    for parameter in signature.parameters:
+        if parameter.spec is not None:
+            count = len(leaf_paths(parameter.spec))
+            given[parameter.name] = unflatten(parameter.spec, leaves[:count])
+            leaves = leaves[count:]
+    return given
 
 
 def _by_name(

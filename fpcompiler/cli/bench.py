@@ -48,6 +48,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--iterations", type=int, metavar="N", help="how many calls instead")
     parser.add_argument("--device", default="cpu", help="by default cpu")
     parser.add_argument("--strict", action="store_true", help=STRICT_HELP)
+    parser.add_argument(
+        "--trust", action="store_true", help="load the kernels for a GPU as they are in the file"
+    )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU")
     parser.add_argument(
         "--top", type=_positive, default=15, metavar="N", help="rows of the tables; by default 15"
@@ -93,20 +96,16 @@ def _run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> Profile:
     from fpcompiler import artifact as artifacts
-    from fpcompiler.runtime.devices import parse_device
-    from fpcompiler.runtime.executor import Executor
+    from fpcompiler.runtime.inputs import named
     from fpcompiler.runtime.memory import resident_bytes
-    from fpcompiler.runtime.profile import profile
-    from fpcompiler.runtime.strict import require_kernels
+    from fpcompiler.runtime.model import CompiledModel
 
     before = resident_bytes()
     artifact = artifacts.read(args.file)
-    if args.strict:
-        require_kernels(artifact.plan, artifact.tensors, parse_device(args.device))
-    executor = Executor(artifact.plan, artifact.tensors, args.device)
+    model = CompiledModel(artifact, device=args.device, strict=args.strict, trust=args.trust)
     after = resident_bytes()
-    leaves = [leaf.to(executor.device) for leaf in _leaves(artifact, args)]
-    result = profile(executor, leaves, seconds=args.seconds, iterations=args.iterations)
+    batch = named(artifact.plan.signature, _leaves(artifact, args))
+    result = model.profile(batch, seconds=args.seconds, iterations=args.iterations)
     if before is None or after is None:
         return result
     return replace(result, memory=replace(result.memory, loading=after - before))

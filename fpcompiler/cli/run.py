@@ -57,8 +57,8 @@ def _made_up_call(model: CompiledModel | OnnxModel) -> Inputs:
     """Return a call with the shapes of the recorded one, the same at each run."""
     import torch
 
+    from fpcompiler.runtime.inputs import named
     from fpcompiler.runtime.model import CompiledModel
-    from fpcompiler.tree import leaf_paths, unflatten
 
     if not isinstance(model, CompiledModel):
         raise OptionError("--random needs the recorded call of an artifact; give --inputs.")
@@ -67,13 +67,7 @@ def _made_up_call(model: CompiledModel | OnnxModel) -> Inputs:
         raise OptionError("no call was recorded in this artifact; give one with --inputs.")
     generator = torch.Generator().manual_seed(0)
     leaves = [_like(tensor, generator) for tensor in artifact.golden[0].inputs]
-    kwargs: dict[str, Any] = {}
-    for parameter in artifact.plan.signature.parameters:
-        if parameter.spec is not None:
-            count = len(leaf_paths(parameter.spec))
-            kwargs[parameter.name] = unflatten(parameter.spec, leaves[:count])
-            leaves = leaves[count:]
-    return Inputs((), kwargs)
+    return Inputs((), named(artifact.plan.signature, leaves))
 
 
 def _like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -18,7 +18,8 @@ from fpcompiler.errors import NumericsError
 from fpcompiler.runtime.cuda import capture
 from fpcompiler.runtime.cuda.capture import CudaRecorder
 from fpcompiler.runtime.cuda.graphs import GraphCache, GraphOptions
-from fpcompiler.runtime.model import CompiledModel, load
+from fpcompiler.runtime.loading import load
+from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.tree import flatten
 from tests.runtime.cuda.gpu_bundle import DECODER, PACKED
 from tests.runtime.cuda.test_on_gpu import CUDA, normal
