@@ -19,8 +19,6 @@ from torch import Tensor
 
 from fpcompiler.errors import OptionError
 
-__all__ = ["Finish", "GraphCache", "GraphOptions", "GraphRow", "Recorder", "Replay", "Run"]
-
 Run: TypeAlias = Callable[[Sequence[Tensor]], list[Any]]
 """Computes the results of a call. With the same tensors it may run any number of times."""
 
@@ -143,9 +141,9 @@ class _Entry:
         self.reason = ""
 
     def row(self) -> GraphRow:
-        size = self.replay.nbytes if self.replay else 0
+        nbytes = self.replay.nbytes if self.replay else 0
         recorded = self.replay is not None
-        return GraphRow(self.sizes, self.calls, self.replays, recorded, size, self.reason)
+        return GraphRow(self.sizes, self.calls, self.replays, recorded, nbytes, self.reason)
 
 
 @final
