@@ -23,6 +23,9 @@ _CHECKED_TOKENS: Final = 2
 _CHECKED_PROMPT: Final = 4
 """Length of that prompt; it is as long as the window of sliding attention if that is longer."""
 
+_STRIDE: Final = 997
+"""From one token of the comparison with the uncached model to the next."""
+
 _TOLERANCE: Final = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits relative to the largest; 1e-3 for other dtypes. The cached and the
 uncached computation sum in different orders."""
@@ -122,8 +125,11 @@ class CachedDecoder(nn.Module):
         prompt = max(window, _CHECKED_PROMPT) if window < self.max_seq else _CHECKED_PROMPT
         count = min(prompt + _CHECKED_TOKENS, self.max_seq)
         device = next(self.model.parameters()).device
-        tokens = torch.arange(count, device=device).remainder(7).add(1).expand(batch, count)
         positions = torch.arange(count, device=device)
+        # Tokens from all of the vocabulary: the first ones are special, and in bf16 the logits of
+        # a text of those can differ by half of the largest from one order of sums to another.
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        tokens = (positions * _STRIDE + 1).remainder(vocabulary).expand(batch, count)
         calls = [slice(0, prompt), *(slice(i, i + 1) for i in range(prompt, count))]
         with _refusing(self.model), torch.no_grad():
             expected = self.model(input_ids=tokens, use_cache=False).logits
