@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KernelSource", "BuiltKernel"]
+from fpcompiler.errors import ArtifactError
+
+__all__ = ["KernelSource", "BuiltKernel", "refusing_descriptions"]
+
+
+@contextlib.contextmanager
+def refusing_descriptions(values: object) -> Iterator[None]:
+    """Turn what goes wrong when a description from a file is read into an error for users.
+
+    Raises:
+        ArtifactError: If a key is missing, or a value is of a wrong type or no valid one.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{values!r:.300} describes no kernel of this version ({error}); compile the model "
+            "again."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class CachedDecoder(nn.Module):
         positions = torch.arange(count, device=device)
         # Tokens from all of the vocabulary: the first ones are special, and in bf16 the logits of
         # a text of those can differ by half of the largest from one order of sums to another.
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        vocabulary = int(_config(self.model).vocab_size)
         tokens = (positions * _STRIDE + 1).remainder(vocabulary).expand(batch, count)
         calls = [slice(0, prompt), *(slice(i, i + 1) for i in range(prompt, count))]
         with _refusing(self.model), torch.no_grad():

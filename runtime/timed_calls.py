@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from fpcompiler.plan import Step
 from fpcompiler.runtime.clocks import Clock, clock_of
 from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.garbage import uncollected
 from fpcompiler.runtime.kernels import kernel_of, kernels_of
 from fpcompiler.runtime.operators import Function
 from fpcompiler.runtime.program import Program
@@ -54,21 +53,9 @@ def measure_timeline(
         NumericsError: If a value to quantize is NaN or infinite.
     """
     program = executor.program(leaves)
-    with _uncollected():
+    with uncollected():
         found = program and _of_program(executor, program, leaves, seconds, most)
         return found or _of_steps(executor, leaves, seconds, most)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Thousands of marks are alive: looking through them for garbage would be time of steps."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _of_program(

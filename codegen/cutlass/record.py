@@ -8,8 +8,8 @@ from typing import Any, Final
 from fpcompiler.codegen.arch import ARCHS
 from fpcompiler.codegen.container import NATIVE
 from fpcompiler.codegen.cutlass.instance import Instance, Tile, tiles
+from fpcompiler.codegen.kernel import refusing_descriptions
 from fpcompiler.codegen.problem import Activation, BlockScale, OutputType, Rows
-from fpcompiler.errors import ArtifactError
 
 __all__ = ["describe", "parse_instance"]
 
@@ -31,13 +31,8 @@ def parse_instance(values: object) -> Instance:
     Raises:
         ArtifactError: If it is none.
     """
-    try:
+    with refusing_descriptions(values):
         return _instance(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{values!r:.300} describes no kernel of this version ({error}); compile the model "
-            "again."
-        ) from error
 
 
 def _instance(values: object) -> Instance:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
+from fpcompiler.codegen.kernel import refusing_descriptions
 from fpcompiler.codegen.problem import Activation, BlockScale, OutputType
-from fpcompiler.errors import ArtifactError
 from fpcompiler.formats import FORMATS, FloatSpec
 from fpcompiler.operand import Operand
 from fpcompiler.runtime.cuda.fragments import Mode
@@ -103,13 +103,8 @@ def parse_instance(values: object) -> PackedGemm:
     Raises:
         ArtifactError: If it is none.
     """
-    try:
+    with refusing_descriptions(values):
         return _instance(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{values!r:.300} describes no kernel of this version ({error}); compile the model "
-            "again."
-        ) from error
 
 
 def _instance(values: object) -> PackedGemm:

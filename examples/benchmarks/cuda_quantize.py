@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.benchmarks.cuda_graphs import recorded, seconds
 from fpcompiler.codegen.cuda import quantize_source
 from fpcompiler.operand import Operand
 from fpcompiler.runtime.cuda import Quantized, QuantizeLibrary, QuantizeProblem
@@ -111,27 +112,6 @@ def moved_bytes(x: Tensor, beside: Beside, out: Quantized) -> int:
         out.block_scale,
     ]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def recorded(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    for launch in launches[:3]:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    return graph
-
-
-def seconds(graph: torch.cuda.CUDAGraph, launches: int) -> float:
-    """Return the time of one launch."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1e-3 / launches
 
 
 def measure(

@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.benchmarks.cuda_graphs import Launch, recorded, seconds
 from fpcompiler.artifact.kernels import Instance
 from fpcompiler.codegen import hopper
 from fpcompiler.codegen.build import KernelCache
@@ -54,8 +55,6 @@ SIZES = ((4096, 4096), (14336, 4096), (4096, 14336), (1152, 1152))
 L2_BYTES = 300_000_000
 MOST_COPIES = 24
 REPLAYS = 2
-
-Launch = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -138,30 +137,6 @@ def calls_of(scheme: Scheme, layers: Sequence[CudaLinear], x: Tensor) -> list[La
     return [lambda layer=layer: call(layer) for layer in layers]
 
 
-def recorded(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for launch in launches[:2]:
-            launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    return graph
-
-
-def seconds(graph: torch.cuda.CUDAGraph, launches: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(REPLAYS):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1e-3 / launches / REPLAYS
-
-
 def plain_calls(x: Tensor, weights: Sequence[Tensor]) -> list[Launch]:
     return [lambda w=w: functional.linear(x, w) for w in weights]  # type: ignore[misc]
 
@@ -195,7 +170,7 @@ def measure(
         times: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(rounds):
             for name, graph in graphs.items():
-                times[name].append(seconds(graph, len(launches[name])))
+                times[name].append(seconds(graph, len(launches[name]), REPLAYS))
         medians = {name: statistics.median(row[1:]) for name, row in times.items()}
         found.append({"n": n, "k": k, "m": m, "seconds": medians})
         ratios = {name: medians["bf16"] / value for name, value in medians.items()}

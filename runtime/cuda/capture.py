@@ -8,7 +8,6 @@ that wait, and nothing is captured if there was one.
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import cache
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from fpcompiler.errors import FpcompilerError
 from fpcompiler.runtime.cuda.graphs import Run
+from fpcompiler.runtime.garbage import uncollected
 from fpcompiler.runtime.instructions import STEP_ERRORS
 
 _WAITING_TAGS: Final = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
@@ -178,7 +178,7 @@ class CudaRecorder:
         before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(self._lane.stream), _uncollected():
+            with torch.cuda.stream(self._lane.stream), uncollected():
                 inputs, results = self._capture(graph, leaves, run)
         except (FpcompilerError, *STEP_ERRORS) as error:
             self._repair()
@@ -229,15 +229,3 @@ class CudaRecorder:
             graph.capture_begin(capture_error_mode="thread_local")
             torch.zeros(1, device=self._device)
             graph.capture_end()
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """What is collected in the middle of a capture may call what must not be called there."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

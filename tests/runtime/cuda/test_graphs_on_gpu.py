@@ -24,22 +24,7 @@ from fpcompiler.tree import flatten
 from tests.runtime.cuda.gpu_bundle import DECODER, PACKED
 from tests.runtime.cuda.test_on_gpu import CUDA, normal
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def folder(request: pytest.FixtureRequest) -> Path:
-    path = Path(request.config.getoption("--gpu-bundle"))
-    if not (path / f"{DECODER}.fpc").is_file():
-        pytest.skip(f"there are no kernels in {path}: see gpu_bundle.py")
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernels are for compute capability 9.0")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FPC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_cache")]
 
 
 def opened(folder: Path, name: str, graphs: bool | GraphOptions | None = None) -> CompiledModel:

@@ -30,7 +30,7 @@ from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.runtime.trust import Gatekeeper
 from fpcompiler.tree import flatten
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_cache")]
 
 CUDA = torch.device("cuda")
 WEIGHT = Operand.parse("f4E2M1FN@row:f32")
@@ -44,21 +44,6 @@ SHAPES = ((64, 128), (77, 200), (1000, 1000), (520, 16384))
 MODELS = ("mlp-a4", "mlp-a6", "mlp-a8", "llama")
 _CHUNK = 128
 """Sums of so many products are added in fp32, unless fast sums are asked of CUTLASS."""
-
-
-@pytest.fixture(scope="module")
-def folder(request: pytest.FixtureRequest) -> Path:
-    path = Path(request.config.getoption("--gpu-bundle"))
-    if not path.is_dir():
-        pytest.skip(f"there are no kernels in {path}: see gpu_bundle.py")
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernels are for compute capability 9.0")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FPC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def kernels_of(folder: Path, output: torch.dtype) -> CudaKernels:

@@ -27,26 +27,11 @@ from fpcompiler.tree import flatten
 from tests.runtime.cuda.gpu_bundle import PACKED
 from tests.runtime.cuda.test_on_gpu import CUDA, normal, poisoned
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_cache")]
 
 ROWS = (1, 2, 8, 9, 16, 17, 31, 64, 77, 130, 300, 4096)
 SHAPES = ((16, 128), (77, 200), (1000, 1000), (520, 16384), (4096, 4096))
 MOST_PRODUCTS = 1 << 32
-
-
-@pytest.fixture(scope="module")
-def folder(request: pytest.FixtureRequest) -> Path:
-    path = Path(request.config.getoption("--gpu-bundle"))
-    if not (path / "packed-i8.fpc").is_file():
-        pytest.skip(f"there are no kernels in {path}: see gpu_bundle.py")
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernels are for compute capability 9.0")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FPC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def operands(name: str) -> tuple[Operand, Operand | None]:
