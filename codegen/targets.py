@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fpcompiler.codegen.arch import ARCHS
 from fpcompiler.errors import OptionError, TargetError
 from fpcompiler.target import TARGETS, lookup
 
-__all__ = ["split_targets"]
+__all__ = ["split_targets", "arch_for"]
 
 _DEFAULT = "cpu"
+_CUDA = "cuda"
 
 
 def split_targets(target: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
@@ -18,14 +21,15 @@ def split_targets(target: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
     Args:
         target: Names: ``"cpu"``, ``"cpu,sm_100a"``, ``["cpu", "sm_100a", "sm_120a"]``. Without one
-            that is no GPU the plan is for the CPU, so that an artifact runs everywhere.
+            that is no GPU the plan is for the CPU, so that an artifact runs everywhere. ``cuda``
+            is the GPU of this machine.
 
     Raises:
         OptionError: If a name is there twice, or there are two that a plan can be for.
-        TargetError: If there is no such target.
+        TargetError: If there is no such target, or for ``cuda`` no GPU that kernels are for.
     """
     given = target.split(",") if isinstance(target, str) else list(target)
-    names = [name.strip() for name in given]
+    names = [_named(name.strip()) for name in given]
     if not names or len({*names}) != len(names):
         raise OptionError(
             f"target={target!r} must name targets, each once; see fpcompiler targets."
@@ -39,6 +43,37 @@ def split_targets(target: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
             f"target={target!r}: a plan is for one of {', '.join(plain)}; GPUs may be beside it."
         )
     return (plain or [_DEFAULT])[0], tuple(name for name in names if name in ARCHS)
+
+
+def arch_for(capability: tuple[int, int]) -> str:
+    """Return the architecture for a GPU; of several, the one for the fewest other GPUs.
+
+    Args:
+        capability: Its compute capability, such as ``(9, 0)``.
+
+    Raises:
+        TargetError: If there are no kernels for it; the message says which GPUs have some.
+    """
+    found = [arch for arch in ARCHS.values() if capability in arch.capabilities]
+    if found:
+        return min(found, key=lambda arch: len(arch.capabilities)).name
+    known = sorted({each for arch in ARCHS.values() for each in arch.capabilities})
+    raise TargetError(
+        f"The GPU of this machine has compute capability {capability[0]}.{capability[1]}, and "
+        f"there are kernels for {', '.join(f'{a}.{b}' for a, b in known)} only. Compile for the "
+        "target reference: it runs on every GPU of torch."
+    )
+
+
+def _named(name: str) -> str:
+    if name != _CUDA:
+        return name
+    if not torch.cuda.is_available():
+        raise TargetError(
+            "The target 'cuda' is the GPU of this machine, and torch finds none here. Name the GPU "
+            "that the model is for: sm_90a (H100, H200), sm_100a (B200), sm_120a (RTX 50)."
+        )
+    return arch_for(torch.cuda.get_device_capability())
 
 
 def _refuse(name: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fpcompiler.cli.command import OK, STRICT_HELP, Command
+from fpcompiler.cli.command import OK, STRICT_HELP, TRUST_HELP, Command
 from fpcompiler.cli.output import print_json, print_rich, progress
 from fpcompiler.cli.tensors import read_inputs
 from fpcompiler.errors import OptionError
@@ -48,9 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--iterations", type=int, metavar="N", help="how many calls instead")
     parser.add_argument("--device", default="cpu", help="by default cpu")
     parser.add_argument("--strict", action="store_true", help=STRICT_HELP)
-    parser.add_argument(
-        "--trust", action="store_true", help="load the kernels for a GPU as they are in the file"
-    )
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU")
     parser.add_argument(
         "--top", type=_positive, default=15, metavar="N", help="rows of the tables; by default 15"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Command", "OK", "FAILED", "STRICT_HELP"]
+__all__ = ["Command", "OK", "FAILED", "STRICT_HELP", "TRUST_HELP"]
 
 OK: Final = 0
 """Exit code of a command that did what was asked."""
@@ -15,6 +15,7 @@ FAILED: Final = 1
 """Exit code after an error, and of a verification that failed. A wrong call exits with 2."""
 
 STRICT_HELP: Final = "fail if layers would run without the kernels of their target"
+TRUST_HELP: Final = "load the kernels for a GPU as they are in the file"
 """Help of ``--strict``."""
 
 

@@ -49,7 +49,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         default="cpu",
-        help="what it runs on, with commas: cpu,sm_100a (see fpcompiler targets); by default cpu",
+        help="what it runs on, with commas: cpu,sm_100a (see fpcompiler targets); cuda is the GPU "
+        "of this machine; by default cpu",
     )
     parser.add_argument("--dump-dir", metavar="DIR", help="write the program after each pass there")
     parser.add_argument(

@@ -17,22 +17,26 @@ SUFFIXES = (".fpc", ".onnx")
 FILE_HELP = "an artifact, or an ONNX file of `fpcompiler export`"
 
 
-def load_file(file: str, device: str = "cpu", strict: bool = False) -> CompiledModel | OnnxModel:
+def load_file(
+    file: str, device: str = "cpu", strict: bool = False, trust: bool = False
+) -> CompiledModel | OnnxModel:
     """Return the model of a file: an artifact, or an ONNX file on onnxruntime.
 
     Args:
         file: Its path; that of an ONNX file ends with ``.onnx``.
         device: Where to run.
         strict: As for an artifact.
+        trust: As for an artifact.
 
     Raises:
-        OptionError: If strict is asked of an ONNX file.
+        OptionError: If one of these is asked of an ONNX file.
         FpcompilerError: As :func:`fpcompiler.load` does.
     """
     from fpcompiler.runtime.loading import load
 
     if not file.endswith(".onnx"):
-        return load(file, device, strict=strict)
-    if strict:
-        raise OptionError(f"--strict is about kernels of an artifact; {file} is an ONNX file.")
+        return load(file, device, strict=strict, trust=trust)
+    if strict or trust:
+        flag = "--strict" if strict else "--trust"
+        raise OptionError(f"{flag} is about kernels of an artifact; {file} is an ONNX file.")
     return load(file, device, backend="onnxruntime")

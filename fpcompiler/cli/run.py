@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, Final
 
-from fpcompiler.cli.command import OK, STRICT_HELP, Command
+from fpcompiler.cli.command import OK, STRICT_HELP, TRUST_HELP, Command
 from fpcompiler.cli.model import FILE_HELP, load_file
 from fpcompiler.cli.output import print_json, print_table, progress
 from fpcompiler.cli.tensors import Inputs, file_kind, named_tensors, read_inputs, write_tensors
@@ -32,6 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="the results as .safetensors or .npz")
     parser.add_argument("--device", default="cpu", help="by default cpu")
     parser.add_argument("--strict", action="store_true", help=STRICT_HELP)
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -39,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.output:
         file_kind(args.output)  # Before the work, not after it.
     with progress("running"):
-        compiled = load_file(args.file, args.device, args.strict)
+        compiled = load_file(args.file, args.device, args.strict, args.trust)
         inputs = read_inputs(args.inputs) if args.inputs else _made_up_call(compiled)
         inputs = inputs.to(compiled.device)
         result = compiled(*inputs.args, **inputs.kwargs)

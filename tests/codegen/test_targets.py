@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from fpcompiler.codegen.targets import split_targets
+from fpcompiler.codegen.targets import arch_for, split_targets
 from fpcompiler.errors import OptionError, TargetError
 
 
@@ -35,3 +36,25 @@ def test_an_unknown_one_is_named_with_what_there_is() -> None:
     with pytest.raises(TargetError, match=r"sm_101a.*Did you mean sm_120a") as caught:
         split_targets("cpu,sm_101a")
     assert "sm_121a" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a"), ((12, 1), "sm_121a")],
+)
+def test_cuda_is_the_gpu_of_this_machine(monkeypatch, capability, name) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert arch_for(capability) == name
+    assert split_targets("cuda") == ("cpu", (name,))
+    assert split_targets(["reference", "cuda"]) == ("reference", (name,))
+
+
+def test_cuda_without_a_gpu_that_kernels_are_for(monkeypatch) -> None:
+    with pytest.raises(
+        TargetError, match=r"8\.0, and there are kernels for 9\.0, 10\.0.*reference"
+    ):
+        arch_for((8, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TargetError, match=r"torch finds none here\. Name the GPU .*sm_90a"):
+        split_targets("cpu,cuda")
