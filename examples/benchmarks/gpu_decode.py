@@ -125,9 +125,11 @@ def measure(
     found: dict[str, dict[str, Any]] = {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runtimes}
     for name, runtime in [*runtimes.items()]:
+        begin = time.perf_counter()
         try:
             for _ in range(2):  # compiles, records
                 runtime.generate(prompt, count)
+            print(f"{name} is ready after {time.perf_counter() - begin:.0f} s", flush=True)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             print(f"{name} is left out: {str(error).splitlines()[:1]}", flush=True)
             found[name] = {"error": str(error)[:500]}
@@ -154,6 +156,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens that are generated")
     parser.add_argument("--rounds", type=int, default=7, help="texts of each runtime")
     parser.add_argument("--mode", default="max-autotune", help="of torch.compile")
+    parser.add_argument(
+        "--leave-out",
+        nargs="+",
+        default=[],
+        metavar="RUNTIME",
+        help="such as torch-compile-bf16, which tunes 30 layers for more than 100 s",
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -169,6 +178,7 @@ def main() -> None:
         print("transformers is left out: not installed, or the model is not like Llama")
     else:
         runtimes.update(of_transformers(fields, batch, options.mode))
+    runtimes = {name: row for name, row in runtimes.items() if name not in options.leave_out}
     room = min((artifact.tensors[key].shape[2] for key in artifact.plan.state.values()), default=0)
     if options.prompt + options.tokens > room:
         raise SystemExit(f"The cache has {room} positions: choose fewer --prompt and --tokens.")
