@@ -10,7 +10,7 @@ bool plan_few(FewParameters& p, const FpcGemmArguments& a, int sms, int& blocks,
     constexpr int kTokens = 8 * kTiles;
     const int tiles = (a.n + 15) / 16;
     p.units = a.k / kUnitK;
-    if (a.m > kTokens || p.units % kCluster) return false;
+    if (a.m > kTokens || p.units % kCluster || sms < kCluster) return false;
     blocks = sms / kCluster < tiles ? sms / kCluster : tiles;
     // Sums of all tiles of a block are kept: many rows take several blocks one after another.
     while ((tiles + blocks - 1) / blocks > kMostTiles) blocks += sms / kCluster;
@@ -37,7 +37,8 @@ bool launch_few(const FpcGemmArguments& a, int sms, int32_t& status) {
     p.d = a.d, p.m = a.m, p.n = a.n, p.k = a.k;
     const auto kernel = gemm_few<P, kTiles, kCluster>;
     status = FPC_LAUNCH;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return true;
+    // Always the same number: threads that launch it with others would undo each other's.
+    if (allow_shared(kernel, kSharedBytes)) return true;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;

@@ -94,12 +94,15 @@ int token_tiles(const FpcGemmArguments& a) {
     return (a.m + T::kTokens - 1) / T::kTokens;
 }
 
+// Let blocks of a kernel have so many bytes, on the current device. A thread that did nothing with
+// CUDA before has the context of the device from then on.
+template <class Kernel>
+cudaError_t allow_shared(Kernel kernel, int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 template <class P, class T>
 int32_t start_many(const ManyParameters& p, int clusters, void* stream) {
-    constexpr int kBytes = ManyLayout<P, T>::kBytes;
-    const auto kernel = gemm_many<P, T>;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes))
-        return FPC_LAUNCH;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -109,11 +112,11 @@ int32_t start_many(const ManyParameters& p, int clusters, void* stream) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3((unsigned)(clusters * T::kSplit));
     config.blockDim = dim3(T::kThreads);
-    config.dynamicSmemBytes = kBytes;
+    config.dynamicSmemBytes = ManyLayout<P, T>::kBytes;
     config.stream = (cudaStream_t)stream;
     config.attrs = attributes;
     config.numAttrs = T::kSplit > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, kernel, p) ? FPC_LAUNCH : FPC_OK;
+    return cudaLaunchKernelEx(&config, gemm_many<P, T>, p) ? FPC_LAUNCH : FPC_OK;
 }
 
 // Launch with tiles T; `a` was not refused.
@@ -123,6 +126,8 @@ int32_t launch_tiles(const FpcGemmArguments& a, int sms) {
     // Zeros behind the last token would cost more time than tokens. Whatever is in their place in
     // shared memory gets into sums that are not stored.
     p.tokens = a.m < T::kTokens ? a.m : T::kTokens;
+    // Before the maps: the driver encodes them in the context of the thread only.
+    if (allow_shared(gemm_many<P, T>, ManyLayout<P, T>::kBytes)) return FPC_LAUNCH;
     if (!encode_maps<P, T>(p, a)) return FPC_INITIALIZE;
     p.token_scale = a.token_scale, p.row_scale = a.row_scale, p.bias = a.bias;
     p.scalar_a = a.scalar_a, p.scalar_b = a.scalar_b, p.alpha = a.alpha;
