@@ -230,6 +230,11 @@ def _takes_cutlass(layer: LayerScheme, arch_name: str) -> bool:
 
 def _packed(gemm: Gemm, machine: Arch) -> hopper.PackedGemm | None:
     """Return the kernels that keep the weights of a layer in four bits, if there are some."""
+    found = _packed_of_any_length(gemm, machine)
+    return found if gemm.k <= hopper.MOST_K else None
+
+
+def _packed_of_any_length(gemm: Gemm, machine: Arch) -> hopper.PackedGemm | None:
     return packed_gemm(gemm.weight, gemm.activation, machine.name, gemm.output, gemm.function)
 
 
@@ -241,6 +246,11 @@ def _problems(gemm: Gemm, machine: Arch) -> dict[Rows, GemmProblem] | str:
             f"{describe_layer(gemm.layer)}: its kernel on {machine.name} multiplies activations "
             f"that are not quantized in bf16, and this model has {gemm.output.value}. Convert it "
             "to bfloat16 before it is compiled."
+        )
+    if gemm.k > hopper.MOST_K and _packed_of_any_length(gemm, machine) is not None:
+        return (
+            f"{describe_layer(gemm.layer)}: a row of its weights has {gemm.k} numbers, and kernels "
+            f"of packed weights take up to {hopper.MOST_K}."
         )
     epilogue = Epilogue(bias=gemm.bias, activation=gemm.function)
     try:

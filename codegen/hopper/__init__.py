@@ -4,6 +4,12 @@
 """
 
 from fpcompiler.codegen.hopper.emit import emit
-from fpcompiler.codegen.hopper.instance import PackedGemm, describe, packed_gemm, parse_instance
+from fpcompiler.codegen.hopper.instance import (
+    MOST_K,
+    PackedGemm,
+    describe,
+    packed_gemm,
+    parse_instance,
+)
 
-__all__ = ["PackedGemm", "packed_gemm", "describe", "parse_instance", "emit"]
+__all__ = ["PackedGemm", "packed_gemm", "describe", "parse_instance", "emit", "MOST_K"]

@@ -12,9 +12,11 @@ from fpcompiler.operand import Operand
 from fpcompiler.runtime.cuda.fragments import Mode
 from fpcompiler.runtime.cuda.stored import integer_shift, why_not
 
-__all__ = ["PackedGemm", "packed_gemm", "describe", "parse_instance"]
+__all__ = ["PackedGemm", "packed_gemm", "describe", "parse_instance", "MOST_K"]
 
 ARCH: Final = "sm_90a"
+MOST_K: Final = 1 << 16
+"""The longest row that kernels take: ``kLongest`` of launch_many.h."""
 _E2M1: Final = "f4E2M1FN"
 _MOST_INTEGER: Final = 63
 """The largest magnitude of a weight that kernels hold in a byte beside an offset as large."""

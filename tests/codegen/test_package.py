@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def test_layers_share_kernels_and_a_reason_is_kept() -> None:
     assert len(plan.instances) == 2
     assert "there is no FP4 kernel" in str(plan.layers["gate"])
     assert "16 bits" in str(plan.layers["gate"])
+
+
+def test_rows_longer_than_packed_kernels_take_have_a_reason() -> None:
+    artifact = compiled("nvfp4", torch.bfloat16).artifact
+    up = gemms_of(artifact.plan, artifact.tensors)[0]
+    fits, longer = (replace(up, layer=str(k), k=k) for k in (1 << 16, (1 << 16) + 16))
+    plan = plan_kernels((fits, longer), "sm_90a")
+    assert not isinstance(plan.layers["65536"], str)
+    assert "65552 numbers, and kernels of packed weights take up to 65536" in str(
+        plan.layers["65552"]
+    )
+    assert not isinstance(plan_kernels((longer,), "sm_100a").layers["65552"], str)
 
 
 def test_an_artifact_carries_kernels_for_several_targets(fake, tmp_path, capsys) -> None:
