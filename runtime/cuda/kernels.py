@@ -92,6 +92,7 @@ class CudaKernels:
         """
         result = list(functions)
         layers = self._layers(plan, constants)
+        _settle(self.machine.device)
         found = shared_quantizers(plan, {i: linear.kind for i, linear in layers.items()})
         status = torch.zeros(len(found), dtype=torch.int32, device=self.machine.device)
         for index, linear in layers.items():
@@ -183,6 +184,16 @@ def open_target(
     gemms = {i.name: Gemm.of(i, open_library(admit(i))) for i in by_role.get("gemm", [])}
     quantizers = QuantizeKernels.of([admit(i) for i in by_role.get("quantize", [])])
     return CudaKernels(target, gemms, quantizers, machine)
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until weights are where kernels read them.
+
+    Kernels load weights before they wait for the work in front of them (programmatic dependent
+    launch), and calls may be on another stream than the one on which weights were packed.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _check_of(status: Tensor, steps: Sequence[Step]) -> Check:

@@ -255,6 +255,30 @@ def test_packed_weights_in_fp8_take_no_scales_of_blocks() -> None:
         )
 
 
+def test_packed_weights_are_there_before_the_first_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels read them early, and perhaps on another stream."""
+    order: list[str] = []
+    gpu = torch.device("cuda", 1)
+
+    def layers(*_: object) -> dict[int, CudaLinear]:
+        order.append("packed")
+        return {}
+
+    def zeros(*_: object, **__: object) -> Tensor:
+        return torch.empty(0, device="meta")
+
+    artifact = artifact_of(ROW, "f6E2M3FN@token:f32")
+    kernels = Kernels(tmp_path, ROW, "f6E2M3FN@token:f32", "sm_90a").open("up")
+    monkeypatch.setattr(CudaKernels, "_layers", layers)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(str(device)))
+    for device in (kernels.machine.device, gpu):
+        replace(kernels, machine=Machine(device, 1)).bind(artifact.plan, (), {})
+    assert order == ["packed", "packed", "cuda:1"]
+
+
 def test_a_layer_needs_a_gemm_and_quantized_inputs(tmp_path: Path) -> None:
     kernels = Kernels(tmp_path, ROW, "f6E2M3FN@token:f32", "sm_90a")
     loaded = kernels.open("up")
