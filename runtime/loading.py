@@ -84,10 +84,16 @@ def load(
         TargetError: If the file has kernels, but none for this GPU; the message lists them. Or if
             strict, and layers would run without the kernels of their target.
         OptionError: If others can write to the folder of compiled kernels (``FPC_CACHE``), graphs
-            are asked for on a device that has none, or there is no such backend.
+            are asked for on a device that has none, there is no such backend, or it has no such
+            option.
         DependencyError: If the backend is not installed.
     """
     if backend == ONNXRUNTIME:
+        if strict or trust or not kernels or graphs is not None:
+            raise OptionError(
+                "strict, trust, kernels and graphs are for kernels of an artifact, of which an "
+                "ONNX file has none. Leave them out."
+            )
         from fpcompiler.runtime.onnx_model import load_onnx
 
         return load_onnx(path, device)

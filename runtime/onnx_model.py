@@ -237,6 +237,11 @@ class OnnxModel:
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             return self._runtime.InferenceSession(self._path, options, providers=[provider])
+        except self._runtime.capi.onnxruntime_pybind11_state.InvalidProtobuf as error:
+            raise ArtifactError(
+                f"{self._path} is no whole ONNX file: {_first_line(error)}. Write it with "
+                "`fpcompiler export`; an artifact is loaded without a backend."
+            ) from error
         except _errors(self._runtime) as error:
             raise ArtifactError(
                 f"onnxruntime cannot run {self._path}: {_first_line(error)}. It has no kernels for "

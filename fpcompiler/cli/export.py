@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli.command import OK, Command
 from fpcompiler.cli.output import print_json, print_table, progress
+from fpcompiler.errors import OptionError
 from fpcompiler.interop.formats import EXPORT_FORMATS
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def _run(args: argparse.Namespace) -> int:
     from fpcompiler.interop.formats import export
 
     options = {name: getattr(args, name) for name in _FLAGS}
+    source, target = Path(args.file), Path(args.output)
+    if source.exists() and target.exists() and target.samefile(source):
+        raise OptionError(f"{args.output} is the artifact itself; give another name with -o.")
     with progress(f"exporting to {args.format}"):
         exported = export(artifacts.read(args.file), args.output, args.format, **options)
     facts = _facts(exported)
@@ -69,7 +73,7 @@ def _text(value: object) -> str:
 
 def _example() -> str:
     lines = [
-        f"  fpcompiler export model.fpc --format {row.name} --output model{_suffix(row.name)}"
+        f"  fpcompiler export model.fpc --format {row.name} --output model{_rest(row.name)}"
         for row in EXPORT_FORMATS.values()
     ]
     width = max(len(row.name) for row in EXPORT_FORMATS.values())
@@ -77,13 +81,14 @@ def _example() -> str:
     return "\n".join([*lines, "", "formats:", *formats])
 
 
-def _suffix(name: str) -> str:
-    return {"onnx-standard": ".onnx", "onnx-portable": ".onnx", "pt2": ".pt2"}.get(name, "")
+def _rest(name: str) -> str:
+    suffixes = {"onnx-standard": ".onnx", "onnx-portable": ".onnx", "pt2": ".pt2"}
+    return suffixes.get(name, " --model ./original")
 
 
 COMMAND: Final = Command(
     "export",
-    "write an artifact in the format of another tool: ONNX, .pt2",
+    "write an artifact in the format of another tool: ONNX, .pt2, compressed-tensors",
     _example(),
     _add_arguments,
     _run,

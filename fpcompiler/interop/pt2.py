@@ -9,16 +9,17 @@ need these operators in C++ (``TORCH_LIBRARY``); it packages no such archive.
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, BinaryIO, Final, final
 
 import torch
 from torch import Tensor, nn
 
 from fpcompiler.artifact import Artifact
-from fpcompiler.errors import ExportError
 from fpcompiler.interop.formats import Exported
+from fpcompiler.interop.output import new_files
 from fpcompiler.interop.program import Sizes, quiet, register_tensors, run_steps, trace
 from fpcompiler.runtime import operators
 from fpcompiler.tree import NONE, Spec, flatten, leaf_count, unflatten
@@ -39,21 +40,48 @@ def write(artifact: Artifact, path: Path) -> Exported:
     """
     module = PlanModule(artifact)
     sizes = Sizes(artifact.plan)
-    program = trace(module, module.arguments(sizes.tensors), module.arguments(sizes.dims))
-    try:
-        with quiet():
-            torch.export.save(program, path)
-    except OSError as error:
-        raise ExportError(
-            f"{path} could not be written: {error.strerror or error}. Choose a folder that exists, "
-            "is writable and has room."
-        ) from error
+    with new_files(path) as folder:  # Before the work: it says where a file cannot be written.
+        program = trace(module, module.arguments(sizes.tensors), module.arguments(sizes.dims))
+        with (folder / path.name).open("wb", buffering=0) as raw, quiet():
+            file = _Sink(raw)
+            torch.export.save(program, file)  # type: ignore[arg-type]  # Any io object will do.
+        if file.error is not None:
+            raise file.error
     names = [parameter.name for parameter in module.taken]
     facts = {
         "arguments": ", ".join(names),
         "load": "import fpcompiler.runtime.ops; torch.export.load(path).module()",
     }
     return Exported((path,), facts)
+
+
+@final
+class _Sink(io.RawIOBase):
+    """A file for torch's writer, whose destructor ends the process if a write of it fails.
+
+    Args:
+        file: The file. After the first error nothing more is written to it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+        """Take all bytes, and note the error if they cannot be written."""
+        view = memoryview(data).cast("B")
+        size = done = len(view)
+        try:
+            done = 0 if self.error is None else size
+            while done < size:
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.error = error
+        return size
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Set the position, as torch does when all is written."""
+        return self._file.seek(offset, whence)
 
 
 @final

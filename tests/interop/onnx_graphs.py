@@ -47,6 +47,27 @@ def quantizer(
     )
 
 
+def quantizer_within(operand: Operand, outer: float, k: int, style: Style) -> ir.Model:
+    """Return a model from ``[n, 3, k]`` to values, codes and scales within one of the tensor."""
+    sizes = ir.Shape(["n", 3, k])
+    x = ir.val("x", ir.DataType.FLOAT, sizes)
+    scale = ir.val("outer", const_value=ir.tensor(np.array([outer], np.float32), name="outer"))
+    attributes = {"operand": str(operand), "layer": "a.layer"}
+    node = ir.node("QuantizeWithin", [x, scale], attributes, domain="fpc", num_outputs=2)
+    codes, blocks = node.outputs
+    for value, name, shape in ((codes, "codes", sizes), (blocks, "blocks", None)):
+        value.name, value.type, value.shape = name, CODES, shape
+    blocks.shape = ir.Shape(["n", 3, -(-k // operand.block.block)])
+    back = ir.node("Dequantize", [codes, scale, blocks], attributes, domain="fpc", num_outputs=1)
+    y = back.outputs[0]
+    y.name, y.shape, y.type = "y", sizes, VALUES
+    nodes, opsets = [node, back], {"": 18, "fpc": 1}
+    results = [y, codes, blocks]
+    return finished(
+        ir.Graph([x], results, nodes=nodes, initializers=[scale], opset_imports=opsets), style
+    )
+
+
 def finished(graph: ir.Graph, style: Style) -> ir.Model:
     """Return the model of a graph whose symbols are lowered."""
     graph.name = "test"

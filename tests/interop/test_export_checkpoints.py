@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 import fpcompiler
 from fpcompiler.errors import CheckpointError, ExportError, OptionError, PassError
+from fpcompiler.interop.checkpoints import files
 from fpcompiler.interop.checkpoints.layers import stored_layers
 from fpcompiler.interop.checkpoints.reading import RECORD, read_checkpoint
 from fpcompiler.runtime.model import CompiledModel
@@ -258,6 +260,25 @@ def test_another_model_is_refused(compiled: Compiled, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--model FOLDER"):
         compiled("mxfp4").export(tmp_path / "folder", "compressed-tensors")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_server_of_another_user_can_read_what_it_can_read_of_the_config(
+    compiled: Compiled, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    compiled("mxfp4").export(folder, "compressed-tensors", model=BASE)
+    modes = {(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
+
+
+def test_a_full_disk_leaves_nothing(compiled: Compiled, tmp_path: Path, monkeypatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(ExportError, match="folder could not be written: I/O error: No space left"):
+        compiled("mxfp4").export(tmp_path / "folder", "compressed-tensors", model=BASE)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_nothing_is_written_over(compiled: Compiled, tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def test_the_command_says_what_is_wrong(tiny, tmp_path, capsys) -> None:
     tiny.save(artifact)
     assert main(["export", artifact, "--format", "onnx", "-o", "x"]) == 1
     assert "there is no export format 'onnx'" in capsys.readouterr().err
+    assert main(["export", artifact, "--format", "pt2", "-o", artifact]) == 1
+    assert "model.fpc is the artifact itself" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "none.onnx"), "--random"]) == 1
     assert "there is no file" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "none.onnx"), "--random", "--strict"]) == 1

@@ -8,9 +8,9 @@ import torch
 
 from fpcompiler.interop.onnx.portable import Portable
 from fpcompiler.interop.onnx.standard import Standard
-from fpcompiler.numerics import dequantize, quantize
+from fpcompiler.numerics import dequantize, quantize, quantize_within
 from fpcompiler.operand import Operand
-from tests.interop.onnx_graphs import on_onnxruntime, on_reference, quantizer
+from tests.interop.onnx_graphs import on_onnxruntime, on_reference, quantizer, quantizer_within
 
 OPERANDS = [
     "f6E2M3FN@block32:f8E8M0FNU",
@@ -69,3 +69,26 @@ def test_the_standard_style_gives_the_same_values(text: str) -> None:
     expected = dequantize(*quantize(x, operand), operand)
     model = quantizer(operand, ["n", 3, 64], Standard(28), codes=False)
     np.testing.assert_array_equal(on_reference(model, x)[0], expected.numpy())
+
+
+@pytest.mark.parametrize("outer", [2.0**-9, 0.003, 40.0])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f4E2M1FN@tensor:f32/block16:f8E4M3FN",
+        "f4E2M1FN@tensor:f32/block16:f8E4M3FN:mse",
+    ],
+)
+def test_a_scale_of_the_tensor_may_be_given(text: str, outer: float) -> None:
+    operand, x = Operand.parse(text), values(40)
+    given = torch.tensor([outer])
+    codes, blocks = quantize_within(x, given, operand)
+    expected = dequantize(codes, (given.reshape(1, 1, 1), blocks), operand)
+    model = quantizer_within(operand, outer, 40, Portable())
+    found, its_codes, its_blocks = on_onnxruntime(model, x)
+    np.testing.assert_array_equal(found, expected.numpy())
+    np.testing.assert_array_equal(its_blocks, blocks.numpy())
+    np.testing.assert_array_equal(its_codes, torch.where(codes & 7 == 0, 0, codes).numpy())
+    model = quantizer_within(operand, outer, 40, Standard(28))
+    with np.errstate(over="ignore"):  # Blocks beyond what the scale reaches saturate.
+        np.testing.assert_array_equal(on_reference(model, x)[0], expected.numpy())

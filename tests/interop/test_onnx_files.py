@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 from pathlib import Path
 
@@ -135,6 +136,8 @@ def test_the_highest_opset_can_be_given(tiny, tmp_path) -> None:
     facts = tiny.export(file, "onnx-standard", opset=24).facts
     assert (facts["opset"], facts["quantized_weights"]) == (24, {"FLOAT4E2M1": 1})
     np.testing.assert_array_equal(evaluated(file, x)[0], tiny(x).numpy())
+    with pytest.raises(OptionError, match="opset must be a number, such as 24, not str"):
+        tiny.export(file, "onnx-standard", opset="24")
     with pytest.raises(OptionError, match="opset=29: it is one from 18 to 28"):
         tiny.export(file, "onnx-standard", opset=29)
 
@@ -156,6 +159,31 @@ def test_above_two_gigabytes_constants_always_do(tiny, tmp_path, monkeypatch) ->
     monkeypatch.setattr(write, "_INLINE_LIMIT", 1000)
     written = tiny.export(tmp_path / "model.onnx", "onnx-portable")
     assert "model.onnx.data" in [f.name for f in written.files]
+
+
+def test_recorded_calls_of_a_file_that_was_here_before_go(tiny, tmp_path) -> None:
+    file = tmp_path / "model.onnx"
+    tiny.export(file, "onnx-portable")
+    silent = CompiledModel(dataclasses.replace(tiny.artifact, golden=()))
+    assert silent.export(file, "onnx-portable").files == (file,)
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_static_scales_of_inputs_are_constants(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(64, 48).eval(), torch.randn(3, 64)
+    compiled = fpcompiler.compile(
+        model, "nvfp4", example_inputs=(x,), static_inputs=True, calibration=[x],
+        target="reference",
+    )  # fmt: skip
+    assert "fpc.quantize_within" in [step.op for step in compiled.artifact.plan.steps]
+    for style in ("portable", "standard"):
+        file = tmp_path / f"{style}.onnx"
+        compiled.export(file, f"onnx-{style}")
+        # A call beyond the calibration data saturates, so that a scale of its own would show.
+        for scale in (0.1, 1.0, 50.0):
+            found = evaluated(file, x * scale)[0]
+            np.testing.assert_allclose(found, compiled(x * scale).numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_an_operator_without_a_form_is_refused_by_layer(tmp_path) -> None:
@@ -188,9 +216,18 @@ def test_a_missing_package_is_named_with_the_extra(tiny, tmp_path, monkeypatch) 
     )
 
 
-def test_a_folder_that_is_missing_is_named(tiny, tmp_path) -> None:
+@pytest.mark.parametrize("format", ["onnx-portable", "pt2"])
+def test_where_no_file_can_be_written_nothing_is(tiny, tmp_path, format) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="could not be written: No such file or directory"):
-        tiny.export(tmp_path / "none" / "model.onnx", "onnx-portable")
+        tiny.export(tmp_path / "none" / "model", format)
+    with pytest.raises(ExportError, match="folder is a folder; give the name of a file"):
+        tiny.export(tmp_path / "folder", format)
+    with pytest.raises(ExportError, match="could not be written: Not a directory"):
+        tiny.export(tmp_path / "file" / "model", format)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert not [*(tmp_path / "folder").iterdir()]
 
 
 def test_a_file_of_another_program_has_no_weights_of_ours(tmp_path) -> None:

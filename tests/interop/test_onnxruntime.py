@@ -204,6 +204,11 @@ def test_files_of_others_are_refused(tmp_path, portable) -> None:
         fpcompiler.load(tmp_path / "none.onnx", backend="onnxruntime")
     with pytest.raises(OptionError, match="there is no backend 'tensorrt'"):
         fpcompiler.load(portable, backend="tensorrt")
+    with pytest.raises(OptionError, match="strict, trust, kernels and graphs are for kernels"):
+        fpcompiler.load(portable, backend="onnxruntime", strict=True)
+    file.write_bytes(b"PK no protobuf")
+    with pytest.raises(ArtifactError, match="is no whole ONNX file"):
+        fpcompiler.load(file, backend="onnxruntime")
 
 
 @pytest.mark.parametrize(

@@ -102,3 +102,29 @@ def test_a_size_that_torch_has_no_words_for_is_refused(tmp_path) -> None:
     with pytest.raises(ExportError, match=r"the input 'x' has the size s0\*s1, and torch"):
         model.export(tmp_path / "m.pt2", "pt2")
     assert not (tmp_path / "m.pt2").exists()
+
+
+FULL = """
+import resource, sys
+import fpcompiler
+from fpcompiler.errors import ExportError
+model = fpcompiler.load(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    model.export(sys.argv[2], "pt2")
+except ExportError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(compiled, tmp_path) -> None:
+    compiled.save(tmp_path / "model.fpc")
+    (tmp_path / "out").mkdir()
+    arguments = [tmp_path / "model.fpc", tmp_path / "out" / "model.pt2"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "model.pt2 could not be written: File too large" in done.stderr
+    assert not [*(tmp_path / "out").iterdir()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fpcompiler.artifact import Artifact, package_versions
@@ -271,7 +272,8 @@ def _new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         temporary.replace(path)
-    except OSError as error:
-        raise ExportError(f"{path} could not be written: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise ExportError(f"{path} could not be written: {cause}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

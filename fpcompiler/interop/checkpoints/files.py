@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class Tensors:
         self._handles: dict[str, Any] = {}
         self._files: dict[str, str] = {}
         self.kinds: dict[str, Kind] = {}
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: there is no such folder.")
         index = _read_index(folder)
         names = sorted({*index.values()}) if index else [SINGLE]
         for name in names:
@@ -149,7 +152,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> list[P
     """Write tensors to one file, or to several with an index; return the files.
 
     Args:
-        folder: Where to.
+        folder: Where to. Its config is there already: these files can be read by whom it can.
         tensors: Names and values, made one at a time; what fills a file is held in memory.
     """
     shards: list[dict[str, str]] = []
@@ -175,6 +178,8 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[
         tensors[key] = tensor.clone() if place in seen else tensor
         seen.add(tensors[key].untyped_storage().data_ptr())
     save_file(tensors, folder / name, metadata={"format": "pt"})
+    # safetensors makes files that their owner alone can read; servers run as other users.
+    shutil.copymode(folder / CONFIG, folder / name)
     return dict.fromkeys(tensors, name)
 
 

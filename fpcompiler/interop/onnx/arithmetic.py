@@ -81,10 +81,21 @@ def group(b: Builder, x: ir.Value, operand: Operand, rank: int, k: int | None) -
     return Grouped(x, b.split_blocks(x, rank, k, operand.block.block), rank, k)
 
 
-def quantize(b: Builder, values: Grouped, operand: Operand) -> Rounded:
-    """Return elements and scales, as :func:`fpcompiler.numerics.quantize` finds them."""
+def quantize(
+    b: Builder, values: Grouped, operand: Operand, outer: ir.Value | None = None
+) -> Rounded:
+    """Return elements and scales, as :func:`fpcompiler.numerics.quantize` finds them.
+
+    Args:
+        b: Where operations are put.
+        values: The values.
+        operand: What they become.
+        outer: A scale of the tensor that is given, with as many axes as the values, as for
+            :func:`fpcompiler.numerics.quantize_within`; else it is found too.
+    """
     magnitude = b.op("Abs", values.blocks)
-    outer = _outer(b, magnitude, operand)
+    if outer is None:
+        outer = _outer(b, magnitude, operand)
     level = operand.block
     if level is None:
         y = values.x if outer is None else b.op("Div", values.x, outer)

@@ -1,4 +1,4 @@
-"""The four symbols become operations of ONNX, in a style."""
+"""The symbols become operations of ONNX, in a style."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ class _Lowering:
         self.known: dict[ir.Value, _Known] = {}
         self.handlers = {
             "Quantize": self._quantize,
+            "QuantizeWithin": self._quantize,
             "Encode": self._encode,
             "Dequantize": self._dequantize,
             "Weight": self._weight,
@@ -114,14 +115,17 @@ class _Lowering:
                 _adopt(old, new)
 
     def _quantize(self, b: Builder, node: ir.Node, operand: Operand) -> list[ir.Value | None]:
-        x = _only(node.inputs[0])
+        x, *given = map(_only, node.inputs)
         rank, k = last_size(x, b.layer)
         values = group(b, x, operand, rank, k)
-        rounded = quantize(b, values, operand)
+        outer = b.op("Reshape", given[0], b.integers([1] * rank)) if given else None
+        rounded = quantize(b, values, operand, outer)
         inner = self.style.activation(b, values, rounded, operand)
         results = self._stored(b, node, values, rounded, operand)
+        if given:
+            results.pop(1)  # The symbol has no result for what it was given.
         named = tuple(new or old for old, new in zip(node.outputs, results, strict=True))
-        self.known[named[0]] = _Known(values, rounded, operand, inner, named)
+        self.known[named[0]] = _Known(values, rounded, operand, inner, (*named, *given))
         return results
 
     def _stored(

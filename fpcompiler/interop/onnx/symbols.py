@@ -1,13 +1,14 @@
-"""The operators ``fpc::`` as torch records them for ONNX: four symbols, and operations of torch.
+"""The operators ``fpc::`` as torch records them for ONNX: five symbols, and operations of torch.
 
-====================  =============================================================================
-symbol                what it stands for
-====================  =============================================================================
-``fpc::Quantize``     ``x`` -> codes, and a scale for each level, as of ``numerics.quantize``
-``fpc::Encode``       ``x, *scales`` -> codes
-``fpc::Dequantize``   ``codes, *scales`` -> fp32 values
-``fpc::Weight``       ``packed, *scales`` -> fp32 values ``[N, k]`` without the outer scale, and it
-====================  =============================================================================
+=======================  ==========================================================================
+symbol                   what it stands for
+=======================  ==========================================================================
+``fpc::Quantize``        ``x`` -> codes, and a scale for each level, as of ``numerics.quantize``
+``fpc::QuantizeWithin``  ``x, outer`` -> codes, and scales of blocks within that of the tensor
+``fpc::Encode``          ``x, *scales`` -> codes
+``fpc::Dequantize``      ``codes, *scales`` -> fp32 values
+``fpc::Weight``          ``packed, *scales`` -> fp32 values ``[N, k]`` without outer scale, and it
+=======================  ==========================================================================
 
 The product of a layer is that of the reference (:mod:`fpcompiler.runtime.reference`): of elements
 times block scales, with the outer scales behind it.
@@ -79,6 +80,13 @@ def _quantize(x: Tensor, operand: str, layer: str) -> list[Tensor]:
         results.append((dtype, scale_shape(x.shape, level)))
     attributes = {"operand": operand, "layer": layer}
     return _symbol("Quantize", [x.to(torch.float32)], attributes, results)
+
+
+def _quantize_within(x: Tensor, outer: Tensor, operand: str, layer: str) -> list[Tensor]:
+    level = Operand.parse(operand).levels[-1]
+    results = [(torch.uint8, x.shape), (torch.uint8, scale_shape(x.shape, level))]
+    attributes = {"operand": operand, "layer": layer}
+    return _symbol("QuantizeWithin", [x.to(torch.float32), outer], attributes, results)
 
 
 def _fused_quantize(
@@ -185,6 +193,7 @@ def _digits(numbers: Tensor, bits: int, count: int) -> Tensor:
 _RECORDED: Final[Mapping[str, Callable[..., Any]]] = MappingProxyType(
     {
         "fpc.quantize": _quantize,
+        "fpc.quantize_within": _quantize_within,
         "fpc.fused_quantize": _fused_quantize,
         "fpc.encode": _encode,
         "fpc.dequantize": _dequantize,

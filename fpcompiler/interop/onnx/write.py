@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+from fpcompiler.arguments import require_type
 from fpcompiler.artifact import Artifact
 from fpcompiler.errors import DependencyError, ExportError, OptionError
 from fpcompiler.interop.formats import Exported
+from fpcompiler.interop.output import new_files
+from fpcompiler.runtime.onnx_model import GOLDEN_SUFFIX
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,12 +59,16 @@ def write(
         ExportError: If ONNX cannot express the model; the message names the layer and what to do.
     """
     _require_packages()
+    require_type("opset", opset, (int,), "a number, such as 24")
     if not _LOWEST_OPSET <= opset <= HIGHEST_OPSET:
         raise OptionError(f"opset={opset}: it is one from {_LOWEST_OPSET} to {HIGHEST_OPSET}.")
-    with _new_files(path) as folder:  # Before the work: it says where a file cannot be written.
+    with new_files(path) as folder:  # Before the work: it says where a file cannot be written.
         model, weights = build(artifact, style, opset)
         _fill(folder / path.name, artifact, model, style, weights, external_data)
         files = [path, *(path.parent / file.name for file in sorted(folder.iterdir()))]
+    if not artifact.golden:
+        # Those of a file that was here before would be taken for calls of this one.
+        path.with_name(path.name + GOLDEN_SUFFIX).unlink(missing_ok=True)
     return Exported(tuple(dict.fromkeys(files)), _facts(model, weights))
 
 
@@ -136,30 +140,6 @@ def _save(model: ir.Model, path: Path, external: bool) -> None:
             f"onnx {onnx.__version__} refuses the file that was made of this model: {error}. "
             "Export to pt2, and report it with the artifact."
         ) from error
-
-
-@contextlib.contextmanager
-def _new_files(path: Path) -> Iterator[Path]:
-    """Yield a folder whose files take their places beside the path when all of them are there."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise _not_written(path, error) from error
-    try:
-        yield folder
-        for file in folder.iterdir():
-            file.replace(path.parent / file.name)
-    except OSError as error:
-        raise _not_written(path, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _not_written(path: Path, error: OSError) -> ExportError:
-    return ExportError(
-        f"{path} could not be written: {error.strerror or error}. Choose a folder that exists, is "
-        "writable and has room."
-    )
 
 
 def _facts(model: ir.Model, weights: Sequence[Lowered]) -> Mapping[str, Any]:
