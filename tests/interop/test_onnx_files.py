@@ -216,6 +216,14 @@ def test_a_missing_package_is_named_with_the_extra(tiny, tmp_path, monkeypatch) 
     )
 
 
+def test_a_package_that_cannot_be_imported_is_named(tiny, tmp_path, monkeypatch) -> None:
+    (tmp_path / "broken_package.py").write_text("raise ImportError('libprotobuf.so is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(write, "PACKAGES", ("onnx", "broken_package"))
+    with pytest.raises(DependencyError, match="broken_package, which .* fails: libprotobuf.so is"):
+        tiny.export(tmp_path / "model.onnx", "onnx-portable")
+
+
 @pytest.mark.parametrize("format", ["onnx-portable", "pt2"])
 def test_where_no_file_can_be_written_nothing_is(tiny, tmp_path, format) -> None:
     (tmp_path / "folder").mkdir()

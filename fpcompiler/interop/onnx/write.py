@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -112,13 +113,19 @@ def build(
 
 
 def _require_packages() -> None:
-    import importlib.util
-
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise DependencyError(
             f"exporting to ONNX needs {', '.join(missing)}: pip install 'fpcompiler[onnx]'."
         )
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise DependencyError(
+                f"{name}, which exporting to ONNX needs, is installed, but importing it fails: "
+                f"{error}. Install it again: pip install --force-reinstall {name}."
+            ) from error
 
 
 def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
