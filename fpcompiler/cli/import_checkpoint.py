@@ -47,6 +47,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     if not Path(args.output).absolute().parent.is_dir():
         raise OptionError(f"the folder of {args.output} does not exist.")
+    if Path(args.output).is_dir():
+        raise OptionError(f"{args.output} is a folder; give the name of a file.")
     from fpcompiler.importing import import_checkpoint
 
     inputs = read_inputs(args.inputs) if args.inputs else None

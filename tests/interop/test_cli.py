@@ -37,3 +37,6 @@ def test_a_broken_checkpoint_is_an_error(
     assert main(["convert", str(folder), str(tmp_path / "model.fpc")]) == 1
     assert main(["import", str(folder), "-o", str(tmp_path / "no" / "model.fpc")]) == 1
     assert not (tmp_path / "model.fpc").exists()
+    capsys.readouterr()
+    assert main(["import", str(TOOL), "-o", str(tmp_path)]) == 1
+    assert "is a folder; give the name of a file" in capsys.readouterr().err

@@ -220,7 +220,7 @@ def test_a_package_that_cannot_be_imported_is_named(tiny, tmp_path, monkeypatch)
     (tmp_path / "broken_package.py").write_text("raise ImportError('libprotobuf.so is missing')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(write, "PACKAGES", ("onnx", "broken_package"))
-    with pytest.raises(DependencyError, match="broken_package, which .* fails: libprotobuf.so is"):
+    with pytest.raises(DependencyError, match=r"broken_package, which .* fails: libprotobuf"):
         tiny.export(tmp_path / "model.onnx", "onnx-portable")
 
 

@@ -73,6 +73,7 @@ def write(artifact: Artifact, path: Path, *, model: str | Path | None = None) ->
             "its config, its tokenizer and the tensors that are not quantized "
             "(--model FOLDER, or model=)."
         )
+    _require_free(path)  # Before the work.
     layers = stored_layers(artifact)
     source = _Source(Path(model))
     source.require_same_model(artifact, layers)
@@ -260,11 +261,15 @@ def _facts(layers: Mapping[str, StoredLayer]) -> dict[str, Any]:
     return {"layers": counts, "checked": "read again, all values equal"}
 
 
+def _require_free(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ExportError(f"{path} exists already; give the name of a new folder.")
+
+
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder that takes its name when it is complete, and vanishes otherwise."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ExportError(f"{path} exists already; give the name of a new folder.")
+    _require_free(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
