@@ -8,6 +8,7 @@ and every token after it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -29,6 +30,23 @@ _STRIDE: Final = 997
 _TOLERANCE: Final = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits relative to the largest; 1e-3 for other dtypes. The cached and the
 uncached computation sum in different orders."""
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no progress bars of transformers meanwhile: a command has its own, or shows none."""
+    try:
+        logging: Any = importlib.import_module("transformers.utils.logging")
+    except ImportError:  # Whoever needs it says so.
+        yield
+        return
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def example_call(model: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from fpcompiler.arguments import PATH, require_type
 from fpcompiler.artifact import read, save
 from fpcompiler.dumps import Dumps
 from fpcompiler.errors import ExportError, OptionError
+from fpcompiler.huggingface import without_bars
 from fpcompiler.interop.checkpoints.compressed import require_same_values
 from fpcompiler.interop.checkpoints.dense import dense_model, load_dense, require_promises_kept
 from fpcompiler.interop.checkpoints.files import Tensors
@@ -105,7 +106,8 @@ def import_checkpoint(
         warnings.warn(f"{checkpoint.folder}: {note}.", stacklevel=2)
     own = model is not None
     if model is None:
-        model = dense_model(checkpoint)
+        with without_bars():
+            model = dense_model(checkpoint)
     else:
         load_dense(model, checkpoint)
     require_promises_kept(model, checkpoint)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fpcompiler.capture import capture
 from fpcompiler.errors import CaptureError, OptionError
-from fpcompiler.huggingface import CachedDecoder
+from fpcompiler.huggingface import CachedDecoder, without_bars
 from tests.hf_models import hf_model
 from tests.models import Llama, token_ids
 
@@ -181,3 +181,12 @@ def test_last_logits_that_cannot_be(wanted: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(model, "forward", forward)
     with pytest.raises((CaptureError, OptionError), match="last_logits"):
         CachedDecoder(model, max_seq=32, last_logits=wanted)
+
+
+def test_bars_of_transformers_are_off_meanwhile_and_then_as_before() -> None:
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    with without_bars():
+        assert not logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled() == before

@@ -80,9 +80,10 @@ def _from_folder(path: Path, inputs: Inputs | None) -> Source:
     kind = getattr(transformers, architectures[0], None) if architectures else None
     if kind is None:
         raise OptionError(f"{config_file}: transformers has no architecture {architectures!r}.")
-    from fpcompiler.huggingface import example_call
+    from fpcompiler.huggingface import example_call, without_bars
 
-    model = kind.from_pretrained(path, local_files_only=True).eval()
+    with without_bars():
+        model = kind.from_pretrained(path, local_files_only=True).eval()
     return Source(model, inputs or Inputs((), example_call(model)))
 
 
