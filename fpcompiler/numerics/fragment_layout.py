@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fpcompiler.errors import NumericsError
-from fpcompiler.formats import FORMATS, FloatSpec
+from fpcompiler.formats import FORMATS
 from fpcompiler.numerics.kernel_layout import aligned
 
 __all__ = [
     "Order", "FRAGMENT_ROWS", "FRAGMENT_K", "fragment_codes", "codes_of_fragments",
-    "power_scales", "e4m3_scales", "fragment_scales", "is_held",
+    "power_scales", "e4m3_scales", "fragment_scales",
 ]  # fmt: skip
 
 FRAGMENT_ROWS: Final = 16
@@ -153,11 +153,6 @@ def fragment_scales(scales: Tensor, block: int) -> Tensor:
     full = pad(scales, fill, value=1)
     tiles = full.view(rows // FRAGMENT_ROWS, FRAGMENT_ROWS, blocks // each, each)
     return tiles.permute(0, 2, 1, 3).contiguous()
-
-
-def is_held(spec: FloatSpec, order: Order) -> bool:
-    """Return whether codes of a format can be stored in an order."""
-    return spec.storage_bits == 4 and (order is Order.BYTES or spec.name == "f4E2M1FN")
 
 
 def _by_place(codes: Tensor, order: Order) -> list[Tensor]:

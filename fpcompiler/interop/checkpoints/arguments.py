@@ -119,11 +119,6 @@ def mismatch_of_weight(arguments: Mapping[str, Any], layout: Layout) -> str:
     return f"{layout.name} does not hold such weights: {some}"
 
 
-def layout_for(arguments: Mapping[str, Any]) -> Layout | None:
-    """Return the format that holds such weights."""
-    return next((row for row in COMPRESSED if not mismatch_of_weight(arguments, row)), None)
-
-
 def layout_of(operand: Operand) -> Layout | None:
     """Return the format of compressed-tensors that holds an operand without loss."""
     return next((row for row in COMPRESSED if same_values(row.operand, operand)), None)
