@@ -123,30 +123,21 @@ class Executor:
             NumericsError: If a value to quantize is NaN or infinite.
         """
         inputs.check(self.plan, self._names, leaves, self.device)
-        special = observe is not None or caller is not None or times is not None
-        if self._compiled is None or special or torch.compiler.is_compiling():
-            return self._compute(leaves, observe, caller, times)
-        return self._compiled(leaves)
+        with torch.no_grad():
+            special = observe is not None or caller is not None or torch.compiler.is_compiling()
+            if special or (times is not None and self.graphs is None):
+                return self._finish(self._results(leaves, observe, caller, times))
+            run = self._results if self._compiled is None else self._compiled
+            if self.graphs is None:
+                return self._finish(run(leaves))
+            return self.graphs.run(leaves, run, self._finish, self._results)
 
     def compile_rest(self) -> None:
         """Let torch.compile compile what lies between quantized layers, from the next call on.
 
         Calls that are observed or timed run the steps as before.
         """
-        self._compiled = compile_rest(self._compute)
-
-    def _compute(
-        self,
-        leaves: Sequence[Tensor],
-        observe: Observer | None = None,
-        caller: Caller | None = None,
-        times: list[tuple[int, int]] | None = None,
-    ) -> list[Any]:
-        with torch.no_grad():
-            special = observe or caller or torch.compiler.is_compiling()
-            if self.graphs is not None and not special:
-                return self.graphs.run(leaves, self._results, self._finish)
-            return self._finish(self._results(leaves, observe, caller, times))
+        self._compiled = compile_rest(self._results)
 
     def _results(
         self,

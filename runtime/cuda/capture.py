@@ -159,13 +159,19 @@ class CudaRecorder:
             finally:
                 self._lane.done.record(stream)
 
-    def warm_up(self, leaves: Sequence[Tensor], run: Run) -> tuple[list[Any], str]:
-        """Run on the stream of captures: libraries get their workspaces, modules are loaded."""
+    def warm_up(self, leaves: Sequence[Tensor], run: Run, steps: Run) -> tuple[list[Any], str]:
+        """Run on the stream of captures: libraries get their workspaces, modules are loaded.
+
+        What torch.compile made is not watched: it does not run while something watches.
+        """
         current, side = torch.cuda.current_stream(self._device), self._lane.stream
         whole = [leaf.contiguous() for leaf in leaves]
         side.wait_stream(current)
-        with torch.cuda.stream(side), Watch() as watch:
-            results = run(whole)
+        with torch.cuda.stream(side):
+            with Watch() as watch:
+                results = steps(whole)
+            if run != steps and not watch.reason:
+                results = run(whole)
         current.wait_stream(side)
         for result in results:
             if isinstance(result, Tensor):

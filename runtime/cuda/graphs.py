@@ -113,8 +113,11 @@ class Recorder(Protocol):
     def turn(self) -> AbstractContextManager[None]:
         """Let no other thread or stream replay or record on the device."""
 
-    def warm_up(self, leaves: Sequence[Tensor], run: Run) -> tuple[list[Any], str]:
-        """Run as it will be recorded; return the results, and why it cannot be recorded or ""."""
+    def warm_up(self, leaves: Sequence[Tensor], run: Run, steps: Run) -> tuple[list[Any], str]:
+        """Run as it will be recorded; return the results, and why it cannot be recorded or "".
+
+        What cannot be recorded is seen in ``steps``.
+        """
 
     def record(self, leaves: Sequence[Tensor], run: Run) -> Replay | str:
         """Return a graph for tensors of these sizes, or why there is none. Nothing is computed."""
@@ -160,13 +163,15 @@ class GraphCache:
         self._recorder = recorder
         self._entries: dict[Hashable, _Entry] = {}  # those not called for longest come first
 
-    def run(self, leaves: Sequence[Tensor], run: Run, finish: Finish) -> list[Any]:
+    def run(self, leaves: Sequence[Tensor], run: Run, finish: Finish, steps: Run) -> list[Any]:
         """Return the outputs of a call.
 
         Args:
             leaves: Its tensors.
             run: Computes the results.
             finish: Makes outputs of them.
+            steps: Computes them operator by operator, where torch shows each to who watches; may
+                be ``run`` itself.
 
         Raises:
             RunError: If a step fails.
@@ -182,7 +187,7 @@ class GraphCache:
                 return [*map(_copy, outputs)] if self._options.copies else outputs
             entry.waited += 1
             if not entry.reason and entry.waited >= entry.needed:
-                return self._record(entry, leaves, run, finish)
+                return self._record(entry, leaves, run, finish, steps)
         return finish(run(leaves))
 
     def rows(self) -> tuple[GraphRow, ...]:
@@ -204,9 +209,9 @@ class GraphCache:
         return entry
 
     def _record(
-        self, entry: _Entry, leaves: Sequence[Tensor], run: Run, finish: Finish
+        self, entry: _Entry, leaves: Sequence[Tensor], run: Run, finish: Finish, steps: Run
     ) -> list[Any]:
-        results, reason = self._recorder.warm_up(leaves, run)
+        results, reason = self._recorder.warm_up(leaves, run, steps)
         outputs = finish(results)  # If a value is NaN, the next call is recorded.
         made = reason or self._recorder.record(leaves, run)
         if isinstance(made, str):

@@ -98,13 +98,9 @@ class CudaKernels:
         for index, linear in layers.items():
             result[index] = CudaLayer(linear)
         for place, (index, reader) in enumerate(found.items()):
-            result[index] = CudaQuantizer(
-                layers[reader],
-                self.quantizers,
-                functions[index],
-                len(plan.steps[index].outs) - 1,
-                status[place : place + 1],
-            )
+            flag = status[place : place + 1]
+            step = plan.steps[index]
+            result[index] = CudaQuantizer.of(layers[reader], self.quantizers, step, flag)
         return Bound(result, _check_of(status, [plan.steps[index] for index in found]))
 
     def _layers(self, plan: Plan, constants: Mapping[str, Tensor]) -> dict[int, CudaLinear]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -13,20 +13,26 @@ import torch
 from torch import Tensor
 
 from fpcompiler.errors import ArtifactError, FormatError
+from fpcompiler.plan import Step
 from fpcompiler.runtime import fused
 from fpcompiler.runtime.cuda.form import CudaInput, InputKind, with_scales
 from fpcompiler.runtime.cuda.layers import CudaLinear
 from fpcompiler.runtime.cuda.operators import open_library
-from fpcompiler.runtime.cuda.problem import QuantizeProblem
+from fpcompiler.runtime.cuda.problem import TYPES, QuantizeProblem
 from fpcompiler.runtime.cuda.stored import STORED
-from fpcompiler.runtime.fused import SLOTS
+from fpcompiler.runtime.fused import HEADS, PRODUCERS, SLOTS, TAILS
 from fpcompiler.runtime.native_producers import Form, ProducedForm, RowsForm, form_of_rows
-from fpcompiler.runtime.operators import Function
 
 _TYPES: Final = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _NOWHERE: Final = RowsForm(1, 0, 0)
 _WITHOUT: Final = "relu"
 """Of all producers, one without tensors beside ``x``: the form of ``x`` alone is the same."""
+
+_PRODUCER: Final = 5
+"""Which argument of a fused quantizer names its producer."""
+
+Place: TypeAlias = tuple[int, int]
+"""The number of a library, and that of a problem in it."""
 
 Beside: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _NOTHING: Final[Beside] = (None, None, None, None)
@@ -40,7 +46,10 @@ class QuantizeKernels:
         places: The library and the number in it of each problem, by the problem's text.
     """
 
-    places: Mapping[str, tuple[int, int]]
+    places: Mapping[str, Place]
+    _by_types: dict[tuple[InputKind, str], Mapping[tuple[str, ...], Place]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     @classmethod
     def of(cls, paths: list[Path]) -> QuantizeKernels:
@@ -49,12 +58,29 @@ class QuantizeKernels:
         Raises:
             ArtifactError: If one is no such library.
         """
-        places: dict[str, tuple[int, int]] = {}
+        places: dict[str, Place] = {}
         for path in paths:
             number = open_library(path)
             for index, text in enumerate(_problems_of(path)):
                 places.setdefault(text, (number, index))
         return cls(places)
+
+    def by_types(self, kind: InputKind, producer: str = "") -> Mapping[tuple[str, ...], Place]:
+        """Return the kernels that make what layers read, by the types of the tensors.
+
+        Args:
+            kind: What layers read.
+            producer: A name in :data:`fpcompiler.runtime.fused.PRODUCERS`, or empty.
+
+        Returns:
+            Kernels by what :func:`type_names` returns.
+        """
+        known = self._by_types.get((kind, producer))
+        if known is None:
+            texts = {types: _text_of(kind, producer, types) for types in _types_of(producer)}
+            known = {t: self.places[text] for t, text in texts.items() if text in self.places}
+            self._by_types[kind, producer] = known
+        return known
 
     def quantize(
         self,
@@ -78,18 +104,30 @@ class QuantizeKernels:
         Returns:
             None if there is no kernel for it.
         """
-        place = self.places.get(_text_of(kind, producer, type_names((x, *beside))))
-        forms = (None if t is None else _form(t) for t in (x, *beside))
-        form = None if place is None else form_of_rows(producer or _WITHOUT, *forms)
-        if place is None or form is None:
-            return None
-        if form.stride is None:
-            x = x.contiguous()
-        return _launch(place, kind, x, form, status, beside, eps)
+        place = self.by_types(kind, producer).get(type_names((x, *beside)))
+        return _quantize(place, kind, x, status, producer, beside, eps)
+
+
+def _quantize(
+    place: Place | None,
+    kind: InputKind,
+    x: Tensor,
+    status: Tensor,
+    producer: str,
+    beside: Beside,
+    eps: float,
+) -> CudaInput | None:
+    forms = (None if t is None else _form(t) for t in (x, *beside))
+    form = None if place is None else form_of_rows(producer or _WITHOUT, *forms)
+    if place is None or form is None:
+        return None
+    if form.stride is None:
+        x = x.contiguous()
+    return _launch(place, kind, x, form, status, beside, eps)
 
 
 def _launch(
-    place: tuple[int, int],
+    place: Place,
     kind: InputKind,
     x: Tensor,
     form: ProducedForm,
@@ -116,37 +154,48 @@ def _launch(
 class CudaQuantizer:
     """A quantizer whose results only layers on the GPU read; called as its operator is.
 
+    Kernels are found by the types of tensors alone, so that torch.compile can trace a call.
+
     Attributes:
         linear: One of the layers; the others read the same.
-        kernels: The kernels that there are.
-        reference: The operator, for what they do not take; torch.compile traces it.
+        plain: The kernels for values, by the types of tensors.
+        produced: Those that compute the values too, of a fused quantizer.
         scales: How many results the operator has besides the codes.
         status: int32 ``[1]`` on the device, which kernels set to 1 for NaN and infinity.
     """
 
     linear: CudaLinear
-    kernels: QuantizeKernels
-    reference: Function
+    plain: Mapping[tuple[str, ...], Place]
+    produced: Mapping[tuple[str, ...], Place]
     scales: int
     status: Tensor
 
+    @classmethod
+    def of(
+        cls, linear: CudaLinear, kernels: QuantizeKernels, step: Step, status: Tensor
+    ) -> CudaQuantizer:
+        """Return what runs a step of a plan, one of ``operators.QUANTIZERS``."""
+        plain = kernels.by_types(linear.kind)
+        is_fused = len(step.args) > _PRODUCER
+        produced = kernels.by_types(linear.kind, str(step.args[_PRODUCER])) if is_fused else plain
+        return cls(linear, plain, produced, len(step.outs) - 1, status)
+
     def __call__(self, *args: Any) -> list[Any]:
         """Return the prepared input in place of the codes, and nothing in place of the scales."""
-        if torch.compiler.is_compiling():
-            return list(self.reference(*args))
         return [self._prepared(*args), *(None,) * self.scales]
 
     def _prepared(self, *args: Any) -> CudaInput:
         values, operand, layer = args[:-2], args[-2], args[-1]
         kind, x = self.linear.kind, values[0]
         if len(values) > 1:
-            weight, bias, scale, shift, producer, eps = values[1:]
-            beside = weight, bias, scale, shift
-            found = self.kernels.quantize(kind, x, self.status, producer, beside, eps)
+            beside, (producer, eps) = values[1:5], values[5:]
+            place = self.produced.get(type_names((x, *beside)))
+            found = _quantize(place, kind, x, self.status, producer, beside, eps)
             if found is not None:
                 return found
             x = fused.produce(x, *beside, producer, eps, layer)
-        found = self.kernels.quantize(kind, x, self.status)
+        place = self.plain.get(type_names((x, *_NOTHING)))
+        found = _quantize(place, kind, x, self.status, "", _NOTHING, 0.0)
         if found is not None:
             return found
         codes_and_scales = torch.ops.fpc.quantize(x, operand, layer)
@@ -187,7 +236,13 @@ def problem_of(kind: InputKind, producer: str, types: tuple[str, ...]) -> Quanti
         return None
 
 
-@lru_cache(maxsize=4096)
+def _types_of(producer: str) -> Iterator[tuple[str, ...]]:
+    """Yield the types that ``x`` and a producer's tensors can have; empty where not given."""
+    found = PRODUCERS.get(producer)
+    read = (*HEADS[found.head], *itertools.chain(*TAILS[found.tail])) if found else ()
+    return itertools.product(TYPES, *(("", *TYPES) if slot in read else ("",) for slot in SLOTS))
+
+
 def _text_of(kind: InputKind, producer: str, types: tuple[str, ...]) -> str:
     return str(problem_of(kind, producer, types) or "")
 

@@ -54,6 +54,8 @@ class FakeRecorder:
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.watched: Run | None = None
+        self.recorded: Run | None = None
         self.is_busy, self.reason, self.failure, self.setting = False, "", "", 0
         self.lock = threading.Lock()
 
@@ -68,14 +70,16 @@ class FakeRecorder:
         with self.lock:
             yield
 
-    def warm_up(self, leaves: Sequence[Tensor], run: Run) -> tuple[list[Any], str]:
+    def warm_up(self, leaves: Sequence[Tensor], run: Run, steps: Run) -> tuple[list[Any], str]:
         assert self.lock.locked()
         self.log.append("warm up")
+        self.watched = steps
         return run(leaves), self.reason
 
     def record(self, leaves: Sequence[Tensor], run: Run) -> Replay | str:
         assert self.lock.locked()
         self.log.append("record")
+        self.recorded = run
         return self.failure or FakeReplay(leaves, run)
 
     def settle(self) -> None:
@@ -98,7 +102,7 @@ class Calls:
         self.fails = False
 
     def __call__(self, size: int, fill: float = 1.0) -> Tensor:
-        (found,) = self.cache.run([torch.full((size,), fill)], self._run, self._finish)
+        (found,) = self.cache.run([torch.full((size,), fill)], self._run, self._finish, self._run)
         assert torch.equal(found, torch.full((size,), 2 * fill))
         return found
 
