@@ -86,6 +86,7 @@ class CudaInput(NamedTuple):
         token_scale: fp32 ``[rows]``, or None. With integers, ``[2 * rows]``: behind the scales
             stand the bits of the sums of each row's integers, int32.
         scalar: The scale of the whole tensor, fp32 ``[1]``, or None.
+        products: What layers that are multiplied as one have computed of it, by their number.
     """
 
     kind: InputKind
@@ -95,6 +96,7 @@ class CudaInput(NamedTuple):
     block_scale: Tensor | None
     token_scale: Tensor | None
     scalar: Tensor | None
+    products: dict[int, Tensor]
 
 
 def with_scales(
@@ -108,7 +110,7 @@ def with_scales(
     """Return activations with their scales where kernels look for them."""
     shared = kind.has_tensor_scale
     token, scalar = (None, outer) if shared else (outer, None)
-    return CudaInput(kind, shape, rows, codes, block, token, scalar)
+    return CudaInput(kind, shape, rows, codes, block, token, scalar, {})
 
 
 def held_in(spec: FloatSpec, element: str) -> Container | None:
@@ -213,7 +215,7 @@ def input_of_values(kind: InputKind, x: Tensor) -> CudaInput:
     """
     rows = x.reshape(-1, kind.k)
     stored = at_boundary(_padded(kind, rows).contiguous()).view(torch.uint8)
-    return CudaInput(kind, tuple(x.shape[:-1]), rows.shape[0], stored, None, None, None)
+    return CudaInput(kind, tuple(x.shape[:-1]), rows.shape[0], stored, None, None, None, {})
 
 
 def _code_bits(element: str) -> int:
@@ -240,6 +242,8 @@ def _sums(integers: Tensor) -> Tensor:
 
 def at_boundary(tensor: Tensor) -> Tensor:
     """Return a tensor that begins where kernels can read it: part of a larger one is copied."""
-    # Allocations begin at multiples of more; an address would break graphs of torch.compile.
+    if torch.compiler.is_compiling():
+        return tensor.clone()  # Where it begins is not known yet.
+    # Allocations begin at multiples of more.
     start = tensor.storage_offset() * tensor.itemsize
     return tensor.clone() if start % _BOUNDARY else tensor

@@ -19,11 +19,17 @@ from fpcompiler.errors import ArtifactError, describe_layer
 from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
-from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine
+from fpcompiler.runtime.cuda.joined import CudaPart, join, joinable, parts_of
+from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine, input_kind
 from fpcompiler.runtime.cuda.operators import load_operators, open_library
 from fpcompiler.runtime.cuda.quantizers import CudaQuantizer, QuantizeKernels
 from fpcompiler.runtime.cuda.select import capability_of, select
-from fpcompiler.runtime.layer_steps import read_layer, shared_quantizers, weight_names
+from fpcompiler.runtime.layer_steps import (
+    LayerArguments,
+    read_layer,
+    shared_quantizers,
+    weight_names,
+)
 from fpcompiler.runtime.operators import Function
 from fpcompiler.runtime.trust import Gatekeeper
 
@@ -92,37 +98,69 @@ class CudaKernels:
         """
         result = list(functions)
         layers = self._layers(plan, constants)
+        kernels = {index: self._kernels_of(plan.steps[index]) for index in layers}
+        kinds = {i: input_kind(kernels[i], layer.x_operand, layer.k) for i, layer in layers.items()}
+        found = shared_quantizers(plan, kinds)
+        groups = joinable(plan, found, layers, kernels)
+        runs = self._run_layers(plan, layers, kernels, {group[0]: group for group in groups})
         _settle(self.machine.device)
-        found = shared_quantizers(plan, {i: linear.kind for i, linear in layers.items()})
         status = torch.zeros(len(found), dtype=torch.int32, device=self.machine.device)
-        for index, linear in layers.items():
-            result[index] = CudaLayer(linear)
+        for index, function in runs.items():
+            result[index] = function
         for place, (index, reader) in enumerate(found.items()):
+            step, linear = plan.steps[index], runs[reader].linear
             flag = status[place : place + 1]
-            step = plan.steps[index]
-            result[index] = CudaQuantizer.of(layers[reader], self.quantizers, step, flag)
+            result[index] = CudaQuantizer.of(linear, self.quantizers, step, flag)
         return Bound(result, _check_of(status, [plan.steps[index] for index in found]))
 
-    def _layers(self, plan: Plan, constants: Mapping[str, Tensor]) -> dict[int, CudaLinear]:
-        """Return the layers that have kernels, one for all steps with the same weights."""
-        found: dict[int, CudaLinear] = {}
-        made: dict[tuple[str, ...], CudaLinear] = {}
+    def _layers(self, plan: Plan, constants: Mapping[str, Tensor]) -> dict[int, LayerArguments]:
+        """Return the layers that have kernels, by the index of their step."""
+        found = {}
         for index, step in enumerate(plan.steps):
-            if self.runs(step):
-                key = (*weight_names(step), *map(str, step.args[3:]))
-                made[key] = found[index] = made.get(key) or self._linear(step, constants)
+            if not self.runs(step):
+                continue
+            layer = read_layer(step, constants)
+            if isinstance(layer, str):
+                raise ArtifactError(
+                    f"{describe_layer(step.layer)} has kernels in the artifact, but {layer}. "
+                    "Compile the model again."
+                )
+            found[index] = layer
         return found
 
-    def _linear(self, step: Step, constants: Mapping[str, Tensor]) -> CudaLinear:
-        layer = read_layer(step, constants)
-        if isinstance(layer, str):
-            raise ArtifactError(
-                f"{describe_layer(step.layer)} has kernels in the artifact, but {layer}. Compile "
-                "the model again."
-            )
+    def _kernels_of(self, step: Step) -> dict[str, Gemm]:
         names = self.target.layers[step.layer].kernels
-        gemms = {use: self.gemms[name] for use, name in names.items() if name in self.gemms}
-        return CudaLinear(gemms, self.machine, layer.w, layer.bias, layer.x_operand, *layer[3:])
+        return {use: self.gemms[name] for use, name in names.items() if name in self.gemms}
+
+    def _run_layers(
+        self,
+        plan: Plan,
+        layers: Mapping[int, LayerArguments],
+        kernels: Mapping[int, Mapping[str, Gemm]],
+        groups: Mapping[int, tuple[int, ...]],
+    ) -> dict[int, CudaLayer | CudaPart]:
+        """Return what runs each layer; steps with the same weights share them."""
+        made: dict[tuple[str, ...], CudaLinear] = {}
+        result: dict[int, CudaLayer | CudaPart] = {}
+        for index in layers:
+            if index in result:
+                continue
+            group = groups.get(index, (index,))
+            own = [layers[i] for i in group]
+            key = tuple(text for i in group for text in _identity(plan.steps[i]))
+            if key not in made:
+                layer = join(own)
+                made[key] = CudaLinear(
+                    kernels[index], self.machine, layer.w, layer.bias, layer.x_operand, *layer[3:]
+                )
+            parts = parts_of(made[key], index, own)
+            result.update(zip(group, parts, strict=True))
+        return result
+
+
+def _identity(step: Step) -> tuple[str, ...]:
+    """Return what layers that are the same agree in."""
+    return (*weight_names(step), *map(str, step.args[3:]))
 
 
 def load_kernels(

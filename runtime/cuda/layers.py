@@ -213,6 +213,12 @@ class CudaLayer:
         return linear.multiply(linear.prepare_values(x[0]) if plain else linear.prepare_codes(x))
 
 
+def input_kind(gemms: Mapping[str, Gemm], x: Operand | None, k: int) -> InputKind | None:
+    """Return what a layer reads; None without kernels."""
+    element = next((gemm.a for gemm in gemms.values()), None)
+    return None if element is None else InputKind(x, k, element)
+
+
 def _weights_of(
     gemm: Gemm, w: Sequence[Tensor], operand: Operand, k: int, dtype: torch.dtype
 ) -> KernelWeights:

@@ -1,0 +1,116 @@
+"""Layers that read the same quantized input, multiplied as one: q, k and v, or gate and up.
+
+A kernel for few tokens takes hardly longer for all their rows than for those of one, since starting
+and ending it is most of its time. Weights are put together when a model is loaded, so nothing is
+held twice; the first layer of a call computes the results of all, and each takes its columns.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpcompiler.operand import Granularity
+from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime.cuda.form import CudaInput
+from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm
+from fpcompiler.runtime.layer_steps import LayerArguments, arguments_of
+
+
+@dataclass(frozen=True, eq=False)
+class CudaPart:
+    """A layer that is multiplied with others; called with the arguments of ``fpc.linear``.
+
+    Attributes:
+        linear: All of them, their rows one behind the other.
+        number: Of this group of layers in its program.
+        first: The first of its own rows.
+        outputs: How many they are.
+    """
+
+    linear: CudaLinear
+    number: int
+    first: int
+    outputs: int
+
+    def __call__(self, x: Sequence[CudaInput], *rest: Any) -> Tensor:
+        """Return what the operator returns, a part of a larger tensor."""
+        products = x[0].products
+        if self.number not in products:
+            products[self.number] = self.linear.multiply(x[0])
+        return products[self.number][..., self.first : self.first + self.outputs]
+
+
+def joinable(
+    plan: Plan,
+    quantizers: Mapping[int, int],
+    layers: Mapping[int, LayerArguments],
+    kernels: Mapping[int, Mapping[str, Gemm]],
+) -> Iterator[tuple[int, ...]]:
+    """Yield the steps that can be multiplied as one, two or more each time.
+
+    Args:
+        plan: The plan.
+        quantizers: What :func:`~fpcompiler.runtime.layer_steps.shared_quantizers` found, whose
+            results are prepared inputs.
+        layers: The layers that have kernels, by the index of their step.
+        kernels: The kernels of each.
+    """
+    own = {name for index in quantizers for name in plan.steps[index].outs}
+    outside = {out for out in plan.outputs if isinstance(out, str)}
+    groups: dict[object, list[int]] = {}
+    for index, layer in layers.items():
+        step = plan.steps[index]
+        inputs = tuple(name for name in _inputs(step) if name in own)
+        if inputs and not layer.activation and step.outs[0] not in outside:
+            kind = layer.x_operand, layer.w_operand, layer.k, layer.dtype, layer.bias is None
+            by = tuple(sorted((use, gemm.library) for use, gemm in kernels[index].items()))
+            groups.setdefault((inputs, kind, by), []).append(index)
+    for group in groups.values():
+        if len(group) > 1 and _same_outer([layers[index] for index in group]):
+            yield tuple(group)
+
+
+def join(layers: Sequence[LayerArguments]) -> LayerArguments:
+    """Return one layer that computes the outputs of several, which :func:`joinable` found."""
+    first = layers[0]
+    shared = 1 if _is_of_tensor(first) else None
+    w = [
+        first.w[index] if index == shared else torch.cat([layer.w[index] for layer in layers])
+        for index in range(len(first.w))
+    ]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    names = ", ".join(layer.name for layer in layers)
+    return first._replace(w=w, bias=torch.cat(biases) if biases else None, name=names)
+
+
+def parts_of(
+    linear: CudaLinear, number: int, layers: Sequence[LayerArguments]
+) -> list[CudaLayer | CudaPart]:
+    """Return what runs each of the layers whose rows ``linear`` has."""
+    if len(layers) == 1:
+        return [CudaLayer(linear)]
+    sizes = [layer.w[0].shape[0] for layer in layers]
+    firsts = itertools.accumulate(sizes, initial=0)
+    return [CudaPart(linear, number, *place) for place in zip(firsts, sizes, strict=False)]
+
+
+def _inputs(step: Step) -> tuple[str, ...]:
+    given = arguments_of(step)
+    return () if given is None else tuple(item["v"] for item in given.x if isinstance(item, dict))
+
+
+def _is_of_tensor(layer: LayerArguments) -> bool:
+    outer = layer.w_operand.outer
+    return outer is not None and outer.granularity is Granularity.TENSOR
+
+
+def _same_outer(layers: Sequence[LayerArguments]) -> bool:
+    """Whether a scale of the whole weight is one number for all."""
+    first = layers[0]
+    return not _is_of_tensor(first) or all(torch.equal(x.w[1], first.w[1]) for x in layers)
