@@ -188,7 +188,8 @@ class CudaQuantizer:
         values, operand, layer = args[:-2], args[-2], args[-1]
         kind, x = self.linear.kind, values[0]
         if len(values) > 1:
-            beside, (producer, eps) = values[1:5], values[5:]
+            weight, bias, scale, shift, producer, eps = values[1:]
+            beside = weight, bias, scale, shift
             place = self.produced.get(type_names((x, *beside)))
             found = _quantize(place, kind, x, self.status, producer, beside, eps)
             if found is not None:
