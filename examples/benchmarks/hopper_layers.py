@@ -3,18 +3,22 @@
 Each layer takes bf16 activations and gives bf16 results, so quantizing the activations is part of
 its time. It is recorded in CUDA graphs over as many copies of the weights as do not fit into the
 L2 cache; graphs of all candidates are replayed in turn, and medians compared. FP8 with a scale for
-each row and token (``torch._scaled_mm``, activations quantized beforehand) stands beside it.
+each row and token (``torch._scaled_mm``, activations quantized beforehand) stands beside it, and so
+do our products without quantizing. If gemlite is installed, its layers are timed too; it tunes its
+kernels for each size, so choose some:
 
     python examples/benchmarks/hopper_layers.py      # on a machine with the GPU, nvcc and g++
+    python examples/benchmarks/hopper_layers.py --gemlite --rows 1 16 256 --sizes 14336x4096
 
 No compiler of models is needed. It takes a minute or two and writes
-``results/hopper_layers.json``.
+``results/hopper_layers.json``, with ``--gemlite`` ``results/hopper_gemlite.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import statistics
 import sys
@@ -31,6 +35,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.benchmarks import gemlite_layers
 from examples.benchmarks.cuda_graphs import Launch, recorded, seconds
 from fpcompiler.artifact.kernels import Instance
 from fpcompiler.codegen import hopper
@@ -54,6 +59,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SIZES = ((4096, 4096), (14336, 4096), (4096, 14336), (1152, 1152))
 L2_BYTES = 300_000_000
 MOST_COPIES = 24
+BEFOREHAND = "quantized beforehand"
 REPLAYS = 2
 
 
@@ -125,7 +131,7 @@ def layers_of(scheme: Scheme, n: int, k: int, count: int) -> list[CudaLinear]:
 
 def calls_of(scheme: Scheme, layers: Sequence[CudaLinear], x: Tensor) -> list[Launch]:
     """Return a call for each layer: quantizing, and the product."""
-    status = torch.zeros(1, dtype=torch.int32, device="cuda")
+    status = _status()
 
     def call(layer: CudaLinear) -> Tensor:
         if scheme.activation is None:
@@ -135,6 +141,17 @@ def calls_of(scheme: Scheme, layers: Sequence[CudaLinear], x: Tensor) -> list[La
         return layer.multiply(prepared)
 
     return [lambda layer=layer: call(layer) for layer in layers]
+
+
+def products_of(scheme: Scheme, layers: Sequence[CudaLinear], x: Tensor) -> list[Launch]:
+    """Return the products alone, of an input that was quantized before."""
+    prepared = scheme.quantizers.quantize(layers[0].kind, x, _status())
+    assert prepared is not None
+    return [lambda layer=layer: layer.multiply(prepared) for layer in layers]
+
+
+def _status() -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device="cuda")
 
 
 def plain_calls(x: Tensor, weights: Sequence[Tensor]) -> list[Launch]:
@@ -151,21 +168,28 @@ def fp8_calls(n: int, k: int, m: int, count: int) -> list[Launch]:
 
 
 def measure(
-    schemes: Sequence[Scheme], n: int, k: int, rows: Sequence[int], rounds: int
+    schemes: Sequence[Scheme], n: int, k: int, rows: Sequence[int], rounds: int, gemlite: bool
 ) -> list[dict[str, Any]]:
     """Return the medians of all candidates, in seconds, for each number of rows."""
     packed = min(MOST_COPIES, max(4, 2 * L2_BYTES // (n * k)))
     whole = min(MOST_COPIES, max(2, L2_BYTES // (2 * n * k)))
     layers = {scheme.name: layers_of(scheme, n, k, packed) for scheme in schemes}
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(whole)]
+    kinds = [*gemlite_layers.KINDS] if gemlite else []
+    theirs = {kind: gemlite_layers.layers_of(kind, weights * 2)[:packed] for kind in kinds}
     found = []
     for m in rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         launches: dict[str, list[Launch]] = {"bf16": plain_calls(x, weights) * 2}
         if m % 16 == 0:
-            launches["fp8, quantized beforehand"] = fp8_calls(n, k, m, whole)
+            launches[f"fp8, {BEFOREHAND}"] = fp8_calls(n, k, m, whole)
         for scheme in schemes:
             launches[scheme.name] = calls_of(scheme, layers[scheme.name], x)
+            if scheme.activation is not None:
+                name = f"{scheme.name}, {BEFOREHAND}"
+                launches[name] = products_of(scheme, layers[scheme.name], x)
+        for kind, rest in theirs.items():
+            launches[kind] = gemlite_layers.calls_of(rest, x)
         graphs = {name: recorded(calls) for name, calls in launches.items()}
         times: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(rounds):
@@ -182,28 +206,41 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=8, help="replays of each graph")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="M")
+    parser.add_argument("--sizes", type=size, nargs="+", default=SIZES, metavar="NxK")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES, metavar="NAME")
+    parser.add_argument("--gemlite", action="store_true", help="time its layers too")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise SystemExit("There is no GPU of compute capability 9.0.")
+    if options.gemlite and not gemlite_layers.installed():
+        raise SystemExit("--gemlite: it is not installed (pip install --no-deps gemlite).")
     begin = time.perf_counter()
-    schemes = prepare(SCHEMES)
+    schemes = prepare(options.schemes)
     modes = {scheme.name: (scheme.gemm.mode or Mode.BF16).value for scheme in schemes}
     print(f"compiled in {time.perf_counter() - begin:.0f} s: {modes}", flush=True)
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "gemlite": importlib.metadata.version("gemlite") if options.gemlite else None,
         "rounds": options.rounds,
         "modes": modes,
         "rows": [],
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    file = options.results / "hopper_layers.json"
-    for n, k in SIZES:
-        record["rows"] += measure(schemes, n, k, ROWS, options.rounds)
+    file = options.results / ("hopper_gemlite.json" if options.gemlite else "hopper_layers.json")
+    for n, k in options.sizes:
+        record["rows"] += measure(schemes, n, k, options.rows, options.rounds, options.gemlite)
         file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{file}; {time.perf_counter() - begin:.0f} s in all")
+
+
+def size(text: str) -> tuple[int, int]:
+    """Parse ``NxK``."""
+    n, k = map(int, text.split("x"))
+    return n, k
 
 
 if __name__ == "__main__":
