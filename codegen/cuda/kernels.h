@@ -32,6 +32,28 @@ __host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
     return of_codes;
 }
 
+// The largest magnitude of a row, in all of its threads.
+template <class P, int kHeld>
+FPC_DEVICE float amax_of_row(Row<P, kHeld>& row) {
+    float amax = 0;
+    row.each_chunk([&](int, float (&values)[kChunk]) {
+        amax = larger_magnitude(amax, largest_of(values));
+    });
+    return over_row(amax, [](float x, float y) { return larger_magnitude(x, y); });
+}
+
+// That of a tensor of a few rows, which every block finds for itself.
+template <class P, int kHeld>
+FPC_DEVICE float amax_of_rows(const FpcQuantizeArguments& a, int chunks) {
+    float amax = 0;
+#pragma unroll 1
+    for (int64_t m = 0; m < a.m; m++) {
+        Row<P, kHeld> row(a, m, chunks);
+        amax = larger_magnitude(amax, amax_of_row(row));
+    }
+    return amax;
+}
+
 template <class P, int kHeld>
 __global__ void __launch_bounds__(kMost<kHeld>, 2)
 quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
@@ -51,15 +73,15 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
     Row<P, kHeld> row(a, m, chunks);
     float outer = 1;
     if constexpr (P::kOuter == kPerRow) {
-        float amax = 0;
-        row.each_chunk([&](int, float (&values)[kChunk]) {
-            amax = larger_magnitude(amax, largest_of(values));
-        });
-        amax = over_row(amax, [](float x, float y) { return larger_magnitude(x, y); });
-        outer = real_scale<P>(amax);
+        outer = real_scale<P>(amax_of_row(row));
         if (threadIdx.x == 0) a.outer_scale[m] = outer;
     } else if constexpr (P::kOuter == kPerTensor) {
-        outer = P::kGiven ? *a.outer_scale : real_scale<P>(float_of(*a.amax));
+        if constexpr (P::kGiven)
+            outer = *a.outer_scale;
+        else if (a.amax)
+            outer = real_scale<P>(float_of(*a.amax));
+        else
+            outer = real_scale<P>(a.m == 1 ? amax_of_row(row) : amax_of_rows<P, kHeld>(a, chunks));
         if (!P::kGiven && m == 0 && row.first == 0) *a.outer_scale = outer;
     }
     const Encoder<P> encoder{a, m, outer};
@@ -81,11 +103,7 @@ find_amax(const __grid_constant__ FpcQuantizeArguments a) {
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (m >= a.m) return;
     Row<P, kHeld> row(a, m, chunks_of<P>(a));
-    float amax = 0;
-    row.each_chunk([&](int, float (&values)[kChunk]) {
-        amax = larger_magnitude(amax, largest_of(values));
-    });
-    amax = over_row(amax, [](float x, float y) { return larger_magnitude(x, y); });
+    const float amax = amax_of_row(row);
     if (threadIdx.x == 0) store_larger(a.amax, bits_of(amax));
 }
 
@@ -125,6 +143,26 @@ int32_t launch_amax(const FpcQuantizeArguments& a, int chunks, void* stream) {
     return start(find_amax<P, 0>);
 }
 
+// Whether blocks find the largest magnitude of the tensor themselves. That takes each as long as
+// quantizing all rows; launches that clear and find it take longer up to here.
+template <class P>
+bool is_small(const FpcQuantizeArguments& a, int chunks) {
+    constexpr int kMostRows = 16, kMostChunks = (1 << 16) / kChunk;
+    return a.m <= kMostRows && a.m * chunks <= kMostChunks;
+}
+
+template <class P>
+int32_t launch_rows(const FpcQuantizeArguments& a, int64_t rows, int chunks, void* stream) {
+    const Shape shape = Shape::whole_rows(rows, chunks);
+    const auto start = [&](auto kernel) {
+        return launch(kernel, shape.grid, shape.block, a, stream);
+    };
+    if (chunks <= kMost<1>) return start(quantize_rows<P, 1>);
+    if constexpr (kHoldsTwo<P>)
+        if (chunks <= 2 * kMost<2>) return start(quantize_rows<P, 2>);
+    return start(quantize_rows<P, 0>);
+}
+
 template <class P>
 bool is_possible(const FpcQuantizeArguments& a) {
     // Beyond that a grid would have too many blocks, and sums of integers too many bits.
@@ -151,22 +189,16 @@ int32_t quantize(FpcQuantizeArguments a, void* stream) {
     if (a.scale.repeat > a.m) a.scale.repeat = a.m;
     if (a.shift.repeat > a.m) a.shift.repeat = a.m;
     if constexpr (P::kOuter == kPerTensor && !P::kGiven) {
+        if (is_small<P>(a, chunks)) {
+            a.amax = nullptr;
+            return launch_rows<P>(a, rows, chunks, stream);
+        }
         const int32_t failed = launch_amax<P>(a, chunks, stream);
         if (failed) return failed;
     }
-    if constexpr (!kNeedsRow<P>) {
-        const Shape shape = Shape::tiles(rows, chunks);
-        return launch(quantize_rows<P, 1>, shape.grid, shape.block, a, stream);
-    } else {
-        const Shape shape = Shape::whole_rows(rows, chunks);
-        const auto start = [&](auto kernel) {
-            return launch(kernel, shape.grid, shape.block, a, stream);
-        };
-        if (chunks <= kMost<1>) return start(quantize_rows<P, 1>);
-        if constexpr (kHoldsTwo<P>)
-            if (chunks <= 2 * kMost<2>) return start(quantize_rows<P, 2>);
-        return start(quantize_rows<P, 0>);
-    }
+    if constexpr (kNeedsRow<P>) return launch_rows<P>(a, rows, chunks, stream);
+    const Shape shape = Shape::tiles(rows, chunks);
+    return launch(quantize_rows<P, 1>, shape.grid, shape.block, a, stream);
 }
 
 }  // namespace fpc
