@@ -2,14 +2,15 @@
 
 The artifact is a language model with its KV cache (``fpcompiler.huggingface.CachedDecoder``) that
 was compiled for this GPU too. Each runtime reads the same prompt and then chooses the most likely
-token, one by one, without the host looking at it; all take turns, and medians are compared. If
-transformers is installed and the model is like Llama, its architecture is built with random
-weights in bf16, to run eagerly and under torch.compile. Outputs of the two rows of the artifact
-must be the same, bit for bit.
+token, one by one, without the host looking at it; all take turns, and medians are compared.
+``fpcompiler-rest`` is the artifact with ``compile_rest()``. If transformers is installed and the
+model is like Llama, its architecture is built with random weights in bf16, to run eagerly and under
+torch.compile. Outputs of the two other rows of the artifact must be the same, bit for bit.
 
     python examples/benchmarks/gpu_decode.py model.fpc      # no compiler of models is needed
 
-It writes ``results/gpu_decode.json``.
+``random_llama.py`` makes such artifacts in the shape of LLaMA-3-8B. It writes
+``results/gpu_decode-MODEL.json``.
 """
 
 from __future__ import annotations
@@ -61,9 +62,11 @@ class Runtime:
         return torch.cat(found, 1), middle - begin, time.perf_counter() - middle
 
 
-def of_artifact(path: Path, graphs: bool) -> tuple[Runtime, Any]:
+def of_artifact(path: Path, graphs: bool, rest: bool = False) -> tuple[Runtime, Any]:
     before = torch.cuda.memory_allocated()
     model = load(path, device="cuda", trust=True, strict=True, graphs=graphs)
+    if rest:
+        model.compile_rest()
     return Runtime(model, model.reset, torch.cuda.memory_allocated() - before), model
 
 
@@ -87,7 +90,9 @@ def llama_fields(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def of_transformers(fields: Mapping[str, int], batch: int, mode: str) -> dict[str, Runtime]:
+def of_transformers(
+    fields: Mapping[str, int], batch: int, mode: str, compile_prompt: bool
+) -> dict[str, Runtime]:
     """Return the same architecture in bf16, eagerly and compiled; random weights."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -107,7 +112,7 @@ def of_transformers(fields: Mapping[str, int], batch: int, mode: str) -> dict[st
 
     def fixed_size(tokens: Tensor, position: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        run = compiled if tokens.shape[1] == 1 else model  # The prompt is not what is compared.
+        run = compiled if compile_prompt or tokens.shape[1] == 1 else model
         positions = position[None].expand(batch, -1)
         return run(tokens, position_ids=positions, past_key_values=fixed, logits_to_keep=1).logits
 
@@ -157,6 +162,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="texts of each runtime")
     parser.add_argument("--mode", default="max-autotune", help="of torch.compile")
     parser.add_argument(
+        "--compile-prompt", action="store_true", help="let torch.compile compile the prompt too"
+    )
+    parser.add_argument(
         "--leave-out",
         nargs="+",
         default=[],
@@ -171,13 +179,15 @@ def main() -> None:
     with_graphs, model = of_artifact(options.artifact, True)
     without, _ = of_artifact(options.artifact, False)
     runtimes = {"fpcompiler": with_graphs, "fpcompiler-steps": without}
+    if "fpcompiler-rest" not in options.leave_out:
+        runtimes["fpcompiler-rest"] = of_artifact(options.artifact, True, rest=True)[0]
     artifact = model.artifact
     fields = llama_fields(artifact.plan, artifact.tensors)
     batch = int(artifact.plan.placeholders[0].shape[0])
     if not fields or importlib.util.find_spec("transformers") is None:
         print("transformers is left out: not installed, or the model is not like Llama")
     else:
-        runtimes.update(of_transformers(fields, batch, options.mode))
+        runtimes.update(of_transformers(fields, batch, options.mode, options.compile_prompt))
     runtimes = {name: row for name, row in runtimes.items() if name not in options.leave_out}
     room = min((artifact.tensors[key].shape[2] for key in artifact.plan.state.values()), default=0)
     if options.prompt + options.tokens > room:
@@ -197,6 +207,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "compile_mode": options.mode,
+        "compile_prompt": options.compile_prompt,
         "artifact": options.artifact.name,
         "scheme": model.scheme,
         "architecture": fields,
@@ -208,7 +219,7 @@ def main() -> None:
         "rows": rows,
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    file = options.results / "gpu_decode.json"
+    file = options.results / f"gpu_decode-{options.artifact.stem}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{file}; {time.perf_counter() - begin:.0f} s in all")
 
