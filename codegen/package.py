@@ -24,6 +24,8 @@ from fpcompiler.artifact.kernels import (
 )
 from fpcompiler.codegen import cutlass, hopper
 from fpcompiler.codegen.arch import Arch, arch
+from fpcompiler.codegen.attention import ARCHS as ATTEND_ARCHS
+from fpcompiler.codegen.attention import attend_kernels, attend_problems
 from fpcompiler.codegen.build import KernelCache
 from fpcompiler.codegen.cutlass import heuristics
 from fpcompiler.codegen.gemms import Gemm, gemms_of
@@ -38,6 +40,7 @@ from fpcompiler.codegen.torch_operators import OPERATORS, build_operators
 from fpcompiler.errors import TargetError, describe_layer
 from fpcompiler.options import Options
 from fpcompiler.plan import Plan
+from fpcompiler.runtime.cuda.attention import ATTENTION
 from fpcompiler.runtime.cuda.problem import QuantizeProblem
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.scheme import LayerScheme, Scheme
@@ -165,13 +168,17 @@ def package(
     quantizers = [_Quantizers.of(each, executor, call) for each in plans]
     sources = [emit(instance) for each in plans for instance in each.instances]
     sources += [each.source for each in quantizers if each.source is not None]
+    attention = _attention(executor, call, targets)
+    sources += attention.values()
     kernels = build_sources(sources, KernelCache.from_options(options), progress)
     generated = [i for each in plans for i in each.instances if isinstance(i, cutlass.Instance)]
     proofs = _proofs([kernels[instance.name] for instance in generated], options, progress)
     files: dict[str, bytes] = {}
     packer = _Packer(kernels, proofs, _operators(options, files), files)
     parts = zip(plans, quantizers, strict=True)
-    index = KernelIndex({p.arch.name: packer.target(p, q) for p, q in parts})
+    index = KernelIndex(
+        {p.arch.name: packer.target(p, q, attention.get(p.arch.name)) for p, q in parts}
+    )
     return {INDEX: jsonfile.dump(index.to_json()), **files}
 
 
@@ -201,6 +208,15 @@ class _Quantizers:
         problems = tuple(dict.fromkeys(found.values()))
         source = quantize_kernels(problems, kernels.arch.name) if problems else None
         return cls(frozenset(found), problems, source)
+
+
+def _attention(
+    executor: Executor, call: Sequence[Tensor], targets: Sequence[str]
+) -> dict[str, KernelSource]:
+    """Return the library of attention for each target that has one."""
+    problems = attend_problems(executor, call) if call else ()
+    archs = [name for name in targets if name in ATTEND_ARCHS and problems]
+    return {name: attend_kernels(problems, name) for name in archs}
 
 
 def emit(instance: GemmInstance) -> KernelSource:
@@ -318,7 +334,9 @@ class _Packer:
     operators: Instance
     files: dict[str, bytes]
 
-    def target(self, plan: KernelPlan, quantizers: _Quantizers) -> TargetKernels:
+    def target(
+        self, plan: KernelPlan, quantizers: _Quantizers, attention: KernelSource | None
+    ) -> TargetKernels:
         """Return what an index says of a target."""
         instances = {self.operators.name: self.operators}
         for gemm in plan.instances:
@@ -327,6 +345,9 @@ class _Packer:
         if quantizers.source is not None:
             name = quantizers.source.name
             instances[name] = self._instance("quantize", name, quantizers.source.description)
+        if attention is not None:
+            made = self._instance(ATTENTION, attention.name, attention.description)
+            instances[attention.name] = made
         built = [self.kernels[gemm.name].metadata for gemm in plan.instances]
         headers = {str(metadata["headers"]): None for metadata in built if metadata["headers"]}
         layers = {

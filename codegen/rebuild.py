@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from fpcompiler.codegen import hopper
+from fpcompiler.codegen import attention, hopper
 from fpcompiler.codegen.arch import arch
 from fpcompiler.codegen.build import KernelCache
 from fpcompiler.codegen.cuda import quantize_source
@@ -19,6 +19,7 @@ from fpcompiler.errors import ArtifactError, FormatError
 from fpcompiler.operand import Operand
 from fpcompiler.options import Options
 from fpcompiler.runtime.cuda import QuantizeProblem
+from fpcompiler.runtime.cuda.attention import ATTENTION
 
 __all__ = ["rebuild", "quantize_kernels", "describe_quantizers"]
 
@@ -27,7 +28,7 @@ def rebuild(role: str, problem: Mapping[str, Any], options: Options) -> Path:
     """Return a library that computes what an artifact describes, compiled if it is not there.
 
     Args:
-        role: ``gemm``, ``quantize`` or ``operators``.
+        role: ``gemm``, ``quantize``, ``attention`` or ``operators``.
         problem: The description, from a file that nobody vouches for: no text of it gets into a
             source.
         options: Where compiled kernels and the compiler are.
@@ -43,6 +44,8 @@ def rebuild(role: str, problem: Mapping[str, Any], options: Options) -> Path:
         source = _gemm(dict(problem))
     elif role == "quantize":
         source = _quantizers(problem)
+    elif role == ATTENTION:
+        source = attention.parse(problem)
     else:
         raise ArtifactError(f"this version builds no kernels with the role {role!r}.")
     return KernelCache.from_options(options).build(source).path

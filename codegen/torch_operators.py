@@ -37,6 +37,7 @@ _FLAGS: Final = (
 )  # fmt: skip
 _PARTS: Final = (
     ("fpcompiler.codegen.cuda", "arguments.h"),
+    ("fpcompiler.codegen.attention", "attention.h"),
     ("fpcompiler.codegen.cutlass", "templates/kernel_abi.h"),
     ("fpcompiler.runtime.cuda", "operators.cpp"),
 )

@@ -13,6 +13,8 @@ FPC_NATIVE_LIBRARY   A file to load in place of the native library that was buil
 FPC_GRAPHS           ``0`` records no calls as CUDA graphs; by default it is done where kernels of a
                      GPU are used.
 FPC_PROGRESS         ``1`` always shows progress bars, ``0`` never; by default on a terminal only.
+FPC_ATTENTION        ``1`` uses the kernels of attention that artifacts for Hopper have. They were
+                     compiled and tested on the CPU, and have not run on a GPU yet.
 CUDA_HOME            The folder of the CUDA toolkit whose nvcc compiles kernels; by default the
                      first nvcc on ``PATH``, then that of ``/usr/local/cuda``.
 ===================  ==============================================================================
@@ -44,11 +46,12 @@ LOG_PARTS: Final = (
 
 _VARIABLES: Final = (
     "FPC_DUMP", "FPC_LOGS", "FPC_CACHE", "FPC_NATIVE", "FPC_NATIVE_LIBRARY", "FPC_PROGRESS",
-    "FPC_GRAPHS",
+    "FPC_GRAPHS", "FPC_ATTENTION",
 )  # fmt: skip
 _NVCC_FLAGS: Final = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 _PROGRESS: Final = {"": None, "auto": None, "1": True, "0": False}
 _GRAPHS: Final = {"": None, "auto": None, "0": False}
+_ATTENTION: Final = {"": False, "0": False, "1": True}
 _NATIVE: Final = {"": None, "auto": None, "1": None, "0": False, "require": True}
 
 
@@ -65,6 +68,7 @@ class Options:
         progress: Whether progress bars are shown; None: on a terminal only.
         cuda_home: The folder of the CUDA toolkit, or None to look for one.
         graphs: False: calls are not recorded as CUDA graphs; None: where kernels are used.
+        attention: Whether kernels of attention are used.
     """
 
     dump: Path | None = None
@@ -75,6 +79,7 @@ class Options:
     native_library: Path | None = None
     cuda_home: Path | None = None
     graphs: bool | None = None
+    attention: bool = False
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:
@@ -97,6 +102,9 @@ class Options:
         graphs = env.get("FPC_GRAPHS", "").strip().lower()
         if graphs not in _GRAPHS:
             raise OptionError(f"FPC_GRAPHS={graphs!r}: it is auto or 0.")
+        attention = env.get("FPC_ATTENTION", "").strip()
+        if attention not in _ATTENTION:
+            raise OptionError(f"FPC_ATTENTION={attention!r}: it is 0 or 1.")
         dump = _folder("FPC_DUMP", env.get("FPC_DUMP", ""))
         cache = _folder("FPC_CACHE", env.get("FPC_CACHE", "")) or _default_cache(env)
         logs = _parse_logs(env.get("FPC_LOGS", ""))
@@ -104,8 +112,9 @@ class Options:
         # No FPC_ in front: it is what every tool around CUDA reads.
         cuda = _folder("CUDA_HOME", env.get("CUDA_HOME", ""))
         return cls(
-            dump, logs, cache, _PROGRESS[progress], _NATIVE[native], named, cuda, _GRAPHS[graphs]
-        )
+            dump, logs, cache, _PROGRESS[progress], _NATIVE[native], named, cuda, _GRAPHS[graphs],
+            _ATTENTION[attention],
+        )  # fmt: skip
 
     @property
     def debug(self) -> bool:

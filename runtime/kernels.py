@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fpcompiler.plan import Step
+from fpcompiler.runtime.cuda.attention import CudaAttention
 from fpcompiler.runtime.cuda.joined import CudaPart
 from fpcompiler.runtime.cuda.layers import CudaLayer
 from fpcompiler.runtime.cuda.quantizers import CudaQuantizer
@@ -65,6 +66,6 @@ def _without_library(step: Step, function: Function) -> str:
         return ONEDNN
     if isinstance(function, ExpandedLayer):
         return EXPANDED
-    if isinstance(function, CudaLayer | CudaPart | CudaQuantizer):
+    if isinstance(function, CudaAttention | CudaLayer | CudaPart | CudaQuantizer):
         return CUDA
     return REFERENCE if step.op.startswith("fpc.") else TORCH

@@ -327,8 +327,9 @@ class CompiledModel:
     def _load_kernels(self, artifact: Artifact) -> CudaKernels | None:
         if self._device.type != "cuda" or not (self._use_kernels and artifact.kernels):
             return None
-        gatekeeper = Gatekeeper(Options.from_env(), self._trust)
-        return load_kernels(artifact.kernels, self._device, gatekeeper)
+        options = Options.from_env()
+        gatekeeper = Gatekeeper(options, self._trust)
+        return load_kernels(artifact.kernels, self._device, gatekeeper, options.attention)
 
     def _new_graphs(self, kernels: CudaKernels | None) -> GraphCache | None:
         chosen = self._use_graphs

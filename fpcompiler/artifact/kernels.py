@@ -34,7 +34,8 @@ class Instance:
 
     Attributes:
         name: Its name among those of the target.
-        role: What it does: ``gemm``, ``quantize``, or ``operators``: how torch calls the others.
+        role: What it does: ``gemm``, ``quantize``, ``attention``, or ``operators``: how torch calls
+            the others.
             One library of operators serves all targets, and each of them names it.
         problem: What it was generated from, as JSON values; it can be generated again from that.
         files: Names in ``kernels/``: ``library``, and those there are of ``source``, ``log`` (of

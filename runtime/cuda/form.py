@@ -243,7 +243,7 @@ def _sums(integers: Tensor) -> Tensor:
 def at_boundary(tensor: Tensor) -> Tensor:
     """Return a tensor that begins where kernels can read it: part of a larger one is copied."""
     if torch.compiler.is_compiling():
-        return tensor.clone()  # Where it begins is not known yet.
+        return tensor  # Where it begins is not known yet; the operator looks.
     # Allocations begin at multiples of more.
     start = tensor.storage_offset() * tensor.itemsize
     return tensor.clone() if start % _BOUNDARY else tensor

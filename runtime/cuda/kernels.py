@@ -19,6 +19,13 @@ from fpcompiler.errors import ArtifactError, describe_layer
 from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime.cuda.attention import (
+    ATTENTION,
+    NO_ATTENTION,
+    OPERATOR,
+    AttendKernels,
+    CudaAttention,
+)
 from fpcompiler.runtime.cuda.joined import CudaPart, join, joinable, parts_of
 from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine, input_kind
 from fpcompiler.runtime.cuda.operators import load_operators, open_library
@@ -61,12 +68,14 @@ class CudaKernels:
         gemms: The GEMMs by the name of their instance.
         quantizers: The kernels that quantize.
         machine: The GPU.
+        attention: The kernels of attention.
     """
 
     target: TargetKernels
     gemms: Mapping[str, Gemm]
     quantizers: QuantizeKernels
     machine: Machine
+    attention: AttendKernels = NO_ATTENTION
 
     def runs(self, step: Step) -> bool:
         """Return whether a step is a layer that has kernels."""
@@ -96,7 +105,7 @@ class CudaKernels:
         Raises:
             ArtifactError: If the kernels of a layer do not compute it.
         """
-        result = list(functions)
+        result = [self._function(*each) for each in zip(plan.steps, functions, strict=True)]
         layers = self._layers(plan, constants)
         kernels = {index: self._kernels_of(plan.steps[index]) for index in layers}
         kinds = {i: input_kind(kernels[i], layer.x_operand, layer.k) for i, layer in layers.items()}
@@ -112,6 +121,12 @@ class CudaKernels:
             flag = status[place : place + 1]
             result[index] = CudaQuantizer.of(linear, self.quantizers, step, flag)
         return Bound(result, _check_of(status, [plan.steps[index] for index in found]))
+
+    def _function(self, step: Step, function: Function) -> Function:
+        """Return what runs a step that is no layer."""
+        if step.op != OPERATOR or not self.attention.places:
+            return function
+        return CudaAttention(self.attention, self.machine.sms, function)
 
     def _layers(self, plan: Plan, constants: Mapping[str, Tensor]) -> dict[int, LayerArguments]:
         """Return the layers that have kernels, by the index of their step."""
@@ -164,7 +179,10 @@ def _identity(step: Step) -> tuple[str, ...]:
 
 
 def load_kernels(
-    files: Mapping[str, Buffer], device: torch.device, gatekeeper: Gatekeeper
+    files: Mapping[str, Buffer],
+    device: torch.device,
+    gatekeeper: Gatekeeper,
+    attention: bool = False,
 ) -> CudaKernels | None:
     """Load the kernels of an artifact for a GPU.
 
@@ -172,6 +190,7 @@ def load_kernels(
         files: The files of kernels in the artifact, by name.
         device: A CUDA device.
         gatekeeper: Decides which libraries are loaded as they are.
+        attention: Whether kernels of attention are used.
 
     Returns:
         None if the artifact holds no kernels at all.
@@ -185,7 +204,7 @@ def load_kernels(
     if not index.targets:
         return None
     target = select(index, capability_of(device))
-    return open_target(target, files, Machine.of(device), gatekeeper)
+    return open_target(target, files, Machine.of(device), gatekeeper, attention)
 
 
 def open_target(
@@ -193,6 +212,7 @@ def open_target(
     files: Mapping[str, Buffer],
     machine: Machine,
     gatekeeper: Gatekeeper,
+    attention: bool = False,
 ) -> CudaKernels:
     """Load the kernels of one target: the operators first, then what its layers use.
 
@@ -207,7 +227,7 @@ def open_target(
     used = {name for row in target.layers.values() for name in row.kernels.values()}
     by_role: dict[str, list[Instance]] = {}
     for name, instance in target.instances.items():
-        if name in used or instance.role == OPERATORS:
+        if name in used or instance.role == OPERATORS or (attention and instance.role == ATTENTION):
             by_role.setdefault(instance.role, []).append(instance)
     if OPERATORS not in by_role:
         raise ArtifactError(
@@ -217,7 +237,8 @@ def open_target(
     load_operators(admit(by_role[OPERATORS][0]))
     gemms = {i.name: Gemm.of(i, open_library(admit(i))) for i in by_role.get("gemm", [])}
     quantizers = QuantizeKernels.of([admit(i) for i in by_role.get("quantize", [])])
-    return CudaKernels(target, gemms, quantizers, machine)
+    attend = AttendKernels.of([admit(i) for i in by_role.get(ATTENTION, [])])
+    return CudaKernels(target, gemms, quantizers, machine, attend)
 
 
 def _settle(device: torch.device) -> None:

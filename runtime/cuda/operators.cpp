@@ -21,6 +21,7 @@
 #include <tuple>
 
 #include "arguments.h"   // codegen/cuda: kernels that quantize
+#include "attention.h"   // codegen/attention
 #include "kernel_abi.h"  // codegen/cutlass/templates: GEMMs
 
 namespace {
@@ -29,7 +30,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t kVersion = 2;  // VERSION of operators.py
+constexpr int64_t kVersion = 3;  // VERSION of operators.py
 constexpr int64_t kMost = INT32_MAX;
 
 // torch's own check would put this file and a line in front of the message.
@@ -52,6 +53,7 @@ struct Library {
     int64_t (*scale_bytes_a)(int32_t, int32_t, int32_t);
     int64_t (*scale_bytes_b)(int32_t, int32_t, int32_t);
     int32_t (*quantize)(int32_t, const FpcQuantizeArguments*, void*);
+    int32_t (*attend)(int32_t, const FpcAttendArguments*, void*);
 };
 
 // They stay loaded: a captured graph may hold their kernels for as long as the process lives.
@@ -76,7 +78,7 @@ Library load(const std::string& path) {
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     const char* error = handle ? "" : dlerror();
     require(handle != nullptr, "the kernels in ", path, " do not load: ", error);
-    Library found{path, dlsym(handle, "fpc_on_host") != nullptr, {}, {}, {}, {}, {}, {}};
+    Library found{path, dlsym(handle, "fpc_on_host") != nullptr, {}, {}, {}, {}, {}, {}, {}};
     int32_t (*abi)() = nullptr;
     const char* (*description)() = nullptr;
     find(handle, "fpc_gemm_abi", abi);
@@ -86,9 +88,10 @@ Library load(const std::string& path) {
     find(handle, "fpc_gemm_scale_bytes_a", found.scale_bytes_a);
     find(handle, "fpc_gemm_scale_bytes_b", found.scale_bytes_b);
     find(handle, "fpc_quantize_rows", found.quantize);
+    find(handle, "fpc_attend_run", found.attend);
     const bool gemm = abi && description && found.run && found.workspace && found.scale_bytes_a &&
                       found.scale_bytes_b;
-    require(gemm || found.quantize != nullptr, path, " holds no kernels of fpcompiler.");
+    require(gemm || found.quantize || found.attend, path, " holds no kernels of fpcompiler.");
     if (!gemm) found.run = nullptr;
     const int32_t version = gemm ? abi() : FPC_GEMM_ABI;
     require(version == FPC_GEMM_ABI, path, " has version ", version,
@@ -142,6 +145,12 @@ const float* floats(const MaybeTensor& tensor, const Tensor& x, int64_t count, c
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
     return torch::stable::new_empty(like, size, dtype);
+}
+
+// A tensor with the same values that begins where kernels read 32 bytes at once.
+Tensor at_boundary(const Tensor& x) {
+    if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 32 == 0) return x;
+    return torch::stable::clone(x);
 }
 
 // The current device and stream of torch, while a kernel is launched.
@@ -213,7 +222,8 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
     if (m == 0) return d;
 
     FpcGemmArguments args{};
-    args.a = a.const_data_ptr(), args.a_scales = address(a_scales);
+    const Tensor codes = at_boundary(a);
+    args.a = codes.const_data_ptr(), args.a_scales = address(a_scales);
     args.b = b.const_data_ptr(), args.b_scales = address(b_scales);
     args.d = d.mutable_data_ptr(), args.residual = address(residual);
     args.token_scale = floats(token_scale, a, m, "the scales of tokens");
@@ -273,6 +283,71 @@ std::tuple<Tensor, Tensor, Tensor> quantize(
     return {codes, outer_scale, block_scale};
 }
 
+// --- attention -----------------------------------------------------------------------------------
+
+void check_rows(const Tensor& tensor, const Tensor& q, const char* name) {
+    const bool like = tensor.dim() == 4 && tensor.scalar_type() == q.scalar_type() &&
+                      tensor.size(0) == q.size(0) && tensor.size(3) == q.size(3);
+    require(like && tensor.stride(3) == 1, name, " are not like the queries, or have gaps.");
+    require(tensor.get_device_index() == q.get_device_index(), name, " are on another device.");
+}
+
+// A tensor whose rows begin at multiples of 16 bytes; others are copied.
+Tensor in_quads(const Tensor& x) {
+    bool even = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+    for (int64_t i = 0; i < 3; i++) even = even && (x.size(i) == 1 || x.stride(i) % 8 == 0);
+    if (even) return x;
+    Tensor whole = empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+    return torch::stable::copy_(whole, x);
+}
+
+// Strides that lead nowhere need not be even.
+void set_rows(int64_t (&to)[3], const Tensor& from) {
+    for (int64_t i = 0; i < 3; i++) to[i] = from.size(i) == 1 ? 0 : from.stride(i);
+}
+
+// q [B, H, M, D], k and v [B, G, N, D], a mask [B, H, M, N] of truth values; y is [B, M, H, D].
+Tensor attend(int64_t library, int64_t problem, const Tensor& q, const Tensor& k, const Tensor& v,
+              const MaybeTensor& mask, double scale, bool causal, int64_t sms) {
+    const Library& kernel = library_of(library);
+    require(kernel.attend != nullptr, kernel.path, " holds no kernels of attention.");
+    check_place(kernel, q);
+    check_rows(q, q, "queries");
+    check_rows(k, q, "keys");
+    check_rows(v, q, "values");
+    require(v.size(1) == k.size(1) && v.size(2) == k.size(2), "keys and values differ in number.");
+    FpcAttendArguments args{};
+    if (mask) {
+        require(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool, "the mask is none.");
+        for (int64_t i = 0; i < 4; i++)
+            require(mask->size(i) == (i == 3 ? k.size(2) : q.size(i)), "the mask has other sizes.");
+        for (int64_t i = 0; i < 4; i++) args.mask_strides[i] = mask->stride(i);
+        require(mask->get_device_index() == q.get_device_index(), "the mask is on another device.");
+    }
+    for (const Tensor* each : {&q, &k}) {
+        const bool few = each->size(0) <= kMost && each->size(1) <= kMost && each->size(2) <= kMost;
+        require(few, "there are more rows than kernels count.");
+    }
+    const Tensor y = empty(q, {q.size(0), q.size(2), q.size(1), q.size(3)}, q.scalar_type());
+    const Tensor rows[] = {in_quads(q), in_quads(k), in_quads(v)};
+    args.q = rows[0].const_data_ptr(), args.k = rows[1].const_data_ptr();
+    args.v = rows[2].const_data_ptr();
+    set_rows(args.q_strides, rows[0]), set_rows(args.k_strides, rows[1]);
+    set_rows(args.v_strides, rows[2]);
+    args.mask = static_cast<const uint8_t*>(address(mask)), args.y = y.mutable_data_ptr();
+    args.batch = (int32_t)q.size(0), args.heads = (int32_t)q.size(1);
+    args.groups = (int32_t)k.size(1), args.queries = (int32_t)q.size(2);
+    args.keys = (int32_t)k.size(2), args.scale = (float)scale, args.causal = causal;
+    args.sm_count = (int32_t)sms;
+    const Launch launch(q);
+    const int32_t result = kernel.attend((int32_t)problem, &args, launch.stream());
+    require(result != FPC_ATTEND_REFUSED, "kernel ", problem, " of ", kernel.path,
+            " does not take such queries, keys and values.");
+    require(result == FPC_ATTEND_OK, "CUDA error ", result, " at the launch of kernel ", problem,
+            " of ", kernel.path, "; was it compiled for this GPU?");
+    return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fpc_cuda, m) {
@@ -287,6 +362,9 @@ STABLE_TORCH_LIBRARY(fpc_cuda, m) {
         "Tensor? bias, Tensor? scale, int scale_repeat, int scale_stride, Tensor? shift, "
         "int shift_repeat, int shift_stride, float eps, int pitch, int outer, int blocks, "
         "int scale_pitch, Tensor(status!) status) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "attend(int library, int problem, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, "
+        "bool causal, int sms) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CompositeExplicitAutograd, m) {
@@ -297,9 +375,11 @@ STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CPU, m) {
     m.impl("gemm", TORCH_BOX(&gemm));
     m.impl("quantize", TORCH_BOX(&quantize));
+    m.impl("attend", TORCH_BOX(&attend));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CUDA, m) {
     m.impl("gemm", TORCH_BOX(&gemm));
     m.impl("quantize", TORCH_BOX(&quantize));
+    m.impl("attend", TORCH_BOX(&attend));
 }

@@ -6,6 +6,8 @@
 ``quantize(..)``     codes ``[m, pitch]``, ``outer`` real scales and ``blocks`` scales of a byte:
                      see ``FpcQuantizeArguments``. ``status`` becomes 1 if a value is NaN or
                      infinite, and is left alone otherwise
+``attend(..)``       ``[B, M, H, D]``, of queries ``[B, H, M, D]``, keys and values ``[B, G, N, D]``
+                     and a mask ``[B, H, M, N]`` of truth values: see ``FpcAttendArguments``
 ===================  ============================================================================
 
 Operands are packed as kernels read them (:mod:`fpcompiler.numerics.kernel_layout`). Kernels run on
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from fpcompiler.errors import ArtifactError
 
-VERSION: Final = 2
+VERSION: Final = 3
 """The version of the operators; ``kVersion`` of operators.cpp."""
 
 
@@ -44,6 +46,7 @@ def load_operators(path: Path) -> None:
             raise ArtifactError(f"{path} holds no operators of fpcompiler.")
         torch.library.register_fake("fpc_cuda::gemm", _fake_gemm)
         torch.library.register_fake("fpc_cuda::quantize", _fake_quantize)
+        torch.library.register_fake("fpc_cuda::attend", _fake_attend)
     found = torch.ops.fpc_cuda.version()
     if found != VERSION:
         raise ArtifactError(
@@ -101,3 +104,8 @@ def _fake_quantize(
     codes = x.new_empty((m, pitch), dtype=torch.uint8)
     scales = x.new_empty(outer, dtype=torch.float32)
     return codes, scales, x.new_empty(blocks, dtype=torch.uint8)
+
+
+def _fake_attend(library: int, problem: int, q: Tensor, *rest: Any) -> Tensor:
+    batch, heads, queries, width = q.shape
+    return q.new_empty((batch, queries, heads, width))

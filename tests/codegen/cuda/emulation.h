@@ -1,7 +1,8 @@
 // CUDA on one CPU, as far as codegen/cuda needs it, with the names of instructions.h.
 //
-// The threads of a block are coroutines. They run in turn from one exchange or barrier to the next,
-// which kernels reach equally often in all threads that have not returned.
+// The threads of a block, or of the blocks of a cluster, are coroutines. They run in turn from one
+// exchange or barrier to the next. Kernels reach exchanges equally often in all lanes of a warp, and
+// barriers in all threads that have not returned.
 
 #include <math.h>
 #include <stdint.h>
@@ -35,12 +36,14 @@ struct Thread {
     std::vector<char> stack = std::vector<char>(256 << 10);
     bool done = false;
     double slots[2];  // what it shows to others: at even and at odd exchanges
-    int exchanges = 0;
+    int exchanges = 0, barriers = 0;
 };
 
 static ucontext_t scheduler;
 static std::vector<Thread> threads;
 static Thread* current;
+static unsigned cluster = 1;  // blocks along x that run together
+static unsigned rank;         // of the block of this thread
 static void (*body)(const void*);
 static const void* body_arguments;
 
@@ -52,8 +55,12 @@ static void run_thread() {
 
 static void wait_for_others() { swapcontext(&current->context, &scheduler); }
 
-static void run_block() {
-    const unsigned count = blockDim.x * blockDim.y;
+static unsigned of_block() { return blockDim.x * blockDim.y; }
+static unsigned thread_index() { return rank * of_block() + threadIdx.y * blockDim.x + threadIdx.x; }
+
+// Run the blocks of a cluster; blockIdx is that of the first one.
+static void run_blocks() {
+    const unsigned count = of_block() * cluster, first = blockIdx.x;
     if (threads.size() < count) threads.resize(count);
     for (unsigned i = 0; i < count; i++) {
         Thread& thread = threads[i];
@@ -62,7 +69,7 @@ static void run_block() {
         thread.context.uc_stack.ss_size = thread.stack.size();
         thread.context.uc_link = nullptr;
         thread.done = false;
-        thread.exchanges = 0;
+        thread.exchanges = thread.barriers = 0;
         makecontext(&thread.context, run_thread, 0);
     }
     for (bool any = true; any;) {
@@ -70,17 +77,30 @@ static void run_block() {
         for (unsigned i = 0; i < count; i++) {
             current = &threads[i];
             if (current->done) continue;
-            threadIdx = dim3(i % blockDim.x, i / blockDim.x);
+            rank = i / of_block();
+            blockIdx.x = first + rank;
+            threadIdx = dim3(i % of_block() % blockDim.x, i % of_block() / blockDim.x);
             swapcontext(&scheduler, &current->context);
             any = true;
         }
     }
 }
 
+// Wait until some threads, one behind the other, have come to as many barriers as this one.
+static void wait_at_barrier(unsigned first, unsigned count) {
+    const int wanted = ++current->barriers;
+    for (bool waiting = true; waiting;) {
+        wait_for_others();
+        waiting = false;
+        for (unsigned i = first; i < first + count; i++)
+            waiting |= !threads[i].done && threads[i].barriers < wanted;
+    }
+}
+
 template <class T>
 static T exchange(T value, int mask) {
     Thread& own = *current;
-    const unsigned index = threadIdx.y * blockDim.x + threadIdx.x;
+    const unsigned index = thread_index();
     const int parity = own.exchanges++ % 2;
     memcpy(&own.slots[parity], &value, sizeof value);
     wait_for_others();
@@ -92,7 +112,7 @@ static T exchange(T value, int mask) {
 }
 
 static void follow() {}
-static void barrier() { wait_for_others(); }
+static void barrier() { wait_at_barrier(rank * of_block(), of_block()); }
 static void store_larger(int32_t* to, int32_t value) { *to = value > *to ? value : *to; }
 
 template <class Arguments>
@@ -105,9 +125,9 @@ static int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Ar
     gridDim = grid;
     blockDim = block;
     for (unsigned y = 0; y < grid.y; y++)
-        for (unsigned x = 0; x < grid.x; x++) {
+        for (unsigned x = 0; x < grid.x; x += cluster) {
             blockIdx = dim3(x, y);
-            run_block();
+            run_blocks();
         }
     return 0;
 }

@@ -296,7 +296,7 @@ def test_packed_weights_are_there_before_the_first_call(
     order: list[str] = []
     gpu = torch.device("cuda", 1)
 
-    def layers(*_: object) -> dict[int, CudaLinear]:
+    def layers(*_: object) -> dict[int, CudaLayer]:
         order.append("packed")
         return {}
 
@@ -305,11 +305,13 @@ def test_packed_weights_are_there_before_the_first_call(
 
     artifact = artifact_of(ROW, "f6E2M3FN@token:f32")
     kernels = Kernels(tmp_path, ROW, "f6E2M3FN@token:f32", "sm_90a").open("up")
-    monkeypatch.setattr(CudaKernels, "_layers", layers)
+    monkeypatch.setattr(CudaKernels, "_layers", lambda *_: {})
+    monkeypatch.setattr(CudaKernels, "_run_layers", layers)
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(str(device)))
     for device in (kernels.machine.device, gpu):
-        replace(kernels, machine=Machine(device, 1)).bind(artifact.plan, (), {})
+        steps = [torch.relu] * len(artifact.plan.steps)
+        replace(kernels, machine=Machine(device, 1)).bind(artifact.plan, steps, {})
     assert order == ["packed", "packed", "cuda:1"]
 
 

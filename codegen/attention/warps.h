@@ -1,0 +1,81 @@
+// The instructions of attention that instructions.h does not have; tests have others in their place.
+
+namespace fpc {
+
+// d += a b: 16 rows of a by 8 columns of b, 16 deep, in the layout of mma.sync.
+template <Type kType>
+FPC_DEVICE void multiply_add_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (kType == kBf16)
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3},"
+            " {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3},"
+            " {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 2 to a power; 0 for -infinity.
+FPC_DEVICE float power_of_two(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// The larger of two numbers; the other one if one is NaN.
+FPC_DEVICE float larger_number(float a, float b) { return fmaxf(a, b); }
+
+// Whether a lane of the warp says so.
+FPC_DEVICE bool any_lane(bool value) { return __any_sync(~0u, value); }
+
+// Halves of two words side by side: the low ones, or the high ones.
+FPC_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+FPC_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
+// The block's memory for `kFloats` numbers.
+template <int kFloats>
+FPC_DEVICE float* block_memory() {
+    __shared__ float memory[kFloats];
+    return memory;
+}
+
+// --- blocks of a cluster, along x ----------------------------------------------------------------
+
+FPC_DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// A number in another block's memory, where this block has `own`.
+FPC_DEVICE float load_remote(const float* own, int rank) {
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(own);
+    float value;
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\n"
+        "ld.shared::cluster.f32 %0, [there]; }"
+        : "=f"(value)
+        : "r"(address), "r"(rank)
+        : "memory");
+    return value;
+}
+
+// Launch blocks along x in clusters of gridDim.x, behind the kernel before.
+template <class Arguments>
+int32_t launch_clusters(void (*kernel)(Arguments), dim3 grid, dim3 block,
+                        const Arguments& arguments, void* stream) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = grid.x;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block, config.stream = (cudaStream_t)stream;
+    config.attrs = attributes, config.numAttrs = grid.x > 1 ? 2 : 1;
+    return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+}  // namespace fpc

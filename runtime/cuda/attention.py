@@ -1,0 +1,185 @@
+"""Attention of a few queries on a GPU: which kernels there can be, and the step that runs one.
+
+The kernels were tested on the CPU so far, where each thread is a coroutine, and compiled for the
+GPU; none has run on one. So they are used only where a user asks for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fpcompiler.errors import ArtifactError, FormatError
+from fpcompiler.runtime.cuda.operators import open_library
+from fpcompiler.runtime.operators import Function
+
+ATTENTION: Final = "attention"
+"""The role of libraries of kernels in an artifact."""
+
+OPERATOR: Final = "aten.scaled_dot_product_attention.default"
+"""The operator in a plan."""
+
+WIDTHS: Final = (64, 128)
+"""Sizes of heads."""
+
+MOST_ROWS: Final = 16
+"""Queries that read one head of keys; ``kMostRows`` of attend.h."""
+
+_TYPES: Final = {torch.float16: "f16", torch.bfloat16: "bf16"}
+_RANK: Final = 4
+_TENSORS: Final = 4
+
+
+@dataclass(frozen=True)
+class AttendProblem:
+    """What a kernel of attention is made for; all else are its arguments.
+
+    Attributes:
+        type: Of queries, keys, values and results: ``bf16`` or ``f16``.
+        width: Size of a head, one of :data:`WIDTHS`.
+    """
+
+    type: str
+    width: int
+
+    def __post_init__(self) -> None:
+        """Check the combination.
+
+        Raises:
+            FormatError: If there can be no such kernel.
+        """
+        if self.type not in _TYPES.values() or self.width not in WIDTHS:
+            raise FormatError(f"there is no kernel of attention for {self}.")
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What it is looked up by at each call."""
+        return self.type, self.width
+
+    def __str__(self) -> str:
+        """Return a text that differs where problems do."""
+        return f"attend {self.type} {self.width}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call of the operator."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    scale: float | None = None
+    grouped: bool = False
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Return the arguments as the operator gets them."""
+        names = {"attn_mask": "mask", "dropout_p": "dropout", "is_causal": "causal",
+                 "enable_gqa": "grouped"}  # fmt: skip
+        return cls(*args, **{names.get(name, name): value for name, value in kwargs.items()})
+
+
+def problem_of(call: Call) -> AttendProblem | None:
+    """Return what a kernel must be made for to run calls like one, if there are few queries.
+
+    Returns:
+        None if no kernel can, however many there are.
+    """
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    if call.dropout or any(x.ndim != _RANK or x.stride(-1) != 1 for x in (q, k, v)):
+        return None
+    width, dtypes = q.shape[3], {q.dtype, k.dtype, v.dtype}
+    same = k.shape[3] == v.shape[3] == width and k.shape[1:3] == v.shape[1:3]
+    if not same or not q.shape[0] == k.shape[0] == v.shape[0]:
+        return None
+    if width not in WIDTHS or len(dtypes) > 1 or q.dtype not in _TYPES:
+        return None
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim > _RANK or call.causal):
+        return None
+    return AttendProblem(_TYPES[q.dtype], width)
+
+
+def is_small(call: Call) -> bool:
+    """Return whether a kernel takes so many queries, in such groups."""
+    (heads, queries), (groups, keys) = call.q.shape[1:3], call.k.shape[1:3]
+    shared = groups == heads or (call.grouped and groups > 0 and heads % groups == 0)
+    return bool(shared and keys > 0 and 0 < heads // groups * queries <= MOST_ROWS)
+
+
+@dataclass(frozen=True)
+class AttendKernels:
+    """The kernels of some libraries: the library and the number in it, by type and width."""
+
+    places: Mapping[tuple[str, int], tuple[int, int]]
+
+    @classmethod
+    def of(cls, paths: list[Path]) -> AttendKernels:
+        """Return the kernels of libraries. Loading one runs its code: the caller vouches for it.
+
+        Raises:
+            ArtifactError: If one is no such library.
+        """
+        places: dict[tuple[str, int], tuple[int, int]] = {}
+        for path in paths:
+            number = open_library(path)
+            for index, problem in enumerate(_problems_of(path)):
+                places.setdefault(problem.key, (number, index))
+        return cls(places)
+
+
+NO_ATTENTION: Final = AttendKernels({})
+
+
+@dataclass(frozen=True, eq=False)
+class CudaAttention:
+    """Called with the arguments of ``aten.scaled_dot_product_attention``.
+
+    Attributes:
+        kernels: The kernels that there are.
+        sms: Multiprocessors of the GPU.
+        reference: The operator, for what they do not take.
+    """
+
+    kernels: AttendKernels
+    sms: int
+    reference: Function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the operator returns, up to roundings."""
+        call = Call.of(args, kwargs)
+        problem = problem_of(call)
+        place = None if problem is None else self.kernels.places.get(problem.key)
+        if place is None or not is_small(call):
+            result: Tensor = self.reference(*args, **kwargs)
+            return result
+        q, k, v = call.q, call.k, call.v
+        scale = 1 / math.sqrt(q.shape[-1]) if call.scale is None else call.scale
+        mask = None if call.mask is None else call.mask.expand(*q.shape[:3], k.shape[2])
+        y: Tensor = torch.ops.fpc_cuda.attend(
+            *place, q, k, v, mask, float(scale), call.causal, self.sms
+        )
+        return y.transpose(1, 2)
+
+
+def _problems_of(path: Path) -> Iterator[AttendProblem]:
+    """Yield what the kernels of a library compute, in order."""
+    try:
+        name = ctypes.CDLL(str(path)).fpc_attend_problem
+    except (OSError, AttributeError) as error:
+        raise ArtifactError(f"{path} is no library of attention: {error}.") from error
+    name.restype, name.argtypes = ctypes.c_char_p, (ctypes.c_int32,)
+    index = 0
+    while (text := name(index)) is not None:
+        _, kind, width = text.decode().split()
+        yield AttendProblem(kind, int(width))
+        index += 1
