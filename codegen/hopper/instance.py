@@ -7,19 +7,15 @@ from typing import Any, Final
 
 from fpcompiler.codegen.kernel import refusing_descriptions
 from fpcompiler.codegen.problem import Activation, BlockScale, OutputType
-from fpcompiler.formats import FORMATS, FloatSpec
+from fpcompiler.formats import FORMATS
 from fpcompiler.operand import Operand
-from fpcompiler.runtime.cuda.fragments import Mode
-from fpcompiler.runtime.cuda.stored import integer_shift, why_not
+from fpcompiler.runtime.cuda.fragments import Mode, decodes, mode_of
 
 __all__ = ["PackedGemm", "packed_gemm", "describe", "parse_instance", "MOST_K"]
 
 ARCH: Final = "sm_90a"
 MOST_K: Final = 1 << 16
 """The longest row that kernels take: ``kLongest`` of launch_many.h."""
-_E2M1: Final = "f4E2M1FN"
-_MOST_INTEGER: Final = 63
-"""The largest magnitude of a weight that kernels hold in a byte beside an offset as large."""
 _ENUMS: Final = {
     "mode": Mode,
     "scale": BlockScale,
@@ -71,21 +67,18 @@ def packed_gemm(
 ) -> PackedGemm | None:
     """Return the kernels for a layer, or None if there are none of this kind.
 
-    Integers are taken where both operands are some on a scale per row and per token: such sums are
-    exact, and they are the fastest. FP8 comes next, and bf16 holds the values of all blocks.
-
     Args:
         weight: The weights' operand.
-        activation: The activations' operand; None for plain bf16.
+        activation: The activations' operand; None for plain bf16, which takes results in bf16.
         arch: The architecture's name.
         output: The element type of the result.
         function: The function of the result.
     """
     scale = {"": BlockScale.NONE, **{each.value: each for each in BlockScale}}.get(_block(weight))
-    if arch != ARCH or scale is None or weight.format.storage_bits != 4:
+    if arch != ARCH or scale is None or function is Activation.RELU:
         return None
-    mode = _mode(weight, activation, output)
-    if mode is None or function is Activation.RELU:
+    mode = mode_of(weight, activation)
+    if mode is None or (activation is None and output is not OutputType.BF16):
         return None
     return PackedGemm(arch, mode, weight.format.name, scale, output, function)
 
@@ -120,36 +113,12 @@ def _instance(values: object) -> PackedGemm:
     if describe(instance) != values or values["residual"] is not False:
         raise ValueError("its parts contradict each other")
     scaled = instance.scale is not BlockScale.NONE
-    wrong = not _reads(instance.mode, FORMATS[instance.b]) or (
+    wrong = not decodes(instance.mode, FORMATS[instance.b]) or (
         scaled and instance.mode is not Mode.BF16
     )
     if wrong or instance.activation is Activation.RELU:
         raise ValueError(f"{instance.mode.value} multiplies no such weights")
     return instance
-
-
-def _mode(weight: Operand, activation: Operand | None, output: OutputType) -> Mode | None:
-    if activation is None:
-        return Mode.BF16 if weight.format.name == _E2M1 and output is OutputType.BF16 else None
-    modes = (Mode.INTEGERS, Mode.E4M3, Mode.BF16)
-    return next((mode for mode in modes if _computes(mode, weight, activation)), None)
-
-
-def _computes(mode: Mode, weight: Operand, activation: Operand) -> bool:
-    """Return whether kernels of a mode read both operands without rounding them."""
-    if not _reads(mode, weight.format) or (weight.block and mode is not Mode.BF16):
-        return False
-    if mode is Mode.E4M3 and activation.block:
-        return False
-    return activation.format.name == mode.element or not why_not(activation, mode.element)
-
-
-def _reads(mode: Mode, weight: FloatSpec) -> bool:
-    """Return whether kernels of a mode decode weights of a format."""
-    if mode is not Mode.INTEGERS:
-        return weight.name == _E2M1
-    largest = weight.max * 2 ** integer_shift(weight)
-    return weight.storage_bits == 4 and largest <= _MOST_INTEGER
 
 
 def _block(operand: Operand) -> str:

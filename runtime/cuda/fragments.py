@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Final
 
 from torch import Tensor
 
+from fpcompiler.formats import FloatSpec
 from fpcompiler.numerics.fragment_layout import (
     Order,
     e4m3_scales,
@@ -16,8 +18,14 @@ from fpcompiler.numerics.fragment_layout import (
 )
 from fpcompiler.numerics.packing import unpack
 from fpcompiler.operand import Operand
-from fpcompiler.runtime.cuda.stored import BF16, E4M3, I8, integer_shift
+from fpcompiler.runtime.cuda.stored import BF16, E4M3, I8, integer_shift, why_not
 from fpcompiler.runtime.cuda.weights import KernelWeights, outer_scale
+
+_E2M1: Final = "f4E2M1FN"
+_BITS: Final = 4
+_MOST_INTEGER: Final = 63
+"""The largest magnitude of a weight that kernels hold in a byte beside an offset as large."""
+_BLOCKS: Final = ("", "block16:f8E4M3FN", "block32:f8E8M0FNU")
 
 
 class Mode(enum.Enum):
@@ -39,6 +47,42 @@ class Mode(enum.Enum):
     def order(self) -> Order:
         """How the weights are stored."""
         return Order.HALVES if self is Mode.BF16 else Order.BYTES
+
+
+def mode_of(weight: Operand, activation: Operand | None) -> Mode | None:
+    """Return how kernels multiply a layer whose weights stay packed, or None if there are none.
+
+    Integers are taken where both operands are some on a scale per row and per token: such sums are
+    exact, and they are the fastest. FP8 comes next, and bf16 holds the values of all blocks.
+
+    Args:
+        weight: The weights' operand.
+        activation: The activations' operand; None for plain bf16.
+    """
+    block = weight.block
+    if (f"block{block.block}:{block.format}" if block else "") not in _BLOCKS:
+        return None
+    if activation is None:
+        return Mode.BF16 if weight.format.name == _E2M1 else None
+    modes = (Mode.INTEGERS, Mode.E4M3, Mode.BF16)
+    return next((mode for mode in modes if _computes(mode, weight, activation)), None)
+
+
+def _computes(mode: Mode, weight: Operand, activation: Operand) -> bool:
+    """Return whether kernels of a mode read both operands without rounding them."""
+    if not decodes(mode, weight.format) or (weight.block and mode is not Mode.BF16):
+        return False
+    if mode is Mode.E4M3 and activation.block:
+        return False
+    return activation.format.name == mode.element or not why_not(activation, mode.element)
+
+
+def decodes(mode: Mode, weight: FloatSpec) -> bool:
+    """Return whether kernels of a mode decode weights of a format."""
+    if mode is not Mode.INTEGERS:
+        return weight.name == _E2M1
+    largest = weight.max * 2 ** integer_shift(weight)
+    return weight.storage_bits == _BITS and largest <= _MOST_INTEGER
 
 
 def fragment_weights(w: Sequence[Tensor], operand: Operand, k: int, mode: Mode) -> KernelWeights:

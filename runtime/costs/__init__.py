@@ -1,0 +1,53 @@
+"""How long layers take on GPUs, quantized and in bf16: arithmetic on sizes, no graph, no tensors.
+
+Where times were measured (:data:`MEASURED`), a model is fitted to them; elsewhere there are the
+ceilings of a data sheet, and what follows from those is called an estimate.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fpcompiler.runtime.costs.call import SLOWER, LayerCall, Prediction
+from fpcompiler.runtime.costs.datasheet import DATASHEETS, predict_from_datasheet
+from fpcompiler.runtime.costs.hopper import GPU, hopper_costs
+
+__all__ = [
+    "LayerCall",
+    "Prediction",
+    "predict",
+    "source_of",
+    "GPUS",
+    "MEASURED",
+    "SLOWER",
+]
+
+MEASURED: Final = (GPU,)
+"""GPUs on which layers were timed."""
+
+GPUS: Final = (*MEASURED, *DATASHEETS)
+"""All GPUs that there are predictions for."""
+
+
+def predict(gpu: str, call: LayerCall) -> Prediction | str:
+    """Return the times of a layer on a GPU, or why there is no prediction.
+
+    Args:
+        gpu: A name in :data:`GPUS`.
+        call: The layer.
+    """
+    if gpu in MEASURED:
+        return hopper_costs().predict(call)
+    return predict_from_datasheet(gpu, call)
+
+
+def source_of(gpu: str) -> str:
+    """Return in words what predictions for a GPU rest on."""
+    if gpu not in MEASURED:
+        return f"estimated from the data sheet of an {DATASHEETS[gpu].device}, never measured"
+    record = hopper_costs().record
+    errors = record["errors"]
+    return (
+        f"predicted from times of single layers on an {record['device']} of {record['date']} "
+        f"(error of these: median {errors['median']:.0%}, worst {errors['worst']:.0%})"
+    )
