@@ -8,9 +8,10 @@ import torch
 
 from fpcompiler.codegen.arch import ARCHS
 from fpcompiler.errors import OptionError, TargetError
+from fpcompiler.runtime.costs import GPUS, MEASURED
 from fpcompiler.target import TARGETS, lookup
 
-__all__ = ["split_targets", "arch_for"]
+__all__ = ["split_targets", "kept_on", "arch_for"]
 
 _DEFAULT = "cpu"
 _CUDA = "cuda"
@@ -28,8 +29,7 @@ def split_targets(target: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
         OptionError: If a name is there twice, or there are two that a plan can be for.
         TargetError: If there is no such target, or for ``cuda`` no GPU that kernels are for.
     """
-    given = target.split(",") if isinstance(target, str) else list(target)
-    names = [_named(name.strip()) for name in given]
+    names = _names_of(target)
     if not names or len({*names}) != len(names):
         raise OptionError(
             f"target={target!r} must name targets, each once; see fpcompiler targets."
@@ -43,6 +43,33 @@ def split_targets(target: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
             f"target={target!r}: a plan is for one of {', '.join(plain)}; GPUs may be beside it."
         )
     return (plain or [_DEFAULT])[0], tuple(name for name in names if name in ARCHS)
+
+
+def kept_on(target: str | Sequence[str], keep_if_slower: bool | None) -> tuple[str, ...]:
+    """Return the GPUs on which layers that would be slower quantized stay in high precision.
+
+    Args:
+        target: As for :func:`split_targets`, which accepted it.
+        keep_if_slower: None: those that are named if nothing else is and layers were timed on all
+            of them, since what is kept is kept everywhere, and a CPU or a GPU that was only
+            estimated may gain. True: the GPUs that are named. False: none.
+
+    Raises:
+        OptionError: If it is True and there are no times, measured or estimated, for any of them.
+    """
+    names = _names_of(target)
+    if keep_if_slower is None:
+        return tuple(names) if {*names} <= {*MEASURED} else ()
+    if not keep_if_slower:
+        return ()
+    machines = [ARCHS[name].target for name in names if name in ARCHS]
+    found = tuple(dict.fromkeys(machine for machine in machines if machine in GPUS))
+    if not found:
+        raise OptionError(
+            f"keep_if_slower=True compares with bf16 on a GPU, and target={target!r} names none. "
+            f"There are times for {', '.join(GPUS)}: add one, or leave the option out."
+        )
+    return found
 
 
 def arch_for(capability: tuple[int, int]) -> str:
@@ -63,6 +90,11 @@ def arch_for(capability: tuple[int, int]) -> str:
         f"there are kernels for {', '.join(f'{a}.{b}' for a, b in known)} only. Compile for the "
         "target reference: it runs on every GPU of torch."
     )
+
+
+def _names_of(target: str | Sequence[str]) -> list[str]:
+    given = target.split(",") if isinstance(target, str) else list(target)
+    return [_named(name.strip()) for name in given]
 
 
 def _named(name: str) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fpcompiler.scheme import Scheme
 
 _NONE = type(None)
+_NOTHING_CHOSEN = ("rtn", None, None, None, False, False, None)
 
 
 def compile(
@@ -45,6 +46,7 @@ def compile(
     round_budget: str | None = None,
     share_scales: bool = False,
     static_inputs: bool = False,
+    keep_if_slower: bool | None = None,
     max_memory: str | int = "4GiB",
     work_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -92,6 +94,13 @@ def compile(
             two, where they have one (NVFP4): servers of checkpoints want that.
         static_inputs: Whether inputs with a scale of the tensor (NVFP4) get it from the calibration
             data, once, and not from each call: servers of checkpoints want that too.
+        keep_if_slower: Whether layers stay in 16 bits that are predicted to be slower quantized
+            (below 0.95 times the speed of bf16, with the tokens of the example call and, in a model
+            with a cache, with one) on each GPU of ``target``. By default they do if ``target``
+            names nothing but GPUs on which layers were timed: ``"sm_90a"``. Quantized they take
+            less memory all the same; ``False`` quantizes them. ``True`` keeps them whatever else is
+            named, on GPUs without measured times by estimates. :meth:`CompiledModel.explain` shows
+            what is predicted.
         max_memory: What calibration may take beside the model and the batches: ``"4GiB"``.
         work_dir: A folder for what calibration has finished, so that a run that was killed goes on
             from there; the result is the same, unless ``round_budget`` was given. A finished run
@@ -119,6 +128,7 @@ def compile(
         CaptureError: If torch.export cannot turn the model into a graph.
         NumericsError: If a weight holds NaN or infinity; the message names the layer.
     """
+    from fpcompiler.codegen.targets import kept_on
     from fpcompiler.passes import METHODS, default_pipeline, parse_pipeline, what_learns
     from fpcompiler.scheme import Scheme as SchemeClass
 
@@ -127,16 +137,18 @@ def compile(
     require_type("attention", attention, (str, _NONE), "an operand such as 'f8E4M3FN@token:f32'")
     require_type("effective_bits", effective_bits, (int, float, _NONE), "a number such as 4.5")
     require_type("round_budget", round_budget, (str, _NONE), "a length of time such as '5min'")
+    require_type("keep_if_slower", keep_if_slower, (bool, _NONE), "True, False or None")
     require_type("pipeline", pipeline, (str, tuple, list, _NONE), "a text or a tuple of passes")
     require_type("dump_dir", dump_dir, (*PATH, _NONE), "a folder, such as 'dumps'")
     parsed = SchemeClass.of(scheme)
     plan_target, archs = _require_targets(target, parsed, strict)
+    keep_on = kept_on(target, keep_if_slower)
     # What is wrong with the passes is said before a model is captured.
     given = (method, attention, effective_bits, round_budget, share_scales, static_inputs)
-    if pipeline is not None and given != ("rtn", None, None, None, False, False):
+    if pipeline is not None and (*given, keep_if_slower) != _NOTHING_CHOSEN:
         raise OptionError(
             "pipeline= names all passes; leave out method=, attention=, effective_bits=, "
-            "round_budget=, share_scales= and static_inputs=."
+            "round_budget=, share_scales=, static_inputs= and keep_if_slower=."
         )
     if pipeline is None:
         learner = what_learns(method, effective_bits, static_inputs)
@@ -155,6 +167,7 @@ def compile(
             round_budget or "",
             share_scales=share_scales,
             static_inputs=static_inputs,
+            keep_on=",".join(keep_on),
         )
         chosen = {"method": method, "attention": attention, "effective_bits": effective_bits}
     else:

@@ -122,6 +122,7 @@ class Job:
 
     def _build(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Artifact:
         from fpcompiler import ir, passes
+        from fpcompiler.capture import shapes_of_call
         from fpcompiler.codegen.emit_plan import emit_plan
         from fpcompiler.passes.layers import name_layers
 
@@ -130,6 +131,8 @@ class Job:
         name_layers(program)
         pipeline = self.pipeline
         batch = _flat_inputs(captured, args, kwargs)
+        if batch is not None and passes.needs_rows(pipeline):
+            passes.mark_rows(program, shapes_of_call(captured, batch))
         observers = []
         if self.dumps.folder:
             probe = passes.Probe(program, batch) if batch is not None else None
@@ -150,7 +153,11 @@ class Job:
             program, captured.signature, captured.placeholders, captured.symbols
         )
         self._warn_unmatched(plan)
-        self._warn_of_method(results)
+        all_kept = passes.all_kept(results)
+        if all_kept:
+            warnings.warn(all_kept, stacklevel=2)
+        else:
+            self._warn_of_method(results)
         golden = record_golden(plan, tensors, batch)
         return Artifact(
             plan=plan,
@@ -160,7 +167,7 @@ class Job:
             targets=(self.targets.plan, *self.targets.archs),
             golden=golden,
             graph=ir.print_program(program),
-            kernels=self._kernels(plan, tensors, golden),
+            kernels={} if all_kept else self._kernels(plan, tensors, golden),
             recipe={
                 "scheme": self.scheme.to_recipe(),
                 **self.chosen,

@@ -12,8 +12,9 @@ from fpcompiler.ir.program import parse_program
 from fpcompiler.ir.weights import Weights
 from fpcompiler.passes.base import Pass, PassContext, StoredWeight, pass_text, rewrite
 from fpcompiler.passes.dump import Dumper, weights_beside
+from fpcompiler.passes.keep_if_slower import mark_rows, needs_rows
 from fpcompiler.passes.manager import PassResult, run_pipeline
-from fpcompiler.passes.method_advice import advice
+from fpcompiler.passes.method_advice import advice, all_kept
 from fpcompiler.passes.methods import (
     METHODS,
     Method,
@@ -55,6 +56,7 @@ def opt(
 
 __all__ = [
     "advice",
+    "all_kept",
     "METHODS",
     "Method",
     "PASSES",
@@ -67,6 +69,8 @@ __all__ = [
     "StoredWeight",
     "default_pipeline",
     "import_pipeline",
+    "mark_rows",
+    "needs_rows",
     "opt",
     "parse_pipeline",
     "pass_text",

@@ -17,7 +17,17 @@ from fpcompiler.ir.torch_ops import operator_name
 from fpcompiler.ir.types import QuantizedType, tensor_type
 from fpcompiler.operand import Operand
 from fpcompiler.passes.base import Pass, PassContext, rewrite
-from fpcompiler.passes.layers import KEPT, KINDS, LAYER, layer_of, name_layers, weight_of
+from fpcompiler.passes.layers import (
+    KEPT,
+    KINDS,
+    LAYER,
+    RULE,
+    is_kept,
+    keep,
+    layer_of,
+    name_layers,
+    weight_of,
+)
 from fpcompiler.passes.roles import ROLE, mark_roles, role_of
 from fpcompiler.scheme import Match, Scheme
 
@@ -60,6 +70,9 @@ class _Inserter:
         name = layer_of(op)
         if name is None:
             return None
+        if is_kept(op):  # by an earlier pass, which said why
+            self.context.count("layers kept")
+            return None
         match = self.scheme.for_layer(name, role_of(op))
         if match.weight is None:
             self._keep(op, match.rule, "the scheme keeps it in high precision")
@@ -78,8 +91,7 @@ class _Inserter:
             self._keep(op, "", KEPT[name][1])
 
     def _keep(self, op: ir.Operation, rule: str, reason: str) -> None:
-        op.attributes["fpq.kept"] = ir.StringAttr.get(reason)
-        op.attributes["fpq.rule"] = ir.StringAttr.get(rule)
+        keep(op, rule, reason)
         self.context.count("layers kept")
 
 
@@ -115,7 +127,7 @@ def _description(op: ir.Operation, match: Match) -> dict[str, ir.Attribute]:
     i64 = ir.IntegerType.get_signless(64)
     return {
         "fpq.op": ir.StringAttr.get(op.name.split(".")[2]),
-        "fpq.rule": ir.StringAttr.get(match.rule),
+        RULE: ir.StringAttr.get(match.rule),
         ROLE: op.attributes[ROLE],
         "fpq.bytes_before": ir.IntegerAttr.get(i64, size),
     }

@@ -28,6 +28,13 @@ LAYER: Final = "fpq.layer"
 """Attribute of the operation whose result is the output of a layer: the layer's name."""
 
 
+REASON: Final = "fpq.kept"
+"""Attribute of a layer that stays in high precision: why."""
+
+RULE: Final = "fpq.rule"
+"""Attribute of a layer: the rule of the scheme that decided."""
+
+
 @dataclass(frozen=True)
 class Gemm:
     """A layer as a matrix product.
@@ -313,6 +320,23 @@ def _source(weight: ir.Value, evaluator: ConstantEvaluator) -> str:
 def layer_of(op: ir.Operation) -> str | None:
     """Return the name of the layer whose output an operation computes, or None."""
     return text_of(op.attributes[LAYER]) if LAYER in op.attributes else None
+
+
+def keep(op: ir.Operation, rule: str, reason: str) -> None:
+    """Mark a layer as kept in high precision.
+
+    Args:
+        op: The layer.
+        rule: The rule of the scheme that speaks of it.
+        reason: Why, for the plan.
+    """
+    op.attributes[REASON] = ir.StringAttr.get(reason)
+    op.attributes[RULE] = ir.StringAttr.get(rule)
+
+
+def is_kept(op: ir.Operation) -> bool:
+    """Return whether a layer was marked by :func:`keep`."""
+    return REASON in op.attributes
 
 
 def _is_parameter(value: ir.Value, evaluator: ConstantEvaluator) -> bool:

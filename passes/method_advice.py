@@ -1,4 +1,4 @@
-"""What a method could not do for a model, and what to do instead."""
+"""What passes could not do for a model, and what to do instead."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from types import MappingProxyType
 from typing import Final
 
 from fpcompiler.operand import Granularity
+from fpcompiler.passes.insert_quantize import InsertQuantize
+from fpcompiler.passes.keep_if_slower import KEPT as SLOWER
+from fpcompiler.passes.keep_if_slower import KeepIfSlower
 from fpcompiler.passes.manager import PassResult
 from fpcompiler.passes.methods import METHODS
 from fpcompiler.scheme import Scheme
@@ -79,6 +82,28 @@ def advice(method: str, scheme: Scheme, results: Sequence[PassResult]) -> list[s
             "with one scale for each row, such as w=f4E2M1FN@row:f32, and the scheme has none."
         )
     return lines
+
+
+def all_kept(results: Sequence[PassResult]) -> str:
+    """Return what a user should know if layers were kept for their speed and none is quantized.
+
+    Args:
+        results: What the passes did.
+
+    Returns:
+        An empty text if some layers are quantized, or none was kept for that.
+    """
+    counts = {result.name: result.statistics for result in results}
+    kept = counts.get(KeepIfSlower.name, {}).get(SLOWER, 0)
+    if not kept or counts.get(InsertQuantize.name, {}).get("layers quantized", 0):
+        return ""
+    return (
+        f"keep_if_slower: no layer was quantized. {kept} that the scheme names are predicted to be "
+        "slower quantized than in bf16, for the tokens of the example call; they stay as they are, "
+        "and there is nothing to compile kernels for. keep_if_slower=False (--no-keep-if-slower) "
+        "quantizes them, which saves memory. Faster are -row schemes, and an example call as large "
+        "as those that the model will get may tell another story."
+    )
 
 
 def _idle(method: str, name: str, statistics: Mapping[str, int]) -> list[str]:

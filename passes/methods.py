@@ -18,6 +18,7 @@ from fpcompiler.passes.fuse_quantize import FuseQuantize
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.group_heads import GroupHeads
 from fpcompiler.passes.insert_quantize import InsertQuantize
+from fpcompiler.passes.keep_if_slower import KeepIfSlower
 from fpcompiler.passes.lower_gemm import LowerGemm
 from fpcompiler.passes.mixed_formats import MixedFormats
 from fpcompiler.passes.normalize import Normalize
@@ -121,6 +122,7 @@ def default_pipeline(
     *,
     share_scales: bool = False,
     static_inputs: bool = False,
+    keep_on: str = "",
 ) -> Pipeline:
     """Return the passes that :func:`fpcompiler.compile` runs.
 
@@ -137,6 +139,8 @@ def default_pipeline(
             ``share-scales``.
         static_inputs: Whether inputs get a scale of the tensor from calibration data, see
             ``static-inputs``.
+        keep_on: GPUs, with commas: layers that would be slower there are kept, see
+            ``keep-if-slower``; empty: none are.
 
     Raises:
         PassError: If there is no such method, it finds scales of its own for each weight though
@@ -165,7 +169,7 @@ def default_pipeline(
             f"the weights before. Methods that go with it: {', '.join(fitting)}."
         )
     return (
-        *_inserted(scheme),
+        *_inserted(scheme, keep_on),
         *(() if effective_bits is None else (MixedFormats(effective_bits, target=target),)),
         *((ShareScales(),) if share_scales else ()),
         *_passes(method, target, round_budget, attention),
@@ -185,8 +189,9 @@ def import_pipeline(scheme: str, target: str) -> Pipeline:
     return (*_inserted(scheme), StoredWeights(), *_lowered(target))
 
 
-def _inserted(scheme: str) -> Pipeline:
-    return Cse(), Normalize(), FoldConstants(), InsertQuantize(scheme=scheme), Cse()
+def _inserted(scheme: str, keep_on: str = "") -> Pipeline:
+    kept = (KeepIfSlower(scheme, keep_on),) if keep_on else ()
+    return Cse(), Normalize(), FoldConstants(), *kept, InsertQuantize(scheme=scheme), Cse()
 
 
 def _lowered(target: str) -> Pipeline:

@@ -22,6 +22,7 @@ from fpcompiler.passes.fuse_quantize import FuseQuantize
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.group_heads import GroupHeads
 from fpcompiler.passes.insert_quantize import InsertQuantize
+from fpcompiler.passes.keep_if_slower import KeepIfSlower
 from fpcompiler.passes.lower_gemm import LowerGemm
 from fpcompiler.passes.mixed_formats import MixedFormats
 from fpcompiler.passes.normalize import Normalize
@@ -42,6 +43,7 @@ Pipeline = tuple[Pass, ...]
 _CLASSES: Final[tuple[type[Pass], ...]] = (
     Normalize,
     FoldConstants,
+    KeepIfSlower,
     InsertQuantize,
     MixedFormats,
     ShareScales,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
@@ -21,6 +21,7 @@ from fpcompiler.runtime.cuda.kernels import CudaKernels, load_kernels
 from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.example_call import example_call
 from fpcompiler.runtime.executor import Executor
+from fpcompiler.runtime.explain import TOKENS, ExplainTable, explain
 from fpcompiler.runtime.inputs import bind
 from fpcompiler.runtime.profile import profile
 from fpcompiler.runtime.profile_report import Profile
@@ -186,6 +187,22 @@ class CompiledModel:
             RunError: If the model has not been called yet.
         """
         return PlanTable.of(self.artifact.plan.layers, self._scheme)
+
+    def explain(self, gpu: str | None = None, tokens: Sequence[int] = TOKENS) -> ExplainTable:
+        """Return what each layer is predicted to take on a GPU, and against bf16.
+
+        Nothing is run, and the GPU need not be here.
+
+        Args:
+            gpu: On which GPU: ``"sm_90a"``, for which times were measured, or one for which they
+                are estimated from its data sheet; by default the first that it was compiled for.
+            tokens: For which numbers of tokens, all of a batch.
+
+        Raises:
+            OptionError: If there are no predictions for the GPU, or a number is none.
+            RunError: If the model has not been called yet.
+        """
+        return explain(self.artifact, gpu, tokens)
 
     @property
     def reports(self) -> Mapping[str, str]:

@@ -246,9 +246,11 @@ def described(record: Mapping[str, Any]) -> dict[str, Any]:
     errors = errors_of(costs, record)
     every = [error for row in errors.values() for error in row]
     unseen = left_out(record)
+    sizes = [size for row in record["rows"] for size in (row["n"], row["k"])]
     return {
         "source": RECORD.relative_to(ROOT).as_posix(),
         **{name: record[name] for name in ("device", "date", "torch")},
+        "sizes": [min(sizes), max(sizes)],
         "sms": costs.sms,
         "few_tokens": costs.few_tokens,
         "few_bytes": costs.few_bytes,

@@ -8,5 +8,6 @@ ranges of its sizes, and notes on what was decided.
 
 from fpcompiler.capture.export import capture
 from fpcompiler.capture.program import CapturedProgram, from_exported
+from fpcompiler.capture.shapes import shapes_of_call
 
-__all__ = ["CapturedProgram", "capture", "from_exported"]
+__all__ = ["CapturedProgram", "capture", "from_exported", "shapes_of_call"]

@@ -52,6 +52,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what it runs on, with commas: cpu,sm_100a (see fpcompiler targets); cuda is the GPU "
         "of this machine; by default cpu",
     )
+    parser.add_argument(
+        "--keep-if-slower",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep layers in 16 bits that are predicted to be slower quantized on each GPU of "
+        "--target; by default if that names nothing but GPUs on which layers were timed (sm_90a)",
+    )
     parser.add_argument("--dump-dir", metavar="DIR", help="write the program after each pass there")
     parser.add_argument(
         "--dump-weights",
@@ -72,6 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         facts = {"artifact": args.output, "bytes": size, "dumps": dumps}
         print_json({**facts, "reports": dict(compiled.reports), **plan.to_json()})
         return OK
+    from fpcompiler.runtime.costs import GPUS
     from fpcompiler.runtime.tables import size_text
 
     quantized = sum(row.quantized for row in plan.rows)
@@ -83,6 +91,9 @@ def _run(args: argparse.Namespace) -> int:
         print(plan.cache_text)
     for gpu, _, layers, gemms, proved, kernel_size in kernel_rows(compiled.artifact.kernels):
         print(f"kernels for {gpu}: {layers} layers, {gemms} GEMMs, proved: {proved}; {kernel_size}")
+    for gpu in GPUS:
+        if gpu in compiled.artifact.targets:
+            print(compiled.explain(gpu).summary)
     if dumps:
         print(f"dumps: {dumps}")
     for text in compiled.reports.values():
@@ -92,11 +103,12 @@ def _run(args: argparse.Namespace) -> int:
 
 def _compile(args: argparse.Namespace) -> CompiledModel:
     # What is cheap to check comes first: loading a model and torch takes a while.
-    from fpcompiler.codegen.targets import split_targets
+    from fpcompiler.codegen.targets import kept_on, split_targets
     from fpcompiler.scheme import Scheme
 
     scheme = Scheme.from_recipe(args.recipe) if args.recipe else Scheme.of(args.scheme)
     split_targets(args.target)
+    kept_on(args.target, args.keep_if_slower)
     if not Path(args.output).absolute().parent.is_dir():
         raise OptionError(f"the folder of {args.output} does not exist.")
 
@@ -121,6 +133,7 @@ def _compile(args: argparse.Namespace) -> CompiledModel:
             round_budget=args.round_budget,
             share_scales=args.share_scales,
             static_inputs=args.static_inputs,
+            keep_if_slower=args.keep_if_slower,
             max_memory=args.max_memory,
             work_dir=args.work_dir,
             seed=args.seed,
@@ -131,7 +144,7 @@ def _compile(args: argparse.Namespace) -> CompiledModel:
         )
 
 
-_OURS: Final = ("The method ", "quantize-cache: ")
+_OURS: Final = ("The method ", "quantize-cache: ", "keep_if_slower: ")
 
 
 def _show_warning(

@@ -9,15 +9,28 @@ from typing import TYPE_CHECKING, Any, Final
 from fpcompiler.cli.command import OK, Command
 from fpcompiler.cli.kernels import HEADERS, kernel_reasons, kernel_rows
 from fpcompiler.cli.output import print_json, print_rich, print_table
+from fpcompiler.errors import OptionError
 
 if TYPE_CHECKING:
     from fpcompiler.artifact import Artifact
+    from fpcompiler.runtime.explain import ExplainTable
 
 __all__ = ["COMMAND"]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="an artifact")
+    parser.add_argument(
+        "--gpu",
+        metavar="GPU",
+        help="predict the time of each layer on it, such as sm_90a; by default on the first GPU "
+        "that the model was compiled for",
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="M,M",
+        help="for these numbers of tokens; by default 1,16,2048",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -27,22 +40,40 @@ def _run(args: argparse.Namespace) -> int:
 
     artifact = artifacts.read(args.file)
     plan = PlanTable.of(artifact.plan.layers, artifact.scheme)
+    times = _explained(artifact, args.gpu, args.tokens)
     facts = _facts(artifact, Path(args.file).stat().st_size)
     if args.json:
         kernels = [dict(zip(HEADERS, row, strict=True)) for row in kernel_rows(artifact.kernels)]
-        rest = {"inputs": _inputs(artifact), "plan": plan.to_json(), "kernels": kernels}
+        rest: dict[str, Any] = {"inputs": _inputs(artifact), "plan": plan.to_json()}
+        rest |= {"kernels": kernels, "times": times.to_json() if times else None}
         print_json({**facts, **rest})
         return OK
     print_table(args.file, ("", ""), [(name, _text(value)) for name, value in facts.items()])
     rows = [(name, dtype, " x ".join(map(str, shape))) for name, dtype, shape in _inputs(artifact)]
     print_table("inputs", ("name", "dtype", "shape"), rows)
     print_rich(plan)
+    if times:
+        print_rich(times)
     if artifact.kernels:
         print_table("GPU kernels", HEADERS, kernel_rows(artifact.kernels))
     reasons = kernel_reasons(artifact.kernels)
     if reasons:
         print_table("layers without GPU kernels", ("GPU", "layer", "reason"), reasons)
     return OK
+
+
+def _explained(artifact: Artifact, gpu: str | None, tokens: str | None) -> ExplainTable | None:
+    """Return predicted times, if a GPU was named here or when the model was compiled."""
+    from fpcompiler.runtime.costs import GPUS
+    from fpcompiler.runtime.explain import TOKENS, explain
+
+    if gpu is None and tokens is None and not {*artifact.targets} & {*GPUS}:
+        return None
+    try:
+        numbers = [int(part) for part in tokens.split(",")] if tokens is not None else TOKENS
+    except ValueError:
+        raise OptionError(f"--tokens {tokens} must be numbers with commas: 1,16,2048.") from None
+    return explain(artifact, gpu, numbers)
 
 
 def _facts(artifact: Artifact, size: int) -> dict[str, Any]:
@@ -79,6 +110,7 @@ COMMAND: Final = Command(
     "inspect",
     "show the scheme, the plan and the sizes of an artifact",
     "  fpcompiler inspect model.fpc\n"
+    "  fpcompiler inspect model.fpc --gpu sm_90a --tokens 1,512\n"
     "  fpcompiler inspect model.fpc --json | jq '.plan.rows[].name'",
     _add_arguments,
     _run,

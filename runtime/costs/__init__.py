@@ -16,6 +16,7 @@ __all__ = [
     "LayerCall",
     "Prediction",
     "predict",
+    "bf16_microseconds",
     "source_of",
     "GPUS",
     "MEASURED",
@@ -41,13 +42,28 @@ def predict(gpu: str, call: LayerCall) -> Prediction | str:
     return predict_from_datasheet(gpu, call)
 
 
+def bf16_microseconds(gpu: str, m: int, n: int, k: int) -> float:
+    """Return the time of a product in bf16.
+
+    Args:
+        gpu: A name in :data:`GPUS`.
+        m: Tokens.
+        n: Output channels.
+        k: Input channels.
+    """
+    if gpu in MEASURED:
+        return hopper_costs().plain.microseconds(m, n, k)
+    return DATASHEETS[gpu].bf16_microseconds(m, n, k)
+
+
 def source_of(gpu: str) -> str:
     """Return in words what predictions for a GPU rest on."""
     if gpu not in MEASURED:
         return f"estimated from the data sheet of an {DATASHEETS[gpu].device}, never measured"
     record = hopper_costs().record
-    errors = record["errors"]
+    errors, (least, most) = record["errors"], record["sizes"]
     return (
-        f"predicted from times of single layers on an {record['device']} of {record['date']} "
-        f"(error of these: median {errors['median']:.0%}, worst {errors['worst']:.0%})"
+        f"predicted from times of layers with {least} to {most} inputs and outputs on an "
+        f"{record['device']} of {record['date']} (error of these: median {errors['median']:.0%}, "
+        f"worst {errors['worst']:.0%})"
     )

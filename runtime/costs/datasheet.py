@@ -29,6 +29,11 @@ class Datasheet:
     bandwidth: float
     rates: Mapping[str, float]
 
+    def bf16_microseconds(self, m: int, n: int, k: int) -> float:
+        """Return the least time that a product in bf16 can take."""
+        read = 2 * (n * k + m * k + m * n) / self.bandwidth
+        return max(read, 2 * m * n * k / self.rates["bf16"])
+
 
 def _rates(fp4: float, fp8: float, bf16: float) -> Mapping[str, float]:
     """Return the rates of kinds, from those of instructions in 10**12 per second."""
@@ -60,8 +65,7 @@ def predict_from_datasheet(gpu: str, call: LayerCall) -> Prediction | str:
     inputs, outputs = 2 * call.m * call.k, 2 * call.m * call.n
     quantizing = (inputs + codes) / sheet.bandwidth / call.readers
     read = (call.weight_bytes + codes + outputs) / sheet.bandwidth
-    plain_read = (2 * call.n * call.k + inputs + outputs) / sheet.bandwidth
     return Prediction(
         quantizing + max(read, call.operations / sheet.rates[kind.name]),
-        max(plain_read, call.operations / sheet.rates["bf16"]),
+        sheet.bf16_microseconds(call.m, call.n, call.k),
     )

@@ -27,6 +27,7 @@ from fpcompiler.runtime.cuda.fragments import Mode, mode_of
 GPU: Final = "sm_90a"
 FILE: Final = f"{GPU}.json"
 
+_RECORDED: Final = ("device", "date", "source", "sizes", "errors")
 _UNIT_K: Final = 128
 _ROWS: Final = 64  # of a warpgroup
 _SHARED_BYTES: Final = {"int8": 1, "fp8": 2, "bf16": 2}
@@ -105,7 +106,8 @@ class HopperCosts:
     """All numbers of the model.
 
     Attributes:
-        record: Where they come from: ``device``, ``date``, ``source``, and ``errors`` of the fit.
+        record: Where they come from: ``device``, ``date``, ``source``, the least and the most of
+            ``sizes``, and ``errors`` of the fit.
         sms: Multiprocessors.
         few_tokens: The most that the kernel for few tokens takes.
         few_bytes: The most that activations may take in its shared memory.
@@ -126,7 +128,7 @@ class HopperCosts:
     def of(cls, data: Mapping[str, Any]) -> HopperCosts:
         """Return what JSON values say."""
         return cls(
-            record={name: data[name] for name in ("device", "date", "source", "errors")},
+            record={name: data[name] for name in _RECORDED},
             sms=data["sms"],
             few_tokens=data["few_tokens"],
             few_bytes=data["few_bytes"],

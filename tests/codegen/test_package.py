@@ -23,7 +23,7 @@ from fpcompiler.codegen.gemms import gemms_of
 from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
 from fpcompiler.codegen.package import package, plan_kernels
 from fpcompiler.codegen.problem import Activation, OutputType
-from fpcompiler.errors import DependencyError, TargetError
+from fpcompiler.errors import DependencyError, OptionError, TargetError
 from fpcompiler.options import Options
 from fpcompiler.scheme import Scheme
 
@@ -165,7 +165,8 @@ def test_no_kernel_for_any_layer_is_an_error(fake) -> None:
 def test_plain_activations_are_multiplied_in_bf16_on_hopper(fake) -> None:
     with pytest.raises(TargetError, match=r"this model has f32\. Convert it to bfloat16"):
         compiled("w4a16", target="sm_90a")
-    kernels = compiled("w4a16", torch.bfloat16, target="sm_90a").artifact.kernels
+    bf16 = compiled("w4a16", torch.bfloat16, target="sm_90a", keep_if_slower=False)
+    kernels = bf16.artifact.kernels
     assert all(row.kernels for row in KernelIndex.of(kernels).targets["sm_90a"].layers.values())
 
 
@@ -210,7 +211,7 @@ def test_packed_kernels_need_no_cutlass_and_have_no_proof(
     emitting = importlib.import_module("fpcompiler.codegen.cutlass.emit")
     for module in (packaging.cutlass, emitting):
         monkeypatch.setattr(module, "find_cutlass", missing)
-    artifact = compiled("nvfp4", torch.bfloat16, target="sm_90a").artifact
+    artifact = compiled("nvfp4", torch.bfloat16, target="cpu,sm_90a").artifact
     path = str(_saved(artifact, tmp_path))
     assert main(["inspect", path]) == 0
     assert "2 by selftest only" in capsys.readouterr().out
@@ -219,6 +220,45 @@ def test_packed_kernels_need_no_cutlass_and_have_no_proof(
         error = capsys.readouterr().err
         assert "fpcompiler's own" in error
         assert f"`fpcompiler selftest {path}`" in error
+
+
+def test_layers_that_would_be_slower_on_the_only_target_are_kept(fake, tmp_path) -> None:
+    with pytest.warns(UserWarning, match="keep_if_slower: no layer was quantized. 3 that the"):
+        model = compiled("nvfp4", torch.bfloat16, target="sm_90a")
+    assert not any(row.quantized for row in model.plan().rows)
+    assert "slower than bf16 if quantized: 0." in model.plan().rows[0].reason
+    assert fake[0] == []
+    again = fpcompiler.load(_saved(model.artifact, tmp_path))
+    assert again.artifact.kernels == {}
+    assert again.artifact.targets == ("cpu", "sm_90a")
+    assert again.verify().ok
+    assert "3 layers stay in 16 bits" in again.reports["keep-if-slower"]
+
+
+@pytest.mark.parametrize(
+    ("options", "quantized"),
+    [
+        ({"target": "cpu,sm_90a"}, 3),
+        ({"target": "sm_90a", "keep_if_slower": False}, 3),
+        ({"target": "sm_90a", "dtype": torch.float32}, 3),
+        ({"target": ["sm_90a", "sm_100a"]}, 3),
+        ({"target": ["sm_90a", "sm_100a"], "keep_if_slower": True}, 3),  # the estimate gains
+    ],
+)
+def test_they_are_quantized_where_they_may_gain_elsewhere(options, quantized, fake) -> None:
+    model = compiled("nvfp4", **{"dtype": torch.bfloat16, **options})
+    assert sum(row.quantized for row in model.plan().rows) == quantized
+
+
+def test_keeping_can_be_asked_for_beside_a_cpu(fake) -> None:
+    with pytest.warns(UserWarning, match="no layer was quantized"):
+        compiled("nvfp4", torch.bfloat16, target="cpu,sm_90a", keep_if_slower=True)
+    with pytest.raises(OptionError, match="names none"):
+        compiled("nvfp4", keep_if_slower=True)
+    with pytest.raises(OptionError, match="keep_if_slower must be True, False or None"):
+        compiled("nvfp4", keep_if_slower="yes")
+    with pytest.raises(OptionError, match="static_inputs= and keep_if_slower="):
+        compiled("nvfp4", target="sm_90a", keep_if_slower=True, pipeline="cse")
 
 
 @pytest.mark.nvcc

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpcompiler.codegen.targets import arch_for, split_targets
+from fpcompiler.codegen.targets import arch_for, kept_on, split_targets
 from fpcompiler.errors import OptionError, TargetError
 
 
@@ -58,3 +58,34 @@ def test_cuda_without_a_gpu_that_kernels_are_for(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TargetError, match=r"torch finds none here\. Name the GPU .*sm_90a"):
         split_targets("cpu,cuda")
+
+
+@pytest.mark.parametrize(
+    ("target", "default", "forced"),
+    [
+        ("sm_90a", ("sm_90a",), ("sm_90a",)),
+        ("cpu,sm_90a", (), ("sm_90a",)),
+        (["sm_90a", "sm_100a"], (), ("sm_90a", "sm_100a")),
+        ("sm_100a", (), ("sm_100a",)),
+        (["sm_103a", "sm_100f", "sm_121a"], (), ("sm_100a", "sm_120a")),
+        ("reference,sm_120a", (), ("sm_120a",)),
+    ],
+)
+def test_layers_are_kept_by_default_where_only_measured_gpus_are_named(
+    target, default, forced
+) -> None:
+    assert kept_on(target, None) == default
+    assert kept_on(target, True) == forced
+    assert kept_on(target, False) == ()
+
+
+def test_nothing_is_compared_without_a_gpu() -> None:
+    assert kept_on("cpu", None) == ()
+    with pytest.raises(OptionError, match=r"target='cpu' names none.*sm_90a, sm_100a, sm_120a"):
+        kept_on("cpu", True)
+
+
+def test_the_gpu_of_this_machine_is_compared_with_too(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert kept_on("cuda", None) == ("sm_90a",)

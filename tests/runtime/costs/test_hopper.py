@@ -118,5 +118,6 @@ def test_a_layer_is_slower_below_a_limit() -> None:
 
 def test_where_the_numbers_come_from_is_said() -> None:
     text = source_of("sm_90a")
-    assert text.startswith("predicted from times of single layers on an NVIDIA H200 of 20")
+    assert text.startswith("predicted from times of layers with 1152 to 14336 inputs and outputs")
+    assert " on an NVIDIA H200 of 20" in text
     assert "error of these: median " in text
