@@ -31,7 +31,8 @@ QUANTIZED: Final = "layers not slower quantized"
 
 _HALVES: Final = ("bf16", "f16")
 _LINEAR: Final = "torch.aten.linear"
-_PRODUCTS: Final = (_LINEAR, "torch.aten.mm", "torch.aten.matmul", "torch.aten.addmm")
+_ADDMM: Final = "torch.aten.addmm"
+_PRODUCTS: Final = (_LINEAR, "torch.aten.mm", "torch.aten.matmul", _ADDMM)
 """Layers that are one product in bf16 too; of all but the first, weights are [K, N]."""
 
 
@@ -60,9 +61,10 @@ class KeepIfSlower(Pass):
     """Keep layers that are predicted to be slower quantized than as a product of bf16.
 
     A layer is kept if on each of the GPUs it is slower with as many tokens as in the example call
-    and, in a model that has a cache, with one token too. The time of quantizing an input counts,
-    divided among the layers that read it. Layers without a prediction, convolutions, and layers
-    that are not in 16 bits, which would run slower still if they were kept, are quantized.
+    and, in a model that has a cache, with one token too. Quantizing inputs counts. Layers that read
+    the same input are one product on a GPU, and are judged as one. Layers without a prediction,
+    convolutions, and layers that are not in 16 bits, which would run slower still if they were
+    kept, are quantized.
 
     Attributes:
         scheme: As for ``insert-quantize``, which must follow and leaves kept layers alone.
@@ -106,7 +108,7 @@ class _Layer:
     n: int
     k: int
     rows: int
-    readers: int
+    together: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -135,25 +137,30 @@ def _has_state(program: Program) -> bool:
 def _candidates(program: Program, scheme: Scheme) -> dict[str, list[_Layer]]:
     """Return the runs of the layers that a scheme quantizes, by name."""
     wanted: list[tuple[ir.Operation, str, Match, Operand]] = []
-    readers: Counter[tuple[ir.Value, str]] = Counter()
+    together: dict[object, tuple[int, ...]] = {}
     for op in program.operations(*KINDS):
         name = layer_of(op)
         match = scheme.for_layer(name, role_of(op)) if name is not None else None
         if name is None or match is None or match.weight is None or KINDS[op.name].refuse(op):
             continue
         wanted.append((op, name, match, match.weight))
-        readers[_input_of(op, match)] += 1
+        group = _joined_by(op, match)
+        together[group] = (*together.get(group, ()), _sizes(op)[0])
     found: dict[str, list[_Layer]] = {}
     for op, name, match, weight in wanted:
-        n, k = _sizes(op)
         rows = ir.IntegerAttr(op.attributes[ROWS]).value if ROWS in op.attributes else 0
-        layer = _Layer(op, match, weight, n, k, rows, readers[_input_of(op, match)])
+        layer = _Layer(op, match, weight, *_sizes(op), rows, together[_joined_by(op, match)])
         found.setdefault(name, []).append(layer)
     return found
 
 
-def _input_of(op: ir.Operation, match: Match) -> tuple[ir.Value, str]:
-    return op.operands[1 if op.name == "torch.aten.addmm" else 0], str(match.activation)
+def _joined_by(op: ir.Operation, match: Match) -> object:
+    """Return what layers agree in that a GPU multiplies as one."""
+    with_bias = op.name == _ADDMM or any(
+        tensor_type(value) is not None for value in op.operands[2:3]
+    )
+    x = op.operands[1 if op.name == _ADDMM else 0]
+    return x, str(match.weight), str(match.activation), with_bias
 
 
 def _sizes(op: ir.Operation) -> tuple[int, int]:
@@ -179,7 +186,7 @@ def _judged(runs: Sequence[_Layer], gpus: Sequence[str], cached: bool) -> list[_
         tokens = (layer.rows, 1) if cached and layer.rows != 1 else (layer.rows,)
         for gpu, m in itertools.product(gpus, tokens):
             operands = layer.weight, layer.match.activation
-            prediction = predict(gpu, LayerCall(m, layer.n, layer.k, *operands, layer.readers))
+            prediction = predict(gpu, LayerCall(m, layer.n, layer.k, *operands, layer.together))
             if isinstance(prediction, str):
                 return "layers without a prediction"
             found.append(_Judged(gpu, m, prediction))

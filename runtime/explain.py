@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +14,7 @@ from fpcompiler.artifact import Artifact
 from fpcompiler.artifact.kernels import KernelIndex
 from fpcompiler.errors import OptionError
 from fpcompiler.operand import Operand
-from fpcompiler.plan import LayerRow, Plan
+from fpcompiler.plan import LayerRow, Plan, Step
 from fpcompiler.runtime.costs import (
     GPUS,
     MEASURED,
@@ -26,6 +25,7 @@ from fpcompiler.runtime.costs import (
     predict,
     source_of,
 )
+from fpcompiler.runtime.layer_steps import arguments_of
 from fpcompiler.runtime.roofline import LINEAR
 from fpcompiler.runtime.tables import as_text
 from fpcompiler.target import TARGETS
@@ -102,9 +102,9 @@ class ExplainTable:
         """What the numbers are, and on what they rest."""
         return (
             f"{self.gpu} ({TARGETS[self.gpu].machine}): microseconds of a layer, "
-            f"{source_of(self.gpu)}; quantizing its input included, shared by the layers that read "
-            f"it. x: times as fast as a product of bf16; slower: below {SLOWER}. What is between "
-            "layers is not in it."
+            f"{source_of(self.gpu)}; quantizing its input included. Layers that read the same "
+            "quantized input are one product, and each shows its part. x: times as fast as a "
+            f"product of bf16; slower: below {SLOWER}. What is between layers is not in it."
         )
 
     @property
@@ -174,9 +174,9 @@ def explain(
     if not tokens or not all(type(m) is int and m > 0 for m in tokens):
         raise OptionError(f"tokens={tokens!r} must be numbers of at least 1, such as (1, 2048).")
     reasons = _reasons(artifact, found)
-    readers = _readers_of(artifact.plan)
+    together = _together(artifact.plan)
     rows = (
-        _row(row, found, tuple(tokens), readers.get(row.name, 1), reasons.get(row.name, ""))
+        _row(row, found, tuple(tokens), together.get(row.name, ()), reasons.get(row.name, ""))
         for row in artifact.plan.layers
     )
     return ExplainTable(found, tuple(tokens), tuple(row for row in rows if row is not None))
@@ -203,17 +203,30 @@ def _reasons(artifact: Artifact, gpu: str) -> dict[str, str]:
     return {name: layer.reason for name, layer in layers.items() if layer.reason}
 
 
-def _readers_of(plan: Plan) -> Mapping[str, int]:
-    """Return how many layers read the same quantized input as a layer does."""
-    inputs = {
-        step.layer: str(step.args[0]) for step in plan.steps if step.op == LINEAR and step.args
-    }
-    counts = Counter(inputs.values())
-    return {layer: counts[text] for layer, text in inputs.items()}
+def _together(plan: Plan) -> Mapping[str, tuple[int, ...]]:
+    """Return the outputs of each layer that a GPU multiplies with a layer as one, by its name.
+
+    They are those of :func:`fpcompiler.runtime.cuda.joined.joinable`.
+    """
+    sizes = {row.name: row.shape[0] for row in plan.layers if row.quantized}
+    steps = [step for step in plan.steps if step.op == LINEAR and step.layer in sizes]
+    groups: dict[object, tuple[int, ...]] = {}
+    for step in steps:
+        group = _joined_by(step, plan)
+        groups[group] = (*groups.get(group, ()), sizes[step.layer])
+    return {step.layer: groups[_joined_by(step, plan)] for step in steps}
+
+
+def _joined_by(step: Step, plan: Plan) -> object:
+    given = arguments_of(step)
+    if given is None or given.activation or step.outs[0] in plan.outputs:
+        return step.outs
+    operands = given.x_operand, given.w_operand, given.bias is None
+    return str(given.x), operands, str(given.dtype)
 
 
 def _row(
-    row: LayerRow, gpu: str, tokens: tuple[int, ...], readers: int, reason: str
+    row: LayerRow, gpu: str, tokens: tuple[int, ...], together: tuple[int, ...], reason: str
 ) -> ExplainRow | None:
     if row.op not in _PRODUCTS:
         return _unpredicted(row, "a convolution is not one product") if row.quantized else None
@@ -227,7 +240,7 @@ def _row(
         return _unpredicted(row, f"no kernel, runs as the reference: {reason}")
     weight = Operand.parse(row.weight)
     activation = Operand.parse(row.activation) if "@" in row.activation else None
-    found = [predict(gpu, LayerCall(m, n, k, weight, activation, readers)) for m in tokens]
+    found = [predict(gpu, LayerCall(m, n, k, weight, activation, together)) for m in tokens]
     times = tuple(time for time in found if not isinstance(time, str))
     note = next((text for text in found if isinstance(text, str)), "")
     slow = [f"{m:,}" for m, time in zip(tokens, times, strict=False) if time.is_slower]

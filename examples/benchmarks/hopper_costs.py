@@ -162,19 +162,11 @@ def fit_kind(costs: HopperCosts, name: str, rows: Sequence[Row]) -> Kind:
 
     def loss(numbers: list[float]) -> float:
         trial = replace(costs, kinds={name: fitted(*numbers)})
-        return sum((time_of(trial, c, name) / time - 1) ** 2 for c, time in rows)
+        return sum((trial.microseconds(c, name) / time - 1) ** 2 for c, time in rows)
 
     starts = (5e8, 8e8, 1.3e9)
     ends = [descend(loss, (start,)) for start in starts]
     return fitted(*min(ends, key=loss))
-
-
-def time_of(costs: HopperCosts, call: LayerCall, name: str) -> float:
-    """Return what the model says of a layer whose inputs nothing else reads."""
-    few = costs.has_few(call, name)
-    factors = costs.kinds[name].few if few else costs.kinds[name].quantize
-    terms = costs.terms(call, name)
-    return costs.base(call, name) + sum(f * t for f, t in zip(factors, terms, strict=True))
 
 
 def fit(record: Mapping[str, Any]) -> HopperCosts:

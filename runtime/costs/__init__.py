@@ -6,6 +6,7 @@ ceilings of a data sheet, and what follows from those is called an estimate.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from fpcompiler.runtime.costs.call import SLOWER, LayerCall, Prediction
@@ -37,6 +38,18 @@ def predict(gpu: str, call: LayerCall) -> Prediction | str:
         gpu: A name in :data:`GPUS`.
         call: The layer.
     """
+    if not call.together or call.activation is None:
+        return _alone(gpu, call)
+    whole = _alone(gpu, replace(call, n=sum(call.together), together=()))
+    if isinstance(whole, str):
+        return whole
+    # Each gets the part of the time that it has of the time in bf16, so that all gain alike.
+    times = [bf16_microseconds(gpu, call.m, n, call.k) for n in call.together]
+    own = bf16_microseconds(gpu, call.m, call.n, call.k)
+    return Prediction(whole.microseconds * own / sum(times), own)
+
+
+def _alone(gpu: str, call: LayerCall) -> Prediction | str:
     if gpu in MEASURED:
         return hopper_costs().predict(call)
     return predict_from_datasheet(gpu, call)

@@ -21,8 +21,8 @@ class LayerCall:
         k: Input channels.
         weight: The weights' operand.
         activation: The activations' operand; None for 16 bits.
-        readers: Layers that read the same quantized activations: each is charged a part of the
-            time that quantizing them takes.
+        together: Outputs of each layer that reads the same quantized activations, itself included:
+            a GPU multiplies them as one (``runtime/cuda/joined.py``). Empty: it is alone.
     """
 
     m: int
@@ -30,7 +30,7 @@ class LayerCall:
     k: int
     weight: Operand
     activation: Operand | None
-    readers: int = 1
+    together: tuple[int, ...] = ()
 
     @property
     def weight_bytes(self) -> float:

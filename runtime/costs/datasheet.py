@@ -51,7 +51,7 @@ DATASHEETS: Final[Mapping[str, Datasheet]] = MappingProxyType(
 
 
 def predict_from_datasheet(gpu: str, call: LayerCall) -> Prediction | str:
-    """Return the least times that a layer can take, or why there is none.
+    """Return the least times that a layer that is alone can take, or why there is none.
 
     Args:
         gpu: A name in :data:`DATASHEETS`.
@@ -63,7 +63,7 @@ def predict_from_datasheet(gpu: str, call: LayerCall) -> Prediction | str:
         return f"there are no kernels for w={call.weight},a={call.activation or 'none'} on {gpu}"
     codes = call.m * call.k * call.activation.bits_per_value(call.k) / 8
     inputs, outputs = 2 * call.m * call.k, 2 * call.m * call.n
-    quantizing = (inputs + codes) / sheet.bandwidth / call.readers
+    quantizing = (inputs + codes) / sheet.bandwidth
     read = (call.weight_bytes + codes + outputs) / sheet.bandwidth
     return Prediction(
         quantizing + max(read, call.operations / sheet.rates[kind.name]),

@@ -14,7 +14,7 @@ tiles, each a fixed time and one for each unit of K. All numbers are in ``sm_90a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -141,13 +141,19 @@ class HopperCosts:
         )
 
     def predict(self, call: LayerCall) -> Prediction | str:
-        """Return the times of a layer, or why there is no prediction."""
+        """Return the times of a layer that is alone, or why there is no prediction."""
         name = kind_of(call.weight, call.activation)
         if name is None:
             return f"no times of w={call.weight},a={call.activation or 'none'} were recorded"
-        shared = self._quantizing(call, name) * (1 - 1 / call.readers)
-        time = self.base(call, name) + _sum(self._factors(call, name), self.terms(call, name))
-        return Prediction(time - shared, self.plain.microseconds(call.m, call.n, call.k))
+        plain = self.plain.microseconds(call.m, call.n, call.k)
+        return Prediction(self.microseconds(call, name), plain)
+
+    def microseconds(self, call: LayerCall, name: str) -> float:
+        """Return the time of a product of a kind, with the quantizing of its activations."""
+        kind = self.kinds[name]
+        factors = kind.few if self.has_few(call, name) else kind.quantize
+        terms = zip(factors, self.terms(call, name), strict=True)
+        return self.base(call, name) + sum(factor * term for factor, term in terms)
 
     def has_few(self, call: LayerCall, name: str) -> bool:
         """Return whether the kernel for few tokens computes a layer of a kind."""
@@ -168,19 +174,6 @@ class HopperCosts:
     def terms(self, call: LayerCall, name: str) -> tuple[float, ...]:
         """Return what the factors of a kind are multiplied by."""
         return few_terms(call) if self.has_few(call, name) else quantize_terms(call)
-
-    def _factors(self, call: LayerCall, name: str) -> tuple[float, ...]:
-        kind = self.kinds[name]
-        return kind.few if self.has_few(call, name) else kind.quantize
-
-    def _quantizing(self, call: LayerCall, name: str) -> float:
-        """Return the part of the time that quantizing takes.
-
-        With few tokens that is what a layer takes longer than one that quantizes nothing.
-        """
-        if not self.has_few(call, name):
-            return _sum(self.kinds[name].quantize, quantize_terms(call))
-        return max(0.0, self.kinds[name].few[0] - self.kinds[PLAIN].few[0])
 
 
 def few_terms(call: LayerCall) -> tuple[float, ...]:
@@ -218,10 +211,6 @@ def tiles_of(weight: Operand, name: str) -> str:
 
 def _arithmetic(name: str) -> str:
     return name.partition(",")[0]
-
-
-def _sum(factors: Sequence[float], terms: Sequence[float]) -> float:
-    return sum(factor * term for factor, term in zip(factors, terms, strict=True))
 
 
 @cache

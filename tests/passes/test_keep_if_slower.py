@@ -13,8 +13,10 @@ from fpcompiler import ir, passes
 from fpcompiler.capture import capture, shapes_of_call
 from fpcompiler.errors import PassError
 from fpcompiler.ir.printer import print_program
+from fpcompiler.operand import Operand
 from fpcompiler.passes.keep_if_slower import KEPT, QUANTIZED, ROWS, mark_rows, needs_rows
-from tests.models import CachedAttention, Llama, SharedBlock, token_ids
+from fpcompiler.runtime.costs import LayerCall, Prediction, predict
+from tests.models import CachedAttention, SharedBlock
 from tests.programs import count, import_named, kept_reasons, leaves_of
 
 BF16 = torch.bfloat16
@@ -51,12 +53,6 @@ def run(program: ir.Program, scheme: str, gpus: str = "sm_90a") -> passes.PassRe
     pipeline = f'cse,normalize,fold-constants,{kept},insert-quantize{{scheme="{scheme}"}},cse'
     results = passes.run_pipeline(program, passes.parse_pipeline(pipeline))
     return results[3]
-
-
-def speeds(program: ir.Program) -> dict[str, float]:
-    """Return the first speed that the reason of each layer names."""
-    found = {name: re.search(r"(\d\.\d\d)x", text) for name, text in kept_reasons(program).items()}
-    return {name: float(match[1]) for name, match in found.items() if match}
 
 
 def test_small_layers_are_kept_and_large_ones_quantized() -> None:
@@ -116,13 +112,29 @@ def test_what_is_not_predicted_is_quantized() -> None:
     assert not kept_reasons(program)
 
 
-def test_layers_that_share_an_input_share_the_time_of_quantizing_it() -> None:
-    program = marked(Llama(width=256).to(BF16), token_ids(2, 12))
-    run(program, "nvfp4,skip=none")
-    q, gate, down = (
-        speeds(program).get(f"layers.0.{name}_proj", 1.0) for name in ("q", "gate", "down")
-    )
-    assert q > gate > down
+class Three(nn.Module):
+    """Layers that read one input, and one that reads it without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 32)
+        self.gate = nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in (self.q, self.k, self.v, self.gate)], -1)
+
+
+def test_layers_that_read_the_same_input_are_judged_as_one() -> None:
+    program = marked(Three().to(BF16), torch.zeros(1, 64, dtype=BF16))
+    result = run(program, "w4a6-row")
+    weight, activation = Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32")
+    alone = predict("sm_90a", LayerCall(1, 32, 64, weight, activation))
+    joined = predict("sm_90a", LayerCall(1, 64, 64, weight, activation, (64, 32, 32)))
+    assert isinstance(alone, Prediction)
+    assert isinstance(joined, Prediction)
+    assert (alone.is_slower, joined.is_slower) == (True, False)
+    assert result.statistics == {KEPT: 1, QUANTIZED: 3}
+    assert {*kept_reasons(program)} == {"gate"}
 
 
 def test_a_layer_that_runs_twice_is_kept_as_a_whole_or_not_at_all() -> None:

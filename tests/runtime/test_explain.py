@@ -55,7 +55,9 @@ def test_each_layer_has_its_prediction(model: fpcompiler.CompiledModel) -> None:
     assert [*rows] == ["conv", "a", "b", "down", "lm_head"]
     weight, activation = Operand.parse("e2m1@row:f32"), Operand.parse("e2m3@token:f32")
     for m, time in zip((1, 500), rows["a"].times, strict=True):
-        assert time == predict("sm_90a", LayerCall(m, 128, 64, weight, activation, readers=2))
+        assert time == predict(
+            "sm_90a", LayerCall(m, 128, 64, weight, activation, together=(128, 128))
+        )
     assert rows["a"].times == rows["b"].times
     assert (rows["a"].n, rows["a"].k) == (128, 64)
 
@@ -89,7 +91,7 @@ def test_the_totals_are_sums(model: fpcompiler.CompiledModel) -> None:
     assert table.totals[0].bf16_microseconds == pytest.approx(
         sum(t.bf16_microseconds for t in times)
     )
-    assert table.summary.startswith("layers on sm_90a, against bf16 (predicted): M = 1: 1")
+    assert table.summary.startswith("layers on sm_90a, against bf16 (predicted): M = 1: ")
     empty = replace(table, rows=tuple(row for row in table.rows if not row.times))
     assert empty.totals == ()
     assert empty.summary.endswith("no layer has a prediction")

@@ -38,6 +38,17 @@ def test_many_tokens_are_bound_by_the_rate_and_few_by_memory(gpu: str) -> None:
     assert few.speed == pytest.approx(16 / 4.5, rel=0.01)
 
 
+def test_an_input_of_several_layers_is_quantized_once() -> None:
+    alone, shared = (
+        predict("sm_100a", layer("nvfp4", 1, together=sizes)) for sizes in ((), (4096, 4096))
+    )
+    assert isinstance(alone, Prediction)
+    assert isinstance(shared, Prediction)
+    codes, inputs = 4096 * 4.5 / 8, 4096 * 2
+    saved = (2 * codes + inputs) / 2 / DATASHEETS["sm_100a"].bandwidth
+    assert alone.microseconds - shared.microseconds == pytest.approx(saved, rel=1e-3)
+
+
 def test_layers_without_kernels_get_a_reason() -> None:
     assert predict("sm_100a", layer("w4a16", 1)) == (
         "there are no kernels for w=f4E2M1FN@row:f32/block32:f8E8M0FNU,a=none on sm_100a"

@@ -33,14 +33,18 @@ ACTIVATIONS = [
 ARITHMETIC = {Mode.INTEGERS: "int8", Mode.E4M3: "fp8", Mode.BF16: "bf16"}
 
 
-def layer(scheme: str, m: int, n: int = 4096, k: int = 4096, readers: int = 1) -> LayerCall:
+def layer(
+    scheme: str, m: int, n: int = 4096, k: int = 4096, together: tuple[int, ...] = ()
+) -> LayerCall:
     preset = find_preset(scheme)
     activation = None if preset.activation == "none" else Operand.parse(preset.activation)
-    return LayerCall(m, n, k, Operand.parse(preset.weight), activation, readers)
+    return LayerCall(m, n, k, Operand.parse(preset.weight), activation, together)
 
 
-def predicted(scheme: str, m: int, n: int = 4096, k: int = 4096, readers: int = 1) -> Prediction:
-    found = predict("sm_90a", layer(scheme, m, n, k, readers))
+def predicted(
+    scheme: str, m: int, n: int = 4096, k: int = 4096, together: tuple[int, ...] = ()
+) -> Prediction:
+    found = predict("sm_90a", layer(scheme, m, n, k, together))
     assert isinstance(found, Prediction)
     return found
 
@@ -86,12 +90,19 @@ def test_predictions_are_near_what_was_measured(scheme: str) -> None:
         assert found.bf16_microseconds == pytest.approx(plain, rel=worst + 0.01)
 
 
-def test_layers_that_share_an_input_share_the_time_of_quantizing_it() -> None:
+def test_layers_that_read_one_input_are_one_product() -> None:
+    sizes = (4096, 1024, 1024)
     for m in (1, 512):
-        alone, shared = (predicted("w4a6-row", m, readers=readers) for readers in (1, 3))
-        assert alone.microseconds - 4 < shared.microseconds < alone.microseconds - 0.5
-        plain = [predicted("w4a16", m, readers=readers).microseconds for readers in (1, 3)]
-        assert plain[0] == plain[1]
+        whole = predicted("w4a6-row", m, n=6144)
+        parts = [predicted("w4a6-row", m, n=n, together=sizes) for n in sizes]
+        assert sum(part.microseconds for part in parts) == pytest.approx(whole.microseconds)
+        assert len({round(part.speed, 6) for part in parts}) == 1
+        assert [part.bf16_microseconds for part in parts] == [
+            predicted("w4a6-row", m, n=n).bf16_microseconds for n in sizes
+        ]
+        # Without quantizing there is nothing that they share.
+        assert predicted("w4a16", m, together=sizes) == predicted("w4a16", m)
+    assert isinstance(predict("sm_90a", layer("mxfp8", 1, together=sizes)), str)
 
 
 def test_tiles_come_in_waves() -> None:
