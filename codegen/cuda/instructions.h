@@ -144,6 +144,12 @@ FPC_DEVICE void store_larger(int32_t* to, int32_t value) { atomicMax(to, value);
 
 // Launch a kernel that follows others. Its blocks may begin while those of the last one end, unless
 // that was no kernel.
+// The error of a call that failed, taken off the thread: whoever looks next would think it theirs.
+inline cudaError_t taken(cudaError_t error) {
+    if (error) cudaGetLastError();
+    return error;
+}
+
 template <class Arguments>
 int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments& arguments,
                void* stream, bool behind_kernel = true) {
@@ -153,11 +159,13 @@ int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = block, config.stream = (cudaStream_t)stream;
     config.attrs = &early, config.numAttrs = FPC_FOLLOWS && behind_kernel;
-    return cudaLaunchKernelEx(&config, kernel, arguments);
+    return taken(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
+inline const char* error_text(int32_t error) { return cudaGetErrorString((cudaError_t)error); }
+
 inline int32_t set_zero(void* memory, size_t bytes, void* stream) {
-    return cudaMemsetAsync(memory, 0, bytes, (cudaStream_t)stream);
+    return taken(cudaMemsetAsync(memory, 0, bytes, (cudaStream_t)stream));
 }
 
 }  // namespace fpc

@@ -63,6 +63,7 @@ class QuantizeSource:
 
     The library exports ``fpc_quantize_rows(problem, arguments, stream)`` and
     ``fpc_quantize_problem(problem)``, the text of one; the structures are in ``arguments.h``.
+    ``fpc_cuda_error_text(error)`` says what a ``cudaError_t`` is.
 
     Attributes:
         text: The source.
@@ -126,6 +127,7 @@ extern "C" const char* fpc_quantize_problem(int32_t problem) {{
 {names}        default: return nullptr;
     }}
 }}
+extern "C" const char* fpc_cuda_error_text(int32_t error) {{ return fpc::error_text(error); }}
 #pragma GCC visibility pop
 """
 

@@ -36,9 +36,9 @@ bool launch_few(const FpcGemmArguments& a, int sms, int32_t& status) {
     p.scalar_a = a.scalar_a, p.scalar_b = a.scalar_b, p.alpha = a.alpha;
     p.d = a.d, p.m = a.m, p.n = a.n, p.k = a.k;
     const auto kernel = gemm_few<P, kTiles, kCluster>;
-    status = FPC_LAUNCH;
     // Always the same number: threads that launch it with others would undo each other's.
-    if (allow_shared(kernel, kSharedBytes)) return true;
+    status = launch_status(allow_shared(kernel, kSharedBytes));
+    if (status) return true;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -52,7 +52,7 @@ bool launch_few(const FpcGemmArguments& a, int sms, int32_t& status) {
     config.stream = (cudaStream_t)a.stream;
     config.attrs = attributes;
     config.numAttrs = kCluster > 1 ? 2 : 1;
-    if (!cudaLaunchKernelEx(&config, kernel, p)) status = FPC_OK;
+    status = launch_status(cudaLaunchKernelEx(&config, kernel, p));
     return true;
 }
 

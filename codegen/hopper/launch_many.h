@@ -101,6 +101,11 @@ cudaError_t allow_shared(Kernel kernel, int bytes) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
+// A status with CUDA's error in it, as those of CUTLASS have CUTLASS's.
+inline int32_t launch_status(cudaError_t error) {
+    return taken(error) ? FPC_LAUNCH + 256 * (int32_t)error : FPC_OK;
+}
+
 template <class P, class T>
 int32_t start_many(const ManyParameters& p, int clusters, void* stream) {
     cudaLaunchAttribute attributes[2] = {};
@@ -116,7 +121,7 @@ int32_t start_many(const ManyParameters& p, int clusters, void* stream) {
     config.stream = (cudaStream_t)stream;
     config.attrs = attributes;
     config.numAttrs = T::kSplit > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, gemm_many<P, T>, p) ? FPC_LAUNCH : FPC_OK;
+    return launch_status(cudaLaunchKernelEx(&config, gemm_many<P, T>, p));
 }
 
 // Launch with tiles T; `a` was not refused.
@@ -127,7 +132,9 @@ int32_t launch_tiles(const FpcGemmArguments& a, int sms) {
     // shared memory gets into sums that are not stored.
     p.tokens = a.m < T::kTokens ? a.m : T::kTokens;
     // Before the maps: the driver encodes them in the context of the thread only.
-    if (allow_shared(gemm_many<P, T>, ManyLayout<P, T>::kBytes)) return FPC_LAUNCH;
+    const auto kernel = gemm_many<P, T>;
+    const int32_t failed = launch_status(allow_shared(kernel, ManyLayout<P, T>::kBytes));
+    if (failed) return failed;
     if (!encode_maps<P, T>(p, a)) return FPC_INITIALIZE;
     p.token_scale = a.token_scale, p.row_scale = a.row_scale, p.bias = a.bias;
     p.scalar_a = a.scalar_a, p.scalar_b = a.scalar_b, p.alpha = a.alpha;

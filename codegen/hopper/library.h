@@ -3,6 +3,7 @@
 //   a        rows of int8, E4M3 or bf16, K padded with zeros to a multiple of 128;
 //   b        weights in fragments (problem.h), b_scales the scales of their blocks;
 //   token_scale, for int8: m numbers, then the sums of the rows of A, int32.
+// A status of FPC_LAUNCH has 256 times the cudaError_t added to it.
 // A function in front of the macro does all the work, so that the macro holds no code.
 
 namespace fpc {
@@ -33,4 +34,5 @@ int32_t run(const FpcGemmArguments& a) {
     FPC_EXPORT int64_t fpc_gemm_scale_bytes_b(int32_t, int32_t n, int32_t k) {                 \
         return fpc::scale_bytes(n, k, P::kBlock);                                              \
     }                                                                                          \
+    FPC_EXPORT const char* fpc_cuda_error_text(int32_t e) { return fpc::error_text(e); }       \
     FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* a) { return fpc::run<P>(*a); }

@@ -48,12 +48,15 @@ struct Library {
     std::string path;
     bool on_host;  // a stand-in that tests compile for the CPU
     ScalarType output;  // of a GEMM
+    int bits_a, bits_b;  // of a number of its operands
+    int token_numbers;   // for each row of A: its scale, and for integers their sum
     int32_t (*run)(const FpcGemmArguments*);
     int64_t (*workspace)(int32_t, int32_t, int32_t, int32_t);
     int64_t (*scale_bytes_a)(int32_t, int32_t, int32_t);
     int64_t (*scale_bytes_b)(int32_t, int32_t, int32_t);
     int32_t (*quantize)(int32_t, const FpcQuantizeArguments*, void*);
     int32_t (*attend)(int32_t, const FpcAttendArguments*, void*);
+    const char* (*error_text)(int32_t);  // of a cudaError_t; null in kernels of before
 };
 
 // They stay loaded: a captured graph may hold their kernels for as long as the process lives.
@@ -74,11 +77,30 @@ ScalarType output_of(const std::string& description, const std::string& path) {
     return ScalarType::Float;
 }
 
+// What stands behind a key: the name of a number format, or a form of activations (stored.py).
+std::string text_of(const std::string& description, const std::string& key) {
+    const std::string before = "\"" + key + "\": \"";
+    const size_t at = description.find(before);
+    if (at == std::string::npos) return "";
+    const size_t from = at + before.size();
+    return description.substr(from, description.find('"', from) - from);
+}
+
+int bits_of(const std::string& name, const std::string& path) {
+    if (name == "bf16") return 16;
+    if (name == "i8") return 8;
+    const int bits = name.size() > 1 && name[0] == 'f' ? name[1] - '0' : 0;
+    require(bits == 4 || bits == 6 || bits == 8, path, " reads operands of a form that this ",
+            "version does not know.");
+    return bits;
+}
+
 Library load(const std::string& path) {
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     const char* error = handle ? "" : dlerror();
     require(handle != nullptr, "the kernels in ", path, " do not load: ", error);
-    Library found{path, dlsym(handle, "fpc_on_host") != nullptr, {}, {}, {}, {}, {}, {}, {}};
+    Library found{};
+    found.path = path, found.on_host = dlsym(handle, "fpc_on_host") != nullptr;
     int32_t (*abi)() = nullptr;
     const char* (*description)() = nullptr;
     find(handle, "fpc_gemm_abi", abi);
@@ -89,6 +111,7 @@ Library load(const std::string& path) {
     find(handle, "fpc_gemm_scale_bytes_b", found.scale_bytes_b);
     find(handle, "fpc_quantize_rows", found.quantize);
     find(handle, "fpc_attend_run", found.attend);
+    find(handle, "fpc_cuda_error_text", found.error_text);
     const bool gemm = abi && description && found.run && found.workspace && found.scale_bytes_a &&
                       found.scale_bytes_b;
     require(gemm || found.quantize || found.attend, path, " holds no kernels of fpcompiler.");
@@ -96,7 +119,11 @@ Library load(const std::string& path) {
     const int32_t version = gemm ? abi() : FPC_GEMM_ABI;
     require(version == FPC_GEMM_ABI, path, " has version ", version,
             " of the interface of kernels, not ", FPC_GEMM_ABI, ": compile the model again.");
-    if (gemm) found.output = output_of(description(), path);
+    if (!gemm) return found;
+    const std::string said = description(), a = text_of(said, "a");
+    found.output = output_of(said, path);
+    found.bits_a = bits_of(a, path), found.bits_b = bits_of(text_of(said, "b"), path);
+    found.token_numbers = a == "i8" ? 2 : 1;
     return found;
 }
 
@@ -191,12 +218,18 @@ const char* cause_of(int32_t status) {
     }
 }
 
-// Rows of packed codes of four, six or eight bits, or of bf16.
-void check_codes(const Tensor& codes, const Tensor& x, int64_t rows, int64_t k, const char* name) {
+// Rows of packed codes, or of other numbers of so many bits.
+void check_codes(const Tensor& codes, const Tensor& x, int64_t rows, int64_t k, int bits,
+                 const char* name) {
     check(codes, x, ScalarType::Byte, 0, name);
-    const int64_t bits = codes.dim() == 2 ? codes.size(1) * 8 : 0;
-    const bool whole = bits == 4 * k || bits == 6 * k || bits == 8 * k || bits == 16 * k;
-    require(whole && codes.size(0) == rows, name, " does not hold ", rows, " rows of ", k, " codes.");
+    const bool whole = codes.dim() == 2 && codes.size(0) == rows && codes.size(1) * 8 == bits * k;
+    require(whole, name, " does not hold ", rows, " rows of ", k, " codes of ", bits, " bits.");
+}
+
+// What CUDA said of a launch, where the kernels tell it: its number, and in words.
+std::string error_of(const Library& kernel, int32_t error) {
+    const char* text = kernel.error_text && error ? kernel.error_text(error) : nullptr;
+    return text ? " (CUDA error " + std::to_string(error) + ": " + text + ")" : "";
 }
 
 Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const Tensor& b,
@@ -210,8 +243,8 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
     require(m >= 0 && n > 0 && k > 0 && m <= kMost && n <= kMost && k <= kMost,
             "there is no GEMM of M = ", m, ", N = ", n, " and K = ", k, ".");
     check_place(kernel, a);
-    check_codes(a, a, m, k, "A");
-    check_codes(b, a, n, k, "B");
+    check_codes(a, a, m, k, kernel.bits_a, "A");
+    check_codes(b, a, n, k, kernel.bits_b, "B");
     const int32_t sizes[] = {(int32_t)m, (int32_t)n, (int32_t)k};
     const int64_t bytes_a = kernel.scale_bytes_a(sizes[0], sizes[1], sizes[2]);
     const int64_t bytes_b = kernel.scale_bytes_b(sizes[0], sizes[1], sizes[2]);
@@ -226,7 +259,8 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
     args.a = codes.const_data_ptr(), args.a_scales = address(a_scales);
     args.b = b.const_data_ptr(), args.b_scales = address(b_scales);
     args.d = d.mutable_data_ptr(), args.residual = address(residual);
-    args.token_scale = floats(token_scale, a, m, "the scales of tokens");
+    const int64_t token_numbers = m * kernel.token_numbers;
+    args.token_scale = floats(token_scale, a, token_numbers, "the scales of tokens");
     args.row_scale = floats(row_scale, a, n, "the scales of rows");
     args.bias = floats(bias, a, n, "the bias");
     args.scalar_a = floats(scalar, a, 1, "the scale of A");
@@ -242,7 +276,8 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
     args.workspace_bytes = (size_t)bytes;
     const int32_t status = kernel.run(&args);
     require(status == FPC_OK, "the kernel of ", kernel.path, " did not compute M = ", m, ", N = ",
-            n, ", K = ", k, ": ", cause_of(status), " (status ", status, ")");
+            n, ", K = ", k, ": ", cause_of(status), " (status ", status, ")",
+            (status & 0xFF) == FPC_LAUNCH ? error_of(kernel, status >> 8) : "");
     return d;
 }
 
@@ -279,7 +314,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(
     require(result != FPC_REFUSED, "kernel ", problem, " of ", kernel.path, " does not quantize ",
             m, " rows of ", k, " values.");
     require(result == FPC_LAUNCHED, "CUDA error ", result, " at the launch of kernel ", problem,
-            " of ", kernel.path, "; was it compiled for this GPU?");
+            " of ", kernel.path, "; was it compiled for this GPU?", error_of(kernel, result));
     return {codes, outer_scale, block_scale};
 }
 

@@ -132,6 +132,8 @@ static int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Ar
     return 0;
 }
 
+static const char* error_text(int32_t) { return "an error of CUDA"; }
+
 static int32_t set_zero(void* memory, size_t bytes, void*) {
     memset(memory, 0, bytes);
     return 0;

@@ -125,6 +125,18 @@ def test_a_gpu_that_tells_no_multiprocessors_is_no_division_by_zero(
     assert call(library, m, 4096, 4096, 1)[0] == OK
 
 
+@pytest.mark.parametrize("m", [1, 16, 64, 4096])
+def test_an_error_of_cuda_is_in_the_status_and_off_the_thread(library: ctypes.CDLL, m: int) -> None:
+    library.test_fail(209)
+    try:
+        status, _ = call(library, m, 4096, 4096, 132)
+    finally:
+        library.test_fail(0)
+    assert status == LAUNCH + 256 * 209
+    assert library.test_last_error() == 0
+    assert call(library, m, 4096, 4096, 132)[0] == OK
+
+
 def test_sizes_that_kernels_do_not_take_are_refused(library: ctypes.CDLL) -> None:
     assert call(library, 0, 4096, 4096, 132) == (OK, "")
     for m, n, k in ((1, 4096, 65664), (1, 4096, 64), (1, 4, 128), (1, 12, 128), (64, 4096, 200)):

@@ -79,7 +79,12 @@ def quantize_arguments(library: int, x: Tensor, status: Tensor, index: int = 0) 
     ("changes", "message"),
     [
         ({"a": torch.zeros(M, 128, dtype=torch.int8)}, "A has another type"),
-        ({"a": torch.zeros(M, 97, dtype=torch.uint8)}, "A does not hold 3 rows of 128 codes"),
+        ({"a": torch.zeros(M, 97, dtype=torch.uint8)}, "A does not hold 3 rows of 128 codes of 6"),
+        ({"a": torch.zeros(M, 128, dtype=torch.uint8)}, "A does not hold 3 rows of 128 codes of 6"),
+        ({"a": torch.zeros(M, 256, dtype=torch.uint8)}, "A does not hold 3 rows of 128 codes of 6"),
+        ({"a": torch.zeros(M - 1, 96, dtype=torch.uint8)}, "A does not hold 3 rows of 128"),
+        ({"a": torch.zeros(M * 96, dtype=torch.uint8)}, "A does not hold 3 rows of 128"),
+        ({"b": torch.zeros(N, 96, dtype=torch.uint8)}, "B does not hold 8 rows of 128 codes of 4"),
         ({"b": torch.zeros(N - 1, 64, dtype=torch.uint8)}, "B does not hold 8 rows"),
         ({"b_scales": torch.zeros(511, dtype=torch.uint8)}, "B's scales has 511.*reads 512"),
         ({"a_scales": None}, "an operand that it needs is missing"),
@@ -140,14 +145,74 @@ def test_files_that_are_no_kernels_are_refused(tmp_path: Path) -> None:
         open_library(host_kernels.operators())
 
 
-def test_an_unknown_type_of_results_is_refused(tmp_path: Path) -> None:
+def changed_gemm(path: Path, old: str, new: str) -> Path:
+    """Compile a GEMM whose source is another one in a place."""
     host_kernels.operators()
-    description = host_kernels.describe_gemm(*PAIR)
-    path = host_kernels.host_gemm(description, tmp_path / "gemm.so")
-    source = path.with_suffix(".cpp").read_text().replace('"output": "f32"', '"output": "f64"')
-    path.write_bytes(host_kernels.compiled(source))
+    host_kernels.host_gemm(host_kernels.describe_gemm(*PAIR), path)
+    source = path.with_suffix(".cpp").read_text()
+    assert old in source
+    path.write_bytes(host_kernels.compiled(source.replace(old, new)))
+    return path
+
+
+def test_an_unknown_type_of_results_is_refused(tmp_path: Path) -> None:
+    path = changed_gemm(tmp_path / "gemm.so", '"output": "f32"', '"output": "f64"')
     with pytest.raises(ArtifactError, match="results of a type that this version does not know"):
         open_library(path)
+
+
+@pytest.mark.parametrize("name", ["f5E2M2FN", "e2m3", ""])
+def test_unknown_forms_of_operands_are_refused(name: str, tmp_path: Path) -> None:
+    path = changed_gemm(tmp_path / "gemm.so", '"a": "f6E2M3FN"', f'"a": "{name}"')
+    with pytest.raises(ArtifactError, match="operands of a form that this version does not know"):
+        open_library(path)
+
+
+@pytest.mark.parametrize(("form", "size"), [("i8", 1), ("bf16", 2)])
+def test_operands_have_the_width_that_kernels_read(form: str, size: int, tmp_path: Path) -> None:
+    path = changed_gemm(tmp_path / "gemm.so", '"a": "f6E2M3FN"', f'"a": "{form}"')
+    library = open_library(path)
+    codes, scale = torch.zeros(M, size * K, dtype=torch.uint8), torch.ones(2 * M)
+    torch.ops.fpc_cuda.gemm(*arguments(library, a=codes, token_scale=scale))
+    wrong = torch.zeros(M, (3 - size) * K, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=f"A does not hold 3 rows of 128 codes of {8 * size} "):
+        torch.ops.fpc_cuda.gemm(*arguments(library, a=wrong, token_scale=scale))
+
+
+def test_kernels_of_integers_read_sums_behind_the_scales(tmp_path: Path) -> None:
+    path = changed_gemm(tmp_path / "gemm.so", '"a": "f6E2M3FN"', '"a": "i8"')
+    codes, scale = torch.zeros(M, K, dtype=torch.uint8), torch.ones(2 * M - 1)
+    with pytest.raises(RuntimeError, match="scales of tokens has 5 numbers; the kernel reads 6"):
+        torch.ops.fpc_cuda.gemm(*arguments(open_library(path), a=codes, token_scale=scale))
+
+
+def test_what_cuda_said_of_a_launch_is_in_the_error(tmp_path: Path) -> None:
+    run = "FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* args) {"
+    text = 'FPC_EXPORT const char* fpc_cuda_error_text(int32_t) { return "no kernel image"; }'
+    failing = f"{run} return FPC_LAUNCH + 256 * 209;"
+    path = changed_gemm(tmp_path / "told.so", run, f"{text}\n{failing}")
+    with pytest.raises(
+        RuntimeError,
+        match=r"CUDA refused the launch; .* \(status 53510\) \(CUDA error 209: no kernel image\)",
+    ):
+        torch.ops.fpc_cuda.gemm(*arguments(open_library(path)))
+    silent = changed_gemm(tmp_path / "silent.so", run, failing)  # as kernels of before are
+    with pytest.raises(RuntimeError, match=r"\(status 53510\)$"):
+        torch.ops.fpc_cuda.gemm(*arguments(open_library(silent)))
+
+
+def test_what_cuda_said_of_a_quantizer_is_in_the_error(tmp_path: Path) -> None:
+    host_kernels.operators()
+    problem = QuantizeProblem(Operand.parse("f6E2M3FN@token:f32"), "f32", stored="f8E4M3FN")
+    path = host_kernels.host_quantizers([problem], tmp_path / "quantize.so")
+    source = path.with_suffix(".cpp").read_text()
+    start = "    switch (problem) {\n        case 0: return fpc::quantize"
+    assert start in source
+    path.write_bytes(host_kernels.compiled(source.replace(start, f"    return 98;\n{start}")))
+    x, status = torch.randn(4, 10), torch.zeros(1, dtype=torch.int32)
+    message = r"CUDA error 98 at the launch.*\(CUDA error 98: an error of CUDA\)"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fpc_cuda.quantize(*quantize_arguments(open_library(path), x, status))
 
 
 def test_another_version_of_the_interface_is_refused(tmp_path: Path) -> None:

@@ -124,6 +124,15 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function
     return 0;
 }
 
+// The error that the next launch gives, and whether somebody took the last one.
+static int next_error, last_error;
+inline cudaError_t cudaGetLastError() {
+    const int error = last_error;
+    last_error = 0;
+    return error;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of CUDA"; }
+
 inline cudaError_t cudaGetDevice(int*) { return 1; }  // there is none
 inline cudaError_t cudaDeviceGetAttribute(int*, int, int) { return 1; }
 inline cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return 1; }
@@ -141,5 +150,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel, const P
     shared_launched = (int)config->dynamicSmemBytes;
     grid_launched = (int)config->gridDim.x;
     launched(p, *config);
-    return shared_launched > shared_allowed || config->gridDim.x == 0;
+    last_error = next_error;
+    return next_error ? next_error : shared_launched > shared_allowed || config->gridDim.x == 0;
 }

@@ -24,6 +24,8 @@ void launched(const ManyParameters&, const cudaLaunchConfig_t&) {}
 FPC_EXPORT const char* test_calls() { return calls.c_str(); }
 FPC_EXPORT int test_shared_allowed() { return shared_allowed; }
 FPC_EXPORT int test_shared_launched() { return shared_launched; }
+FPC_EXPORT void test_fail(int error) { next_error = error; }
+FPC_EXPORT int test_last_error() { return last_error; }
 FPC_EXPORT int test_grid() { return grid_launched; }
 FPC_EXPORT int test_wrong_quotients() { return fpc::wrong_quotients; }
 FPC_EXPORT void test_reset() {
