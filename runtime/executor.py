@@ -146,7 +146,7 @@ class Executor:
         caller: Caller | None = None,
         times: list[tuple[int, int]] | None = None,
     ) -> list[Any]:
-        """Return the outputs, and behind them what is stored.
+        """Return the outputs, behind them what is stored, and with kernels what they have flagged.
 
         A second run with the same leaves, before anything is stored, gives the same.
         """
@@ -159,12 +159,14 @@ class Executor:
         else:
             self._programs.run(values, times)
         kept = *self.plan.outputs, *(value for value, _ in self._stores)
-        return [self._own(name, values) for name in kept]
+        results = [self._own(name, values) for name in kept]
+        return [*results, self._kernels.flags.whole()] if self._kernels else results
 
     def _finish(self, results: list[Any]) -> list[Any]:
         """Check what quantizers met, store the new state, and return the outputs."""
         if self._kernels:
-            self._kernels.check()
+            *results, flags = results
+            self._kernels.check(self._kernels.flags.traced if flags is None else flags)
         count = len(self.plan.outputs)
         for (_, name), update in zip(self._stores, results[count:], strict=True):
             self._state[name].copy_(update)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, Final, final
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from fpcompiler.errors import FpcompilerError
+from fpcompiler.runtime.cuda.flags import is_capturing
 from fpcompiler.runtime.cuda.graphs import Run
 from fpcompiler.runtime.garbage import uncollected
 from fpcompiler.runtime.instructions import STEP_ERRORS
@@ -88,9 +88,16 @@ class _Lane:
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-@cache
+_LANES: Final[dict[torch.device, _Lane]] = {}
+_MAKING: Final = threading.Lock()
+
+
 def _lane_of(device: torch.device) -> _Lane:
-    return _Lane(device)
+    """Return the only one of a device, whichever threads ask for it at the same time."""
+    with _MAKING:
+        if device not in _LANES:
+            _LANES[device] = _Lane(device)
+        return _LANES[device]
 
 
 @final
@@ -138,7 +145,7 @@ class CudaRecorder:
     def busy(self) -> bool:
         """Return whether a graph is recorded already, or operators are watched."""
         watched = _get_current_dispatch_mode() is not None
-        return watched or torch.cuda.is_current_stream_capturing()
+        return watched or is_capturing(self._device)
 
     def settings(self) -> Hashable:
         """Return what chooses the kernels of torch's operators, as far as users change it."""

@@ -26,6 +26,7 @@ from fpcompiler.runtime.cuda.attention import (
     AttendKernels,
     CudaAttention,
 )
+from fpcompiler.runtime.cuda.flags import Flags, is_capturing
 from fpcompiler.runtime.cuda.joined import CudaPart, join, joinable, parts_of
 from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine, input_kind
 from fpcompiler.runtime.cuda.operators import load_operators, open_library
@@ -43,8 +44,8 @@ from fpcompiler.runtime.trust import Gatekeeper
 OPERATORS: Final = "operators"
 """The role of the library of operators."""
 
-Check: TypeAlias = Callable[[], None]
-"""Called after a run; raises if a quantizer met NaN or infinity."""
+Check: TypeAlias = Callable[[Tensor], None]
+"""Called after a run with its flags; raises if a quantizer met NaN or infinity."""
 
 
 class Bound(NamedTuple):
@@ -52,10 +53,12 @@ class Bound(NamedTuple):
 
     Attributes:
         functions: What runs each step.
+        flags: What quantizers set.
         check: Waits for the quantizers and raises if one met NaN or infinity.
     """
 
     functions: list[Function]
+    flags: Flags
     check: Check
 
 
@@ -113,14 +116,13 @@ class CudaKernels:
         groups = joinable(plan, found, layers, kernels)
         runs = self._run_layers(plan, layers, kernels, {group[0]: group for group in groups})
         _settle(self.machine.device)
-        status = torch.zeros(len(found), dtype=torch.int32, device=self.machine.device)
+        flags = Flags(len(found), self.machine.device)
         for index, function in runs.items():
             result[index] = function
         for place, (index, reader) in enumerate(found.items()):
             step, linear = plan.steps[index], runs[reader].linear
-            flag = status[place : place + 1]
-            result[index] = CudaQuantizer.of(linear, self.quantizers, step, flag)
-        return Bound(result, _check_of(status, [plan.steps[index] for index in found]))
+            result[index] = CudaQuantizer.of(linear, self.quantizers, step, flags, place)
+        return Bound(result, flags, _check_of([plan.steps[index] for index in found]))
 
     def _function(self, step: Step, function: Function) -> Function:
         """Return what runs a step that is no layer."""
@@ -251,19 +253,15 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _check_of(status: Tensor, steps: Sequence[Step]) -> Check:
-    def check() -> None:
+def _check_of(steps: Sequence[Step]) -> Check:
+    def check(flags: Tensor) -> None:
         # In a graph that is captured nothing has run yet, and nothing may be waited for.
-        if not steps or torch.compiler.is_compiling() or _is_capturing(status):
+        if not steps or torch.compiler.is_compiling() or is_capturing(flags.device):
             return
-        flags = status.tolist()
-        if any(flags):
-            status.zero_()
-            step = steps[flags.index(1)]
+        found = flags.tolist()
+        if any(found):
+            flags.zero_()
+            step = steps[found.index(1)]
             raise not_finite(Operand.parse(step.args[-2]), step.args[-1])
 
     return check
-
-
-def _is_capturing(status: Tensor) -> bool:
-    return status.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -154,8 +154,16 @@ class QuantizeLibrary:
         if result:
             raise NumericsError(
                 f"CUDA error {result} at the launch of {self.problems[index]}; was it compiled for "
-                "this GPU?"
+                f"this GPU?{self._said(result)}"
             )
+
+    def _said(self, error: int) -> str:
+        """Return what CUDA calls an error, if the library tells it."""
+        text = getattr(self._library, "fpc_cuda_error_text", None)
+        if text is None:
+            return ""
+        text.restype, text.argtypes = ctypes.c_char_p, (ctypes.c_int32,)
+        return f" ({text(error).decode()})"
 
     def quantize(
         self,

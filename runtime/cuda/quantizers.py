@@ -15,6 +15,7 @@ from torch import Tensor
 from fpcompiler.errors import ArtifactError, FormatError
 from fpcompiler.plan import Step
 from fpcompiler.runtime import fused
+from fpcompiler.runtime.cuda.flags import Flags
 from fpcompiler.runtime.cuda.form import CudaInput, InputKind, with_scales
 from fpcompiler.runtime.cuda.layers import CudaLinear
 from fpcompiler.runtime.cuda.operators import open_library
@@ -161,24 +162,26 @@ class CudaQuantizer:
         plain: The kernels for values, by the types of tensors.
         produced: Those that compute the values too, of a fused quantizer.
         scales: How many results the operator has besides the codes.
-        status: int32 ``[1]`` on the device, which kernels set to 1 for NaN and infinity.
+        flags: On the device; kernels set that of this quantizer to 1 for NaN and infinity.
+        place: Which of them that is.
     """
 
     linear: CudaLinear
     plain: Mapping[tuple[str, ...], Place]
     produced: Mapping[tuple[str, ...], Place]
     scales: int
-    status: Tensor
+    flags: Flags
+    place: int
 
     @classmethod
     def of(
-        cls, linear: CudaLinear, kernels: QuantizeKernels, step: Step, status: Tensor
+        cls, linear: CudaLinear, kernels: QuantizeKernels, step: Step, flags: Flags, place: int
     ) -> CudaQuantizer:
         """Return what runs a step of a plan, one of ``operators.QUANTIZERS``."""
         plain = kernels.by_types(linear.kind)
         is_fused = len(step.args) > _PRODUCER
         produced = kernels.by_types(linear.kind, str(step.args[_PRODUCER])) if is_fused else plain
-        return cls(linear, plain, produced, len(step.outs) - 1, status)
+        return cls(linear, plain, produced, len(step.outs) - 1, flags, place)
 
     def __call__(self, *args: Any) -> list[Any]:
         """Return the prepared input in place of the codes, and nothing in place of the scales."""
@@ -186,17 +189,17 @@ class CudaQuantizer:
 
     def _prepared(self, *args: Any) -> CudaInput:
         values, operand, layer = args[:-2], args[-2], args[-1]
-        kind, x = self.linear.kind, values[0]
+        kind, x, status = self.linear.kind, values[0], self.flags.part(self.place)
         if len(values) > 1:
             weight, bias, scale, shift, producer, eps = values[1:]
             beside = weight, bias, scale, shift
             place = self.produced.get(type_names((x, *beside)))
-            found = _quantize(place, kind, x, self.status, producer, beside, eps)
+            found = _quantize(place, kind, x, status, producer, beside, eps)
             if found is not None:
                 return found
             x = fused.produce(x, *beside, producer, eps, layer)
         place = self.plain.get(type_names((x, *_NOTHING)))
-        found = _quantize(place, kind, x, self.status, "", _NOTHING, 0.0)
+        found = _quantize(place, kind, x, status, "", _NOTHING, 0.0)
         if found is not None:
             return found
         codes_and_scales = torch.ops.fpc.quantize(x, operand, layer)

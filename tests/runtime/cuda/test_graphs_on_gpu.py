@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,29 @@ def test_nan_after_a_replay_names_the_layer(folder: Path) -> None:
             model(bad)
         assert torch.equal(model(x)["logits"], before)
     assert [row.replays for row in model.graphs] == [5]
+
+
+def test_nan_is_the_error_of_the_thread_that_gave_it(folder: Path) -> None:
+    """Some of them replay graphs that others have recorded."""
+    model = opened(folder, "mlp-a6")
+    good = normal(4, 200).to(CUDA)
+    bad = good.clone()
+    bad[2, 3] = torch.inf
+    expected = model(good)["logits"]
+
+    def calls(number: int) -> list[bool]:
+        found = []
+        for step in range(60):
+            wrong = (step + number) % 3 == 0
+            try:
+                same_bits = torch.equal(model(bad if wrong else good)["logits"], expected)
+                found.append(same_bits and not wrong)
+            except NumericsError:
+                found.append(wrong)
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(all(found) for found in pool.map(calls, range(4)))
 
 
 def test_nan_while_recording_is_an_error_too(folder: Path) -> None:

@@ -187,7 +187,7 @@ def test_quantizers_are_shared_and_constants_stay_off_the_gpu(tmp_path: Path) ->
     assert len(layers) == 2
     assert layers[0].linear is layers[1].linear  # packed once
     quantizers = [f for f in bound.functions if isinstance(f, CudaQuantizer)]
-    assert len({f.status.data_ptr() for f in quantizers}) == 2
+    assert len({f.flags.part(f.place).data_ptr() for f in quantizers}) == 2
 
 
 def test_reports_call_them_kernels(tmp_path: Path) -> None:
