@@ -101,8 +101,8 @@ def all_kept(results: Sequence[PassResult]) -> str:
         f"keep_if_slower: no layer was quantized. {kept} that the scheme names are predicted to be "
         "slower quantized than in bf16, for the tokens of the example call; they stay as they are, "
         "and there is nothing to compile kernels for. keep_if_slower=False (--no-keep-if-slower) "
-        "quantizes them, which saves memory. Faster are -row schemes, and an example call as large "
-        "as those that the model will get may tell another story."
+        "quantizes them, which saves memory. If the model will get larger calls, give one as the "
+        "example; of the schemes, those with -row are the fastest."
     )
 
 

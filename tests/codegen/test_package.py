@@ -250,6 +250,30 @@ def test_they_are_quantized_where_they_may_gain_elsewhere(options, quantized, fa
     assert sum(row.quantized for row in model.plan().rows) == quantized
 
 
+@pytest.mark.filterwarnings("default:keep_if_slower")
+def test_the_command_line_says_what_is_predicted_and_kept(fake, monkeypatch, tmp_path, capsys):
+    (tmp_path / "kept_models.py").write_text(
+        "import torch\nfrom tests.codegen.test_package import Mixed\n"
+        "def mixed():\n    return Mixed().bfloat16(), {'x': torch.randn(3, 64).bfloat16()}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["compile", "kept_models:mixed", "--scheme", "nvfp4", "--target", "sm_90a", "-o"]
+    assert main([*words, str(tmp_path / "kept.fpc")]) == 0
+    shown = capsys.readouterr()
+    assert "warning: keep_if_slower: no layer was quantized. 3 that" in shown.err
+    assert "layers: 0 of 4 quantized" in shown.out
+    assert "3 layers stay in 16 bits, because they would be slower quantized" in shown.out
+    assert "layers on sm_90a, against bf16 (predicted): M = 1: " in shown.out
+    assert main([*words, str(tmp_path / "all.fpc"), "--no-keep-if-slower"]) == 0
+    shown = capsys.readouterr()
+    assert "layers: 3 of 4 quantized" in shown.out
+    assert "keep_if_slower" not in shown.err
+    assert main(["inspect", str(tmp_path / "all.fpc")]) == 0
+    assert "slower than bf16 with M = 1, 16" in " ".join(capsys.readouterr().out.split())
+    assert main([*words, str(tmp_path / "no.fpc"), "--target", "cpu", "--keep-if-slower"]) == 1
+    assert "target='cpu' names none" in capsys.readouterr().err
+
+
 def test_keeping_can_be_asked_for_beside_a_cpu(fake) -> None:
     with pytest.warns(UserWarning, match="no layer was quantized"):
         compiled("nvfp4", torch.bfloat16, target="cpu,sm_90a", keep_if_slower=True)
