@@ -204,10 +204,12 @@ class _Quantizers:
             for layer, row in kernels.layers.items()
             if not isinstance(row, str)
         }
-        found = quantize_problems(executor, call, elements) if call else {}
-        problems = tuple(dict.fromkeys(found.values()))
+        if not call:
+            return cls(frozenset(), (), None)
+        layers, codes = quantize_problems(executor, call, elements)
+        problems = tuple(dict.fromkeys((*layers.values(), *codes)))
         source = quantize_kernels(problems, kernels.arch.name) if problems else None
-        return cls(frozenset(found), problems, source)
+        return cls(frozenset(layers), problems, source)
 
 
 def _attention(

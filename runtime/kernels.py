@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from fpcompiler.plan import Step
 from fpcompiler.runtime.cuda.attention import CudaAttention
+from fpcompiler.runtime.cuda.codes import CudaCodes
 from fpcompiler.runtime.cuda.joined import CudaPart
 from fpcompiler.runtime.cuda.layers import CudaLayer
 from fpcompiler.runtime.cuda.quantizers import CudaQuantizer
@@ -66,6 +67,6 @@ def _without_library(step: Step, function: Function) -> str:
         return ONEDNN
     if isinstance(function, ExpandedLayer):
         return EXPANDED
-    if isinstance(function, CudaAttention | CudaLayer | CudaPart | CudaQuantizer):
+    if isinstance(function, CudaAttention | CudaCodes | CudaLayer | CudaPart | CudaQuantizer):
         return CUDA
     return REFERENCE if step.op.startswith("fpc.") else TORCH

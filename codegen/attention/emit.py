@@ -83,6 +83,8 @@ extern "C" int32_t fpc_attend_run(int32_t problem, const FpcAttendArguments* arg
     }}
 }}
 
+extern "C" const char* fpc_cuda_error_text(int32_t error) {{ return fpc::error_text(error); }}
+
 extern "C" const char* fpc_attend_problem(int32_t problem) {{
     switch (problem) {{
 {names}        default: return nullptr;

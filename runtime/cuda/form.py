@@ -33,16 +33,18 @@ class InputKind:
         k: Length of a row.
         element: What the kernels read: an element format, or ``i8`` or ``bf16`` of
             :mod:`fpcompiler.runtime.cuda.stored`.
+        alignment: Rows are filled up to a multiple of it.
     """
 
     operand: Operand | None
     k: int
     element: str
+    alignment: int = K_ALIGNMENT
 
     @property
     def padded_k(self) -> int:
         """Length of a row as kernels see it."""
-        return aligned(self.k, K_ALIGNMENT)
+        return aligned(self.k, self.alignment)
 
     @property
     def row_bytes(self) -> int:

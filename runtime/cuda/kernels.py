@@ -26,7 +26,9 @@ from fpcompiler.runtime.cuda.attention import (
     AttendKernels,
     CudaAttention,
 )
+from fpcompiler.runtime.cuda.codes import CudaCodes, kind_of
 from fpcompiler.runtime.cuda.flags import Flags, is_capturing
+from fpcompiler.runtime.cuda.form import InputKind
 from fpcompiler.runtime.cuda.joined import CudaPart, join, joinable, parts_of
 from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine, input_kind
 from fpcompiler.runtime.cuda.operators import load_operators, open_library
@@ -116,13 +118,21 @@ class CudaKernels:
         groups = joinable(plan, found, layers, kernels)
         runs = self._run_layers(plan, layers, kernels, {group[0]: group for group in groups})
         _settle(self.machine.device)
-        flags = Flags(len(found), self.machine.device)
+        codes = self._code_kinds(plan, found)
+        flags = Flags(len(found) + len(codes), self.machine.device)
         for index, function in runs.items():
             result[index] = function
         for place, (index, reader) in enumerate(found.items()):
             step, linear = plan.steps[index], runs[reader].linear
             result[index] = CudaQuantizer.of(linear, self.quantizers, step, flags, place)
-        return Bound(result, flags, _check_of([plan.steps[index] for index in found]))
+        for place, (index, kind) in enumerate(codes.items(), len(found)):
+            result[index] = CudaCodes.of(kind, self.quantizers, functions[index], flags, place)
+        return Bound(result, flags, _check_of([plan.steps[i] for i in (*found, *codes)]))
+
+    def _code_kinds(self, plan: Plan, others: Mapping[int, int]) -> dict[int, InputKind]:
+        """Return what quantizers make whose codes something else reads, where kernels do."""
+        kinds = {i: kind_of(step) for i, step in enumerate(plan.steps) if i not in others}
+        return {i: kind for i, kind in kinds.items() if kind and self.quantizers.by_types(kind)}
 
     def _function(self, step: Step, function: Function) -> Function:
         """Return what runs a step that is no layer."""
@@ -229,7 +239,8 @@ def open_target(
     used = {name for row in target.layers.values() for name in row.kernels.values()}
     by_role: dict[str, list[Instance]] = {}
     for name, instance in target.instances.items():
-        if name in used or instance.role == OPERATORS or (attention and instance.role == ATTENTION):
+        always = (OPERATORS, "quantize", *((ATTENTION,) if attention else ()))
+        if name in used or instance.role in always:
             by_role.setdefault(instance.role, []).append(instance)
     if OPERATORS not in by_role:
         raise ArtifactError(

@@ -379,7 +379,7 @@ Tensor attend(int64_t library, int64_t problem, const Tensor& q, const Tensor& k
     require(result != FPC_ATTEND_REFUSED, "kernel ", problem, " of ", kernel.path,
             " does not take such queries, keys and values.");
     require(result == FPC_ATTEND_OK, "CUDA error ", result, " at the launch of kernel ", problem,
-            " of ", kernel.path, "; was it compiled for this GPU?");
+            " of ", kernel.path, "; was it compiled for this GPU?", error_of(kernel, result));
     return y;
 }
 

@@ -36,7 +36,8 @@ Place: TypeAlias = tuple[int, int]
 """The number of a library, and that of a problem in it."""
 
 Beside: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-_NOTHING: Final[Beside] = (None, None, None, None)
+NOTHING: Final[Beside] = (None, None, None, None)
+"""What no producer reads."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class QuantizeKernels:
         x: Tensor,
         status: Tensor,
         producer: str = "",
-        beside: Beside = _NOTHING,
+        beside: Beside = NOTHING,
         eps: float = 0.0,
     ) -> CudaInput | None:
         """Quantize the rows of a tensor, or what a producer makes of them.
@@ -106,10 +107,10 @@ class QuantizeKernels:
             None if there is no kernel for it.
         """
         place = self.by_types(kind, producer).get(type_names((x, *beside)))
-        return _quantize(place, kind, x, status, producer, beside, eps)
+        return quantize_rows(place, kind, x, status, producer, beside, eps)
 
 
-def _quantize(
+def quantize_rows(
     place: Place | None,
     kind: InputKind,
     x: Tensor,
@@ -118,6 +119,10 @@ def _quantize(
     beside: Beside,
     eps: float,
 ) -> CudaInput | None:
+    """Quantize with a kernel that :meth:`QuantizeKernels.by_types` found; None without one.
+
+    The other arguments are those of :meth:`QuantizeKernels.quantize`.
+    """
     forms = (None if t is None else _form(t) for t in (x, *beside))
     form = None if place is None else form_of_rows(producer or _WITHOUT, *forms)
     if place is None or form is None:
@@ -194,12 +199,12 @@ class CudaQuantizer:
             weight, bias, scale, shift, producer, eps = values[1:]
             beside = weight, bias, scale, shift
             place = self.produced.get(type_names((x, *beside)))
-            found = _quantize(place, kind, x, status, producer, beside, eps)
+            found = quantize_rows(place, kind, x, status, producer, beside, eps)
             if found is not None:
                 return found
             x = fused.produce(x, *beside, producer, eps, layer)
-        place = self.plain.get(type_names((x, *_NOTHING)))
-        found = _quantize(place, kind, x, status, "", _NOTHING, 0.0)
+        place = self.plain.get(type_names((x, *NOTHING)))
+        found = quantize_rows(place, kind, x, status, "", NOTHING, 0.0)
         if found is not None:
             return found
         codes_and_scales = torch.ops.fpc.quantize(x, operand, layer)

@@ -33,7 +33,7 @@ def test_types_are_those_of_a_call() -> None:
     norm = QuantizeProblem(token, "bf16", "rms_norm", ("bf16", "", "", ""), stored="f8E4M3FN")
     gated = QuantizeProblem(token, "bf16", "silu_mul", ("", "", "bf16", ""), stored="f8E4M3FN")
     plain = QuantizeProblem(token, "bf16", stored="f8E4M3FN")
-    of_part = {name.rpartition(".")[2]: problem for name, problem in found.items()}
+    of_part = {name.rpartition(".")[2]: problem for name, problem in found.layers.items()}
     assert of_part == {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), norm),
         "down_proj": gated, "o_proj": plain,
@@ -64,5 +64,6 @@ def test_what_no_kernel_makes_is_left_out(
     wanted = {}
     if form is not None:
         wanted["up"] = QuantizeProblem(Operand.parse(activation), "f32", **form)
-    assert found == wanted
+    assert found.layers == wanted
+    assert found.codes == ()
     assert torch.equal(executor._state["calls"], artifact.tensors["calls"])
