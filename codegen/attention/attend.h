@@ -19,6 +19,14 @@ constexpr int kMostSplit = 8;   // blocks of a cluster
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr float kLogTwoOfE = 1.4426950408889634f;
 
+// Two E4M3 codes as bf16, exactly. Sign, exponent and mantissa are put where bf16 has them, which
+// gives the value times 2**-120.
+template <bool kHigh>
+FPC_DEVICE uint32_t pair_of_codes(uint32_t codes) {
+    const uint32_t spread = spread_bytes<kHigh>(codes);
+    return multiply_bf16((spread << 8 & 0x80008000u) | (spread << 4 & 0x07F007F0u), 0x7B807B80u);
+}
+
 // What a warp has of the rows g and g + 8, g = lane / 4: softmax relative to the largest product so
 // far, and sums of values. In tile [c][e] column 2t + j is channel 64c + 8(2t + j) + e, t = lane % 4.
 template <int kWidth>
@@ -32,11 +40,12 @@ struct Attention {
     static constexpr int kWidth = P::kWidth, kChunks = kWidth / 32, kTiles = kWidth / 64;
     // In shared memory, for each warp and then for the block: sums, largest products, totals.
     static constexpr int kFloats = kMostRows * (kWidth + 2);
+    static constexpr int kBytes = P::kCodes ? 1 : 2;  // of a number of a key
 
     const FpcAttendArguments& a;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int batch, group, rows;
-    const uint16_t *keys, *values;
+    const uint8_t *keys, *values;
     Quad queries[2][kChunks];
 
     FPC_DEVICE explicit Attention(const FpcAttendArguments& arguments)
@@ -44,8 +53,8 @@ struct Attention {
           batch((int)blockIdx.y / a.groups),
           group((int)blockIdx.y % a.groups),
           rows(a.heads / a.groups * a.queries),
-          keys((const uint16_t*)a.k + batch * a.k_strides[0] + group * a.k_strides[1]),
-          values((const uint16_t*)a.v + batch * a.v_strides[0] + group * a.v_strides[1]) {
+          keys((const uint8_t*)a.k + place(a.k_strides) * kBytes),
+          values((const uint8_t*)a.v + place(a.v_strides) * kBytes) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = g + 8 * half;
@@ -57,6 +66,9 @@ struct Attention {
         }
     }
 
+    FPC_DEVICE int64_t place(const int64_t (&strides)[3]) const {
+        return batch * strides[0] + group * strides[1];
+    }
     FPC_DEVICE int64_t head_of(int row) const {
         return group * (a.heads / a.groups) + row / a.queries;
     }
@@ -78,9 +90,34 @@ struct Attention {
         return seen;
     }
 
-    FPC_DEVICE Quad load_row(const uint16_t* from, int64_t stride, int key, int channel) const {
-        const int there = key < a.keys ? key : a.keys - 1;  // products of others are not seen
-        return load_quad(from + there * stride + channel);
+    // Products of keys that are not there are not seen; the last one is read in their place.
+    FPC_DEVICE int there(int key) const { return key < a.keys ? key : a.keys - 1; }
+
+    FPC_DEVICE Quad load_row(const uint8_t* from, int64_t stride, int key, int channel) const {
+        from += (there(key) * stride + channel) * kBytes;
+        if constexpr (!P::kCodes) return load_quad(from);
+        // Weights times scales would leave the range of fp16.
+        static_assert(!P::kCodes || P::kType == kBf16, "codes are multiplied as bf16");
+        const Twin codes = load_twin(from);
+        Quad values;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            values.words[2 * i] = pair_of_codes<false>(codes.words[i]);
+            values.words[2 * i + 1] = pair_of_codes<true>(codes.words[i]);
+        }
+        return values;
+    }
+
+    // The scales of a lane's four keys of a step.
+    FPC_DEVICE void load_scales(const float* from, const int64_t (&strides)[3], int step,
+                                float (&scales)[4]) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            scales[i] = 1;
+            const int key = step * kStepKeys + i / 2 * 8 + 2 * t + i % 2;
+            if constexpr (P::kCodes)
+                scales[i] = load_number(from + place(strides) + there(key) * strides[2]);
+        }
     }
 
     // Add a step of keys to what a warp has.
@@ -98,10 +135,12 @@ struct Attention {
             for (int c = 0; c < kTiles; c++)
                 v[j][c] = load_row(values, a.v_strides[2], first + j / 2 * 8 + 2 * t + j % 2,
                                    64 * c + 8 * g);
-        float products[2][4] = {};
+        float of_keys[4], of_values[4], products[2][4] = {};
+        load_scales(a.k_scales, a.k_scale_strides, step, of_keys);
+        load_scales(a.v_scales, a.v_scale_strides, step, of_values);
         multiply_keys(products, k);
         uint32_t weights[4];
-        weigh(to, products, seen, weights);
+        weigh(to, products, of_keys, of_values, seen, weights);
 #pragma unroll
         for (int c = 0; c < kTiles; c++)
 #pragma unroll
@@ -132,7 +171,8 @@ struct Attention {
     }
 
     // The weights of a step's values, two to a word, as a left operand; earlier sums are rescaled.
-    FPC_DEVICE void weigh(Partial<kWidth>& to, const float (&products)[2][4], uint32_t seen,
+    FPC_DEVICE void weigh(Partial<kWidth>& to, const float (&products)[2][4],
+                          const float (&of_keys)[4], const float (&of_values)[4], uint32_t seen,
                           uint32_t (&weights)[4]) const {
         const float scale = multiply(a.scale, kLogTwoOfE);
 #pragma unroll
@@ -141,7 +181,9 @@ struct Attention {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const bool sees = seen >> (4 * half + i) & 1;
-                scores[i] = sees ? multiply(products[i / 2][2 * half + i % 2], scale) : kMinusInfinity;
+                float product = multiply(products[i / 2][2 * half + i % 2], scale);
+                if constexpr (P::kCodes) product = multiply(product, of_keys[i]);
+                scores[i] = sees ? product : kMinusInfinity;
                 largest = larger_number(largest, scores[i]);
             }
             largest = larger_number(largest, exchange(largest, 1));
@@ -153,6 +195,7 @@ struct Attention {
             for (int i = 0; i < 4; i++) {
                 scores[i] = power_of_two(subtract(scores[i], base));
                 sum = fpc::add(sum, scores[i]);
+                if constexpr (P::kCodes) scores[i] = multiply(scores[i], of_values[i]);
             }
             to.largest[half] = largest;
             to.total[half] = fused(to.total[half], correction, sum);
@@ -272,8 +315,9 @@ inline int split_of(const FpcAttendArguments& a) {
     return split;
 }
 
-inline bool in_quads(const void* address, const int64_t (&strides)[3]) {
-    return (uintptr_t)address % 16 == 0 && strides[0] % 8 == 0 && strides[1] % 8 == 0 &&
+// Whether rows begin where they are loaded in pieces of `bytes`, 8 numbers each.
+inline bool in_pieces(const void* address, const int64_t (&strides)[3], int bytes) {
+    return (uintptr_t)address % bytes == 0 && strides[0] % 8 == 0 && strides[1] % 8 == 0 &&
            strides[2] % 8 == 0;
 }
 
@@ -283,9 +327,11 @@ int32_t launch_attend(const FpcAttendArguments& a, void* stream) {
     const bool sizes = a.batch > 0 && a.groups > 0 && a.heads > 0 && a.queries > 0 && a.keys > 0;
     if (!sizes || a.heads % a.groups || (int64_t)a.heads / a.groups * a.queries > kMostRows)
         return FPC_ATTEND_REFUSED;
-    if ((int64_t)a.batch * a.groups > kMostHeads || !in_quads(a.q, a.q_strides) ||
-        !in_quads(a.k, a.k_strides) || !in_quads(a.v, a.v_strides))
+    constexpr int kPiece = 8 * Attention<P>::kBytes;
+    if ((int64_t)a.batch * a.groups > kMostHeads || !in_pieces(a.q, a.q_strides, 16) ||
+        !in_pieces(a.k, a.k_strides, kPiece) || !in_pieces(a.v, a.v_strides, kPiece))
         return FPC_ATTEND_REFUSED;
+    if (P::kCodes && !(a.k_scales && a.v_scales)) return FPC_ATTEND_REFUSED;
     const dim3 grid((unsigned)split_of(a), (unsigned)(a.batch * a.groups));
     return launch_clusters(attend<P>, grid, dim3(kAttendThreads), a, stream);
 }

@@ -53,7 +53,7 @@ def parse(description: Mapping[str, Any]) -> KernelSource:
         TargetError: If there are none for its architecture.
     """
     with refusing_descriptions(description):
-        rows = [(str(row["type"]), int(row["width"])) for row in description["problems"]]
+        rows = [(row["type"], int(row["width"]), row["cache"]) for row in description["problems"]]
         problems, arch = [AttendProblem(*row) for row in rows], str(description["arch"])
     return attend_kernels(problems, arch)
 
@@ -62,7 +62,8 @@ def problem_text(problems: Sequence[AttendProblem]) -> str:
     """Return what follows the headers: problems as structures, and the functions of the library."""
     structures = "\n".join(
         f"struct Problem{i} {{\n    static constexpr Type kType = {_TYPES[problem.type]};\n"
-        f"    static constexpr int kWidth = {problem.width};\n}};\n"
+        f"    static constexpr int kWidth = {problem.width};\n"
+        f"    static constexpr bool kCodes = {'true' if problem.cache else 'false'};\n}};\n"
         for i, problem in enumerate(problems)
     )
     cases = "".join(

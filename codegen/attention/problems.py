@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from fpcompiler.plan import Step
 from fpcompiler.runtime.cuda.attention import OPERATOR, AttendProblem, Call, problem_of
+from fpcompiler.runtime.cuda.cached import caches_of
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.operators import Function
 
@@ -31,10 +33,13 @@ def attend_problems(executor: Executor, leaves: Sequence[Tensor]) -> tuple[Atten
     if not plan.state or not any(step.op == OPERATOR for step in plan.steps):
         return ()
 
+    formats = {plan.steps[i].outs[0]: pair[0].format for i, pair in caches_of(plan).items()}
+
     def look(step: Step, function: Function, args: list[Any], kwargs: dict[str, Any]) -> Any:
         problem = problem_of(Call.of(tuple(args), kwargs)) if step.op == OPERATOR else None
         if problem is not None:
-            found[problem] = None
+            cache = formats.get(step.outs[0], "") if problem.type == "bf16" else ""
+            found[replace(problem, cache=cache)] = None
         return function(*args, **kwargs)
 
     executor.fresh().run_leaves(leaves, caller=look)

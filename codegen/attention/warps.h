@@ -26,6 +26,34 @@ FPC_DEVICE float power_of_two(float x) {
     return result;
 }
 
+// Bytes 0 and 1, or 2 and 3, of a word in the low bytes of its halves.
+template <bool kHigh>
+FPC_DEVICE uint32_t spread_bytes(uint32_t word) {
+    return __byte_perm(word, 0, kHigh ? 0x4342 : 0x4140);
+}
+
+// Two products of bf16.
+FPC_DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
+// As load_quad.
+FPC_DEVICE Twin load_twin(const void* from) {
+    Twin twin;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(twin.words[0]), "=r"(twin.words[1])
+                 : "l"(from));
+    return twin;
+}
+
+FPC_DEVICE float load_number(const float* from) {
+    float number;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(number) : "l"(from));
+    return number;
+}
+
 // The larger of two numbers; the other one if one is NaN.
 FPC_DEVICE float larger_number(float a, float b) { return fmaxf(a, b); }
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,12 +29,16 @@ OPERATOR: Final = "aten.scaled_dot_product_attention.default"
 WIDTHS: Final = (64, 128)
 """Sizes of heads."""
 
+CACHES: Final = ("f8E4M3FN",)
+"""Formats of keys and values that kernels read where queries are bf16: weights times scales would
+leave the range of fp16."""
+
 MOST_ROWS: Final = 16
 """Queries that read one head of keys; ``kMostRows`` of attend.h."""
 
 _TYPES: Final = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _RANK: Final = 4
-_TENSORS: Final = 4
+_INPUTS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,13 @@ class AttendProblem:
     Attributes:
         type: Of queries, keys, values and results: ``bf16`` or ``f16``.
         width: Size of a head, one of :data:`WIDTHS`.
+        cache: The format of keys and values with a scale for each, one of :data:`CACHES`; empty if
+            they are of the type.
     """
 
     type: str
     width: int
+    cache: str = ""
 
     def __post_init__(self) -> None:
         """Check the combination.
@@ -55,17 +62,52 @@ class AttendProblem:
         Raises:
             FormatError: If there can be no such kernel.
         """
-        if self.type not in _TYPES.values() or self.width not in WIDTHS:
+        known = self.type in _TYPES.values() and self.width in WIDTHS
+        if not known or (self.cache and (self.cache not in CACHES or self.type != "bf16")):
             raise FormatError(f"there is no kernel of attention for {self}.")
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> tuple[str, int, str]:
         """What it is looked up by at each call."""
-        return self.type, self.width
+        return self.type, self.width, self.cache
 
     def __str__(self) -> str:
         """Return a text that differs where problems do."""
-        return f"attend {self.type} {self.width}"
+        return f"attend {self.type} {self.width} {self.cache}".rstrip()
+
+
+class CachedRows(NamedTuple):
+    """Keys or values of eight bits that only attention reads.
+
+    Attributes:
+        codes: uint8 ``[B, G, N, D]``.
+        scale: fp32 ``[B, G, N, 1]``.
+        format: Of the codes.
+        dtype: Of their values.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    format: str
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the values."""
+        return self.codes.shape
+
+    def stride(self, axis: int) -> int:
+        """Return that of the codes."""
+        return self.codes.stride(axis)
+
+    def values(self) -> Tensor:
+        """Return the values."""
+        parts, operand = [self.codes, self.scale], f"{self.format}@token:f32"
+        values: Tensor = torch.ops.fpc.dequantize(parts, operand, self.dtype)
+        return values
+
+
+Rows: TypeAlias = Tensor | CachedRows
 
 
 @dataclass(frozen=True)
@@ -73,8 +115,8 @@ class Call:
     """The arguments of a call of the operator."""
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    k: Rows
+    v: Rows
     mask: Tensor | None = None
     dropout: float = 0.0
     causal: bool = False
@@ -96,7 +138,7 @@ def problem_of(call: Call) -> AttendProblem | None:
         None if no kernel can, however many there are.
     """
     q, k, v, mask = call.q, call.k, call.v, call.mask
-    if call.dropout or any(x.ndim != _RANK or x.stride(-1) != 1 for x in (q, k, v)):
+    if call.dropout or any(len(x.shape) != _RANK or x.stride(-1) != 1 for x in (q, k, v)):
         return None
     width, dtypes = q.shape[3], {q.dtype, k.dtype, v.dtype}
     same = k.shape[3] == v.shape[3] == width and k.shape[1:3] == v.shape[1:3]
@@ -106,7 +148,12 @@ def problem_of(call: Call) -> AttendProblem | None:
         return None
     if mask is not None and (mask.dtype != torch.bool or mask.ndim > _RANK or call.causal):
         return None
-    return AttendProblem(_TYPES[q.dtype], width)
+    caches = {x.format if isinstance(x, CachedRows) else "" for x in (k, v)}
+    return None if len(caches) > 1 else _problem(_TYPES[q.dtype], width, caches.pop())
+
+
+def _problem(kind: str, width: int, cache: str) -> AttendProblem | None:
+    return None if cache and kind != "bf16" else AttendProblem(kind, width, cache)
 
 
 def is_small(call: Call) -> bool:
@@ -118,9 +165,14 @@ def is_small(call: Call) -> bool:
 
 @dataclass(frozen=True)
 class AttendKernels:
-    """The kernels of some libraries: the library and the number in it, by type and width."""
+    """The kernels of some libraries: the library and the number in it, by :attr:`~.key`."""
 
-    places: Mapping[tuple[str, int], tuple[int, int]]
+    places: Mapping[tuple[str, int, str], tuple[int, int]]
+
+    @property
+    def reads_caches(self) -> bool:
+        """Whether there is one that reads keys and values of eight bits."""
+        return any(cache for _, _, cache in self.places)
 
     @classmethod
     def of(cls, paths: list[Path]) -> AttendKernels:
@@ -129,7 +181,7 @@ class AttendKernels:
         Raises:
             ArtifactError: If one is no such library.
         """
-        places: dict[tuple[str, int], tuple[int, int]] = {}
+        places: dict[tuple[str, int, str], tuple[int, int]] = {}
         for path in paths:
             number = open_library(path)
             for index, problem in enumerate(_problems_of(path)):
@@ -160,15 +212,21 @@ class CudaAttention:
         problem = problem_of(call)
         place = None if problem is None else self.kernels.places.get(problem.key)
         if place is None or not is_small(call):
-            result: Tensor = self.reference(*args, **kwargs)
+            q, *rows = (x.values() if isinstance(x, CachedRows) else x for x in args[:_INPUTS])
+            result: Tensor = self.reference(q, *rows, *args[_INPUTS:], **kwargs)
             return result
-        q, k, v = call.q, call.k, call.v
-        scale = 1 / math.sqrt(q.shape[-1]) if call.scale is None else call.scale
-        mask = None if call.mask is None else call.mask.expand(*q.shape[:3], k.shape[2])
+        scale = 1 / math.sqrt(call.q.shape[-1]) if call.scale is None else call.scale
+        sizes = (*call.q.shape[:3], call.k.shape[2])
+        mask = None if call.mask is None else call.mask.expand(sizes)
         y: Tensor = torch.ops.fpc_cuda.attend(
-            *place, q, k, v, mask, float(scale), call.causal, self.sms
-        )
+            *place, call.q, *_parts(call.k), *_parts(call.v), mask, float(scale), call.causal,
+            self.sms,
+        )  # fmt: skip
         return y.transpose(1, 2)
+
+
+def _parts(rows: Rows) -> tuple[Tensor, Tensor | None]:
+    return (rows.codes, rows.scale) if isinstance(rows, CachedRows) else (rows, None)
 
 
 def _problems_of(path: Path) -> Iterator[AttendProblem]:
@@ -180,6 +238,6 @@ def _problems_of(path: Path) -> Iterator[AttendProblem]:
     name.restype, name.argtypes = ctypes.c_char_p, (ctypes.c_int32,)
     index = 0
     while (text := name(index)) is not None:
-        _, kind, width = text.decode().split()
-        yield AttendProblem(kind, int(width))
+        _, kind, width, *cache = text.decode().split()
+        yield AttendProblem(kind, int(width), *cache)
         index += 1

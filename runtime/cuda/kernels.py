@@ -26,6 +26,7 @@ from fpcompiler.runtime.cuda.attention import (
     AttendKernels,
     CudaAttention,
 )
+from fpcompiler.runtime.cuda.cached import caches_of, functions_of
 from fpcompiler.runtime.cuda.codes import CudaCodes, kind_of
 from fpcompiler.runtime.cuda.flags import Flags, is_capturing
 from fpcompiler.runtime.cuda.form import InputKind
@@ -110,7 +111,9 @@ class CudaKernels:
         Raises:
             ArtifactError: If the kernels of a layer do not compute it.
         """
-        result = [self._function(*each) for each in zip(plan.steps, functions, strict=True)]
+        result = list(functions)
+        for index, function in self._attention(plan, functions).items():
+            result[index] = function
         layers = self._layers(plan, constants)
         kernels = {index: self._kernels_of(plan.steps[index]) for index in layers}
         kinds = {i: input_kind(kernels[i], layer.x_operand, layer.k) for i, layer in layers.items()}
@@ -134,11 +137,20 @@ class CudaKernels:
         kinds = {i: kind_of(step) for i, step in enumerate(plan.steps) if i not in others}
         return {i: kind for i, kind in kinds.items() if kind and self.quantizers.by_types(kind)}
 
-    def _function(self, step: Step, function: Function) -> Function:
-        """Return what runs a step that is no layer."""
-        if step.op != OPERATOR or not self.attention.places:
-            return function
-        return CudaAttention(self.attention, self.machine.sms, function)
+    def _attention(self, plan: Plan, functions: Sequence[Function]) -> dict[int, Function]:
+        """Return what runs attention, and the steps in front of it that unpack its caches."""
+        if not self.attention.places:
+            return {}
+        steps = [index for index, step in enumerate(plan.steps) if step.op == OPERATOR]
+        sms = self.machine.sms
+        found: dict[int, Function] = {
+            index: CudaAttention(self.attention, sms, functions[index]) for index in steps
+        }
+        if self.attention.reads_caches:
+            for pair in caches_of(plan).values():
+                for cache in pair:
+                    found.update(functions_of(cache))
+        return found
 
     def _layers(self, plan: Plan, constants: Mapping[str, Tensor]) -> dict[int, LayerArguments]:
         """Return the layers that have kernels, by the index of their step."""

@@ -321,9 +321,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize(
 // --- attention -----------------------------------------------------------------------------------
 
 void check_rows(const Tensor& tensor, const Tensor& q, const char* name) {
-    const bool like = tensor.dim() == 4 && tensor.scalar_type() == q.scalar_type() &&
-                      tensor.size(0) == q.size(0) && tensor.size(3) == q.size(3);
-    require(like && tensor.stride(3) == 1, name, " are not like the queries, or have gaps.");
+    const bool like = tensor.dim() == 4 && tensor.size(0) == q.size(0) &&
+                      tensor.size(3) == q.size(3) && tensor.stride(3) == 1;
+    require(like, name, " are not like the queries, or have gaps.");
     require(tensor.get_device_index() == q.get_device_index(), name, " are on another device.");
 }
 
@@ -341,8 +341,23 @@ void set_rows(int64_t (&to)[3], const Tensor& from) {
     for (int64_t i = 0; i < 3; i++) to[i] = from.size(i) == 1 ? 0 : from.stride(i);
 }
 
+// Keys or values: numbers of the queries' type, or bytes with a scale [B, G, N, 1] for each row.
+const float* scales_of(const Tensor& rows, const MaybeTensor& scale, const Tensor& q,
+                       int64_t (&strides)[3]) {
+    const ScalarType type = scale ? ScalarType::Byte : q.scalar_type();
+    require(rows.scalar_type() == type, "keys and values are of another type than queries.");
+    if (!scale) return nullptr;
+    bool like = scale->dim() == 4 && scale->scalar_type() == ScalarType::Float;
+    for (int64_t i = 0; i < 3; i++) like = like && scale->size(i) == rows.size(i);
+    require(like, "the scales are not those of the keys or values.");
+    require(scale->get_device_index() == q.get_device_index(), "scales are on another device.");
+    set_rows(strides, *scale);
+    return static_cast<const float*>(scale->const_data_ptr());
+}
+
 // q [B, H, M, D], k and v [B, G, N, D], a mask [B, H, M, N] of truth values; y is [B, M, H, D].
-Tensor attend(int64_t library, int64_t problem, const Tensor& q, const Tensor& k, const Tensor& v,
+Tensor attend(int64_t library, int64_t problem, const Tensor& q, const Tensor& k,
+              const MaybeTensor& k_scale, const Tensor& v, const MaybeTensor& v_scale,
               const MaybeTensor& mask, double scale, bool causal, int64_t sms) {
     const Library& kernel = library_of(library);
     require(kernel.attend != nullptr, kernel.path, " holds no kernels of attention.");
@@ -352,6 +367,8 @@ Tensor attend(int64_t library, int64_t problem, const Tensor& q, const Tensor& k
     check_rows(v, q, "values");
     require(v.size(1) == k.size(1) && v.size(2) == k.size(2), "keys and values differ in number.");
     FpcAttendArguments args{};
+    args.k_scales = scales_of(k, k_scale, q, args.k_scale_strides);
+    args.v_scales = scales_of(v, v_scale, q, args.v_scale_strides);
     if (mask) {
         require(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool, "the mask is none.");
         for (int64_t i = 0; i < 4; i++)
@@ -398,8 +415,8 @@ STABLE_TORCH_LIBRARY(fpc_cuda, m) {
         "int shift_repeat, int shift_stride, float eps, int pitch, int outer, int blocks, "
         "int scale_pitch, Tensor(status!) status) -> (Tensor, Tensor, Tensor)");
     m.def(
-        "attend(int library, int problem, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, "
-        "bool causal, int sms) -> Tensor");
+        "attend(int library, int problem, Tensor q, Tensor k, Tensor? k_scale, Tensor v, "
+        "Tensor? v_scale, Tensor? mask, float scale, bool causal, int sms) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CompositeExplicitAutograd, m) {

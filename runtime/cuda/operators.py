@@ -6,8 +6,9 @@
 ``quantize(..)``     codes ``[m, pitch]``, ``outer`` real scales and ``blocks`` scales of a byte:
                      see ``FpcQuantizeArguments``. ``status`` becomes 1 if a value is NaN or
                      infinite, and is left alone otherwise
-``attend(..)``       ``[B, M, H, D]``, of queries ``[B, H, M, D]``, keys and values ``[B, G, N, D]``
-                     and a mask ``[B, H, M, N]`` of truth values: see ``FpcAttendArguments``
+``attend(..)``       ``[B, M, H, D]``, of queries ``[B, H, M, D]``, keys and values
+                     ``[B, G, N, D]``, which may be bytes with scales ``[B, G, N, 1]``, and a mask
+                     ``[B, H, M, N]`` of truth values: see ``FpcAttendArguments``
 ===================  ============================================================================
 
 Operands are packed as kernels read them (:mod:`fpcompiler.numerics.kernel_layout`). Kernels run on

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fpcompiler.codegen.attention.emit import HEADERS, problem_text
-from fpcompiler.runtime.cuda.attention import AttendProblem, Call, problem_of
+from fpcompiler.runtime.cuda.attention import AttendProblem, Call, _parts, problem_of
 
 _ROOT: Final = Path(__file__).parents[3]
 _REPLACED: Final = {
@@ -43,9 +43,10 @@ class Arguments(ctypes.Structure):
     """``FpcAttendArguments``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "y")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_scales", "v_scales", "mask", "y")),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in "qkv"),
         ("mask_strides", ctypes.c_int64 * 4),
+        *((f"{name}_scale_strides", ctypes.c_int64 * 3) for name in "kv"),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "groups", "queries", "keys")),
         ("scale", ctypes.c_float), ("causal", ctypes.c_int32), ("sm_count", ctypes.c_int32),
     )  # fmt: skip
@@ -63,15 +64,17 @@ class Library:
         """Return the result [B, H, M, D] of a call that a kernel takes."""
         problem = problem_of(call)
         assert problem is not None
-        q, k, v = call.q, call.k, call.v
+        q, (k, k_scale), (v, v_scale) = call.q, _parts(call.k), _parts(call.v)
         (batch, heads, queries, width), (groups, keys) = q.shape, k.shape[1:3]
         y = torch.full((batch, queries, heads, width), torch.nan, dtype=q.dtype)
         mask = None if call.mask is None else call.mask.expand(batch, heads, queries, keys)
         scale = width**-0.5 if call.scale is None else call.scale
         arguments = Arguments(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr() if mask is not None else None,
-            y.data_ptr(), *((ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)),
+            *(None if x is None else x.data_ptr() for x in (q, k, v, k_scale, v_scale, mask, y)),
+            *((ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)),
             (ctypes.c_int64 * 4)(*(mask.stride() if mask is not None else ())),
+            *((ctypes.c_int64 * 3)(*(x.stride()[:3] if x is not None else ()))
+              for x in (k_scale, v_scale)),
             batch, heads, groups, queries, keys, scale, call.causal, sms,
         )  # fmt: skip
         status = self.run(self.problems.index(problem), arguments, None)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fpcompiler.runtime.cuda.attention import WIDTHS, AttendProblem, Call
+from fpcompiler.runtime.cuda.attention import WIDTHS, AttendProblem, CachedRows, Call, Rows
 from tests.codegen.attention.emulated import Library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 PROBLEMS = [AttendProblem(name, width) for name in DTYPES for width in WIDTHS]
+CACHED = [AttendProblem("bf16", width, "f8E4M3FN") for width in WIDTHS]
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(PROBLEMS, tmp_path_factory.mktemp("attend"))
+    return Library([*PROBLEMS, *CACHED], tmp_path_factory.mktemp("attend"))
 
 
 def tensors(
@@ -37,7 +39,8 @@ def tensors(
 def exact(call: Call) -> tuple[Tensor, Tensor]:
     """Return the result in fp64, and the sum of the magnitudes it is made of."""
     repeat = call.q.shape[1] // call.k.shape[1]
-    q, k, v = call.q.double(), *(x.double().repeat_interleave(repeat, 1) for x in (call.k, call.v))
+    rows = (_numbers(x).repeat_interleave(repeat, 1) for x in (call.k, call.v))
+    q, k, v = call.q.double(), *rows
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)
     if call.mask is not None:
         scores = scores.masked_fill(~call.mask, -math.inf)
@@ -45,6 +48,12 @@ def exact(call: Call) -> tuple[Tensor, Tensor]:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf)
     weights = scores.softmax(-1).nan_to_num(0)
     return weights @ v, weights @ v.abs()
+
+
+def _numbers(rows: Rows) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows.double()
+    return rows.codes.view(torch.float8_e4m3fn).double() * rows.scale.double()
 
 
 def check(library: Library, call: Call, sms: int = 132) -> Tensor:
@@ -144,3 +153,38 @@ def test_results_are_the_same_each_time_and_in_each_batch(library: Library) -> N
     for i in range(3):
         one = (x[i : i + 1] for x in (q, k, v))
         assert torch.equal(whole[i : i + 1], library.attend(Call(*one, grouped=True)))
+
+
+def cached(problem: AttendProblem, *sizes: int) -> Call:
+    """Return a call whose keys and values are all codes of E4M3, with scales of many sizes."""
+    q, k, v = tensors(problem, *sizes)
+    generator = torch.Generator().manual_seed(7)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]
+    rows = []
+    for x in (k, v):
+        index = torch.randint(0, len(codes), x.shape, generator=generator)
+        scale = torch.exp2(torch.randint(-12, -5, (*x.shape[:3], 1), generator=generator)) * 1.3
+        rows.append(CachedRows(codes[index], scale, "f8E4M3FN", q.dtype))
+    return Call(q, *rows, grouped=True)
+
+
+@pytest.mark.parametrize("problem", CACHED, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 4, 2, 1, 50), (1, 9, 3, 5, 77)])
+def test_keys_and_values_of_eight_bits(
+    library: Library, problem: AttendProblem, sizes: tuple[int, ...]
+) -> None:
+    check(library, cached(problem, *sizes))
+
+
+def test_scales_of_a_cache_with_gaps(library: Library) -> None:
+    call = cached(CACHED[0], 2, 4, 2, 1, 40)
+    mask = torch.arange(40) <= 17
+    expected = library.attend(replace(call, mask=mask))
+    rows = []
+    for x in (call.k, call.v):
+        assert isinstance(x, CachedRows)
+        codes = torch.zeros(2, 48, 2, 72, dtype=torch.uint8)[:, :40, :, :64].transpose(1, 2)
+        scale = torch.full((2, 48, 2, 2), torch.nan)[:, :40, :, :1].transpose(1, 2)
+        rows.append(x._replace(codes=codes.copy_(x.codes), scale=scale.copy_(x.scale)))
+    assert torch.equal(expected, library.attend(replace(call, k=rows[0], v=rows[1], mask=mask)))

@@ -14,7 +14,7 @@ from fpcompiler.runtime.cuda.attention import AttendProblem
 from fpcompiler.runtime.executor import Executor
 from tests.hf_models import hf_model, token_ids
 
-PROBLEMS = [AttendProblem("bf16", 64), AttendProblem("f16", 128)]
+PROBLEMS = [AttendProblem("bf16", 64), AttendProblem("bf16", 128, "f8E4M3FN")]
 
 
 def test_a_description_stands_for_its_source() -> None:
@@ -28,8 +28,10 @@ def test_a_description_stands_for_its_source() -> None:
     ("change", "error"),
     [
         ({"arch": "sm_100a"}, TargetError),
-        ({"problems": [{"type": "f32", "width": 64}]}, ArtifactError),
-        ({"problems": [{"type": "bf16", "width": 96}]}, ArtifactError),
+        ({"problems": [{"type": "f32", "width": 64, "cache": ""}]}, ArtifactError),
+        ({"problems": [{"type": "bf16", "width": 96, "cache": ""}]}, ArtifactError),
+        ({"problems": [{"type": "bf16", "width": 64, "cache": "f8E5M2"}]}, ArtifactError),
+        ({"problems": [{"type": "f16", "width": 64, "cache": "f8E4M3FN"}]}, ArtifactError),
         ({"problems": [{"type": "bf16"}]}, ArtifactError),
         ({"problems": 7}, ArtifactError),
     ],
@@ -39,8 +41,12 @@ def test_other_descriptions_are_refused(change: dict[str, object], error: type) 
         parse({**attend_kernels(PROBLEMS, "sm_90a").description, **change})
 
 
-def problems_of(model: nn.Module, *inputs: torch.Tensor) -> tuple[AttendProblem, ...]:
-    artifact = fpcompiler.compile(model, "w4a6-row", example_inputs=inputs).artifact
+def problems_of(
+    model: nn.Module, *inputs: torch.Tensor, attention: str = ""
+) -> tuple[AttendProblem, ...]:
+    artifact = fpcompiler.compile(
+        model, "w4a6-row", example_inputs=inputs, attention=attention or None
+    ).artifact
     return attend_problems(Executor(artifact.plan, artifact.tensors), inputs)
 
 
@@ -50,5 +56,9 @@ def test_a_decoder_with_a_cache_gets_kernels_and_other_models_do_not() -> None:
     model = hf_model("hf-llama", **sizes).bfloat16()
     tokens = token_ids(1, 8)
     assert problems_of(CachedDecoder(model, 1, 32), tokens, torch.arange(8)) == (PROBLEMS[0],)
+    cached = CachedDecoder(model, 1, 32), tokens, torch.arange(8)
+    for operand, wanted in (("f8E4M3FN@token:f32", "f8E4M3FN"), ("f6E2M3FN@token:f32", "")):
+        found = problems_of(*cached, attention=f"cache={operand}")
+        assert found == (AttendProblem("bf16", 64, wanted),)
     wide = CachedDecoder(hf_model("hf-llama", **sizes), 1, 32)
     assert problems_of(wide, tokens, torch.arange(8)) == ()  # in fp32

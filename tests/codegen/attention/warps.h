@@ -55,6 +55,20 @@ static bool any_lane(bool value) {
 static uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xFFFF) | b << 16; }
 static uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000u); }
 
+template <bool kHigh>
+static uint32_t spread_bytes(uint32_t word) {
+    word >>= kHigh * 16;
+    return (word & 0xFF) | (word & 0xFF00) << 8;
+}
+
+static uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+    return bf16_pair((float)(element<kBf16>(a, 0) * element<kBf16>(b, 0)),
+                     (float)(element<kBf16>(a, 1) * element<kBf16>(b, 1)));
+}
+
+static Twin load_twin(const void* from) { return *(const Twin*)from; }
+static float load_number(const float* from) { return *from; }
+
 static float* memories[8];
 
 // Poisoned for each cluster that runs: what is read was written.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fpcompiler
+from fpcompiler.artifact import Artifact
 from fpcompiler.artifact.kernels import TargetKernels
 from fpcompiler.errors import ArtifactError
 from fpcompiler.huggingface import CachedDecoder
@@ -24,6 +25,7 @@ from fpcompiler.runtime.cuda.attention import (
     is_small,
     problem_of,
 )
+from fpcompiler.runtime.cuda.cached import caches_of
 from fpcompiler.runtime.cuda.kernels import CudaKernels
 from fpcompiler.runtime.cuda.quantizers import QuantizeKernels
 from fpcompiler.runtime.executor import Executor
@@ -40,7 +42,8 @@ PROBLEM = AttendProblem("bf16", 64)
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> AttendKernels:
     operators()
-    return AttendKernels.of([build([PROBLEM], tmp_path_factory.mktemp("attend"))])
+    problems = [PROBLEM, replace(PROBLEM, cache="f8E4M3FN")]
+    return AttendKernels.of([build(problems, tmp_path_factory.mktemp("attend"))])
 
 
 def refuse(*args: Any, **kwargs: Any) -> Tensor:
@@ -124,21 +127,46 @@ def test_libraries_of_others_are_refused(tmp_path: Path) -> None:
         AttendKernels.of([host_quantizers([], tmp_path / "quantize.so")])
 
 
-def test_a_decoder_computes_the_same_text(kernels: AttendKernels) -> None:
+@pytest.mark.parametrize("cache", ["", "cache=f8E4M3FN@token:f32", "cache=f6E2M3FN@token:f32"])
+def test_a_decoder_computes_the_same_text(kernels: AttendKernels, cache: str) -> None:
+    """Caches of eight bits are read as they are; others are unpacked as before."""
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
              "head_dim": 64, "attn_implementation": "sdpa"}  # fmt: skip
     model = CachedDecoder(hf_model("hf-llama", **sizes).bfloat16(), 2, 40, last_logits=1)
     inputs = token_ids(2, 8), torch.arange(8)
-    artifact = fpcompiler.compile(model, "w4a16", example_inputs=inputs).artifact
+    artifact = fpcompiler.compile(
+        model, "w4a16", example_inputs=inputs, attention=cache or None
+    ).artifact
     target = TargetKernels("sm_90a", ("9.0",), {}, {}, {})
     own = CudaKernels(target, {}, QuantizeKernels({}), CPU, kernels)
     plain = Executor(artifact.plan, artifact.tensors)
     plain._programs = None
-    fast = Executor(artifact.plan, artifact.tensors, kernels=replace(own))
+    fast = Executor(artifact.plan, artifact.tensors, kernels=own)
     uses = [i.function for i in fast._code if isinstance(i.function, CudaAttention)]
     assert len(uses) == sum("scaled_dot_product" in i.step.op for i in fast._code) > 0
+    assert len(caches_of(artifact.plan)) == (len(uses) if "f8E4M3FN" in cache else 0)
     tokens, position = inputs
     for step in range(6):
         expected, found = (executor.run(tokens, position) for executor in (plain, fast))
         assert near(found, expected)
         tokens, position = expected[:, -1:].argmax(-1), torch.tensor([8 + step])
+
+
+def test_values_of_a_cache_that_something_else_reads_stay() -> None:
+    artifact = _cached_artifact()
+    plan = artifact.plan
+    assert len(caches_of(plan)) > 0
+    names = [s.outs[0] for s in plan.steps if s.op in ("fpc.dequantize", "fpc.unpack")]
+    for name in names[:2]:
+        shown = replace(plan, outputs=(name,))
+        assert len(caches_of(shown)) == len(caches_of(plan)) - 1
+
+
+def _cached_artifact() -> Artifact:
+    sizes = {"head_dim": 64, "attn_implementation": "sdpa"}
+    model = CachedDecoder(hf_model("hf-llama", **sizes).bfloat16(), 1, 16)
+    inputs = token_ids(1, 3), torch.arange(3)
+    made = fpcompiler.compile(
+        model, "w4a16", example_inputs=inputs, attention="cache=f8E4M3FN@token:f32"
+    )
+    return made.artifact
