@@ -63,3 +63,8 @@ class DependencyError(FpcompilerError, ImportError):
 def describe_layer(layer: str) -> str:
     """Return the words that name a layer in an error: its module path, or the model itself."""
     return f"layer {layer!r}" if layer else "the model"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of a library says, for a sentence of ours: without the lines behind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

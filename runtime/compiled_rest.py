@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from fpcompiler.errors import FpcompilerError, RunError
+from fpcompiler.errors import FpcompilerError, RunError, first_line
 from fpcompiler.runtime.instructions import STEP_ERRORS
 
 Run: TypeAlias = Callable[[Sequence[Tensor]], list[Any]]
@@ -48,7 +48,7 @@ def compile_rest(run: Run) -> Run:
             raise RunError(_compiling_failed(error)) from error
         except STEP_ERRORS as error:
             raise RunError(
-                f"The program of torch.compile failed: {_first_line(error)}. Call the model "
+                f"The program of torch.compile failed: {first_line(error)}. Call the model "
                 "without compile_rest(): then the error names the step."
             ) from error
 
@@ -86,13 +86,9 @@ def _compiling_failed(error: TorchDynamoException) -> str:
             f"one (apt-get install g++), or set CXX to yours. {_NEXT}"
         )
     return (
-        f"compile_rest: torch.compile failed: {_first_line(error)}. TORCH_LOGS=+dynamo,+inductor "
+        f"compile_rest: torch.compile failed: {first_line(error)}. TORCH_LOGS=+dynamo,+inductor "
         f"shows where. {_NEXT}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 __all__ = ["Run", "compile_rest", "own_code"]

@@ -136,6 +136,26 @@ def form_of_rows(
     return ProducedForm(stride, (first, second), *rows)
 
 
+def takes(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    producer: str,
+) -> bool:
+    """Return whether the library takes such tensors, once they lie in memory as it wants."""
+    forms = [None if t is None else _packed(t) for t in (x, weight, bias, scale, shift)]
+    return form_of_rows(producer, *forms) is not None
+
+
+def _packed(tensor: Tensor) -> Form:
+    """Return the form of a tensor with sizes of one, which hold for any sizes, without gaps."""
+    shape = (*(1 for _ in tensor.shape[:-1]), *map(int, tensor.shape[-1:]))
+    strides = (*(shape[-1] for _ in shape[:-1]), *(1 for _ in shape[-1:]))
+    return Form(shape, strides, tensor.dtype)
+
+
 def _form(tensor: Tensor | None) -> Form | None:
     return None if tensor is None else Form(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from fpcompiler.arguments import PATH, require_type
 from fpcompiler.artifact import Golden
-from fpcompiler.errors import ArtifactError, DependencyError, RunError, TargetError
+from fpcompiler.errors import (
+    ArtifactError,
+    DependencyError,
+    RunError,
+    TargetError,
+    first_line,
+)
 from fpcompiler.plan import Plan
 from fpcompiler.runtime import inputs
 from fpcompiler.runtime.devices import parse_device
@@ -171,7 +177,7 @@ class OnnxModel:
             wanted = list(plan.steps[0].outs)
             results = self._session.run_with_ort_values(wanted, {**feeds, **self._state})
         except _errors(self._runtime) as error:
-            raise RunError(f"onnxruntime failed: {_first_line(error)}.") from error
+            raise RunError(f"onnxruntime failed: {first_line(error)}.") from error
         values = dict(zip(wanted, results, strict=True))
         self._state.update({past: values[present] for present, past in plan.stores})
         outputs = (values[out] if isinstance(out, str) else out for out in plan.outputs)
@@ -239,12 +245,12 @@ class OnnxModel:
             return self._runtime.InferenceSession(self._path, options, providers=[provider])
         except self._runtime.capi.onnxruntime_pybind11_state.InvalidProtobuf as error:
             raise ArtifactError(
-                f"{self._path} is no whole ONNX file: {_first_line(error)}. Write it with "
+                f"{self._path} is no whole ONNX file: {first_line(error)}. Write it with "
                 "`fpcompiler export`; an artifact is loaded without a backend."
             ) from error
         except _errors(self._runtime) as error:
             raise ArtifactError(
-                f"onnxruntime cannot run {self._path}: {_first_line(error)}. It has no kernels for "
+                f"onnxruntime cannot run {self._path}: {first_line(error)}. It has no kernels for "
                 "4- and 6-bit types, and few for bfloat16: export to onnx-portable, from a model "
                 "in float32 or float16."
             ) from error
@@ -302,7 +308,3 @@ def _foreign(path: Path, cause: str) -> ArtifactError:
         f"{path} cannot be called like a model: {cause}. Write it with `fpcompiler export`, or run "
         "it with onnxruntime itself."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -93,6 +93,11 @@ _ROWS: Final = (
         "fpcompiler.interop.pt2",
     ),
     ExportFormat(
+        "aoti",
+        "a package of AOTInductor with native kernels, for C++ and Python without fpcompiler",
+        "fpcompiler.interop.aoti.write",
+    ),
+    ExportFormat(
         "compressed-tensors",
         "a folder of NVFP4 or MX weights for transformers, vLLM and SGLang",
         "fpcompiler.interop.checkpoints.compressed",

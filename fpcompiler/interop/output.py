@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, final
 
 from fpcompiler.errors import ExportError
 
-__all__ = ["new_files", "not_written"]
+__all__ = ["Sink", "new_files", "not_written"]
 
 
 @contextlib.contextmanager
@@ -44,3 +46,40 @@ def not_written(path: Path, error: OSError) -> ExportError:
         f"{path} could not be written: {error.strerror or error}. Choose a folder that exists, is "
         "writable and has room."
     )
+
+
+@final
+class Sink(io.RawIOBase):
+    """A file for torch's writer, whose destructor ends the process if a write of it fails.
+
+    Args:
+        file: The file. After the first error nothing more is written to it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        """Return that it is; torch asks."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return that it is; torch asks."""
+        return True
+
+    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+        """Take all bytes, and note the error if they cannot be written."""
+        view = memoryview(data).cast("B")
+        size = done = len(view)
+        try:
+            done = 0 if self.error is None else size
+            while done < size:
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.error = error
+        return size
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Set the position, as torch does when all is written."""
+        return self._file.seek(offset, whence)

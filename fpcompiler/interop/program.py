@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from fpcompiler.errors import ExportError, FpcompilerError, describe_layer
+from fpcompiler.errors import ExportError, FpcompilerError, describe_layer, first_line
 from fpcompiler.plan import Placeholder, Plan
 from fpcompiler.runtime import operators
 from fpcompiler.runtime.instructions import STEP_ERRORS, last_uses
@@ -105,10 +105,9 @@ def near_layer(plan: Plan, index: int) -> str:
 
 
 def _not_recorded(plan: Plan, index: int, error: Exception) -> ExportError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return ExportError(
         f"{near_layer(plan, index)}: torch cannot record step {index} ({plan.steps[index].op}): "
-        f"{first}. Replace the operation in the model, or run the artifact as it is."
+        f"{first_line(error)}. Replace the operation in the model, or run the artifact as it is."
     )
 
 
@@ -201,8 +200,7 @@ def trace(module: nn.Module, args: tuple[Any, ...], dims: Any) -> ExportedProgra
     except FpcompilerError:
         raise
     except STEP_ERRORS as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ExportError(
-            f"torch.export could not record the program: {first}. Compile the model with fewer "
-            "sizes that vary (dynamic=), or with the version of torch that is installed here."
+            f"torch.export could not record the program: {first_line(error)}. Compile the model "
+            "with fewer sizes that vary (dynamic=), or with the torch that is installed here."
         ) from error

@@ -2,25 +2,32 @@
 
 Weights are uint8 buffers under the names that they have in the model. The operators are registered
 in Python, so ``import fpcompiler.runtime.ops`` comes before ``torch.export.load``; nothing of the
-compiler and no class of the model is imported. AOTInductor runs C++ without Python, so it would
-need these operators in C++ (``TORCH_LIBRARY``); it packages no such archive.
+compiler and no class of the model is imported. :mod:`fpcompiler.interop.aoti` writes packages that
+need no Python of ours at all.
 """
 
 from __future__ import annotations
 
 import inspect
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 
 from fpcompiler.artifact import Artifact
 from fpcompiler.interop.formats import Exported
-from fpcompiler.interop.output import new_files
-from fpcompiler.interop.program import Sizes, quiet, register_tensors, run_steps, trace
+from fpcompiler.interop.output import Sink, new_files
+from fpcompiler.interop.program import (
+    Function,
+    Sizes,
+    quiet,
+    register_tensors,
+    run_steps,
+    trace,
+)
+from fpcompiler.plan import Plan
 from fpcompiler.runtime import operators
 from fpcompiler.tree import NONE, Spec, flatten, leaf_count, unflatten
 
@@ -38,12 +45,12 @@ def write(artifact: Artifact, path: Path) -> Exported:
     Raises:
         ExportError: If torch.export cannot record the program, or the file cannot be written.
     """
-    module = PlanModule(artifact)
+    module = PlanModule(artifact.plan, artifact.tensors)
     sizes = Sizes(artifact.plan)
     with new_files(path) as folder:  # Before the work: it says where a file cannot be written.
         program = trace(module, module.arguments(sizes.tensors), module.arguments(sizes.dims))
         with (folder / path.name).open("wb", buffering=0) as raw, quiet():
-            file = _Sink(raw)
+            file = Sink(raw)
             torch.export.save(program, file)  # type: ignore[arg-type]  # Any io object will do.
         if file.error is not None:
             raise file.error
@@ -56,50 +63,27 @@ def write(artifact: Artifact, path: Path) -> Exported:
 
 
 @final
-class _Sink(io.RawIOBase):
-    """A file for torch's writer, whose destructor ends the process if a write of it fails.
-
-    Args:
-        file: The file. After the first error nothing more is written to it.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
-        """Take all bytes, and note the error if they cannot be written."""
-        view = memoryview(data).cast("B")
-        size = done = len(view)
-        try:
-            done = 0 if self.error is None else size
-            while done < size:
-                done += self._file.write(view[done:])
-        except OSError as error:
-            self.error = error
-        return size
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set the position, as torch does when all is written."""
-        return self._file.seek(offset, whence)
-
-
-@final
 class PlanModule(nn.Module):
     """A plan as a module that is called like the model, by position.
 
     Args:
-        artifact: The plan and its tensors, which become buffers.
+        plan: The plan.
+        tensors: What its constants and states name; they become buffers.
+        functions: What runs each step; by default the operators themselves.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        tensors: Mapping[str, Tensor],
+        functions: Sequence[Function] | None = None,
+    ) -> None:
         super().__init__()
-        plan = artifact.plan
         self.taken = tuple(p for p in plan.signature.parameters if leaf_count(p.spec or NONE))
         self._plan = plan
-        self._functions = [operators.resolve(step.op) for step in plan.steps]
+        self._functions = functions or [operators.resolve(step.op) for step in plan.steps]
         keys = {**plan.constants, **plan.state}
-        paths = register_tensors(self, keys.values(), artifact.tensors)
+        paths = register_tensors(self, keys.values(), tensors)
         self._paths = {name: paths[key] for name, key in keys.items()}
 
         # torch.export reads the names of arguments from the signature, which a method has one of.

@@ -42,6 +42,11 @@ class Library:
     functions: ctypes.CDLL
     instructions: int
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.functions._name)
+
     def has(self, instructions: int) -> bool:
         """Return whether this processor has one of :data:`INSTRUCTION_SETS`, given as an index."""
         return bool(self.functions.fpc_has_instructions(instructions))

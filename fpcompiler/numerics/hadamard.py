@@ -48,8 +48,12 @@ def hadamard(x: Tensor, block: int, *, signs: Tensor | None = None, layer: str =
     wide = _working(x)
     if signs is not None:
         wide = wide * signs.to(wide)
-    matrix = _matrix(block, wide.dtype, x.device)
-    return (wide.reshape(-1, block) @ matrix).view(x.shape).to(x.dtype)
+    return transform(wide, _matrix(block, wide.dtype, x.device)).to(x.dtype)
+
+
+def transform(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return the product of each block of the last axis with a matrix, as long as a block."""
+    return (x.reshape(-1, len(matrix)) @ matrix).view(x.shape)
 
 
 def inverse_hadamard(y: Tensor, block: int, *, signs: Tensor, layer: str = "") -> Tensor:

@@ -1,0 +1,1 @@
+"""Packages of AOTInductor: compiled models that C++ and Python run without fpcompiler."""
