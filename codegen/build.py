@@ -80,7 +80,7 @@ class KernelCache:
         found = self._read(key)
         if found is not None:
             return found
-        self._make_folder()
+        self.require_folder()
         with locked(self.folder / "locks" / key):
             # Whoever held the lock before may have built it.
             return self._read(key) or self._compile(source, key)
@@ -111,7 +111,12 @@ class KernelCache:
         built = {source.text: kernel for source, kernel in self.stream(sources)}
         return [built[source.text] for source in sources]
 
-    def _make_folder(self) -> None:
+    def require_folder(self) -> None:
+        """Make the folder, or raise if nothing can be written there.
+
+        Raises:
+            OptionError: With the variable that names another one.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()

@@ -86,8 +86,9 @@ def require_tools(options: Options, scheme: Scheme, archs: Sequence[str]) -> Non
 
     Raises:
         DependencyError: If there is no nvcc, or CUTLASS is needed and not installed.
+        OptionError: If compiled kernels cannot be kept.
     """
-    KernelCache.from_options(options)
+    KernelCache.from_options(options).require_folder()
     layers = (scheme.base, *(rule.layer for rule in scheme.rules))
     if any(_takes_cutlass(layer, name) for layer in layers for name in archs):
         cutlass.find_cutlass()

@@ -31,7 +31,7 @@ def example_call(
     Args:
         plan: The program.
         golden: Its recorded calls.
-        sizes: Sizes by symbol of the plan, for instance ``{"s0": 512}``; the others are as
+        sizes: Sizes by symbol of the plan, for instance ``{"length": 512}``; the others are as
             recorded, or :data:`GOLDEN_SIZE`.
 
     Raises:

@@ -257,7 +257,7 @@ class CompiledModel:
             batch: The call: a tensor, a tuple of arguments, or a dict of keyword arguments. By
                 default the one that was recorded when the model was compiled.
             sizes: Sizes of the recorded call that shall differ, by symbol of the plan:
-                ``{"s0": 512}``.
+                ``{"length": 512}``.
             seconds: How long calls are timed.
             iterations: How many calls are timed instead.
 

@@ -42,6 +42,7 @@ __all__ = [
     "GOLDEN_SUFFIX",
     "METADATA",
     "METADATA_VERSION",
+    "OnnxFacts",
     "OnnxModel",
     "golden_names",
     "load_onnx",
@@ -52,6 +53,11 @@ METADATA: Final = "fpcompiler"
 METADATA_VERSION: Final = 1
 GOLDEN_SUFFIX: Final = ".golden.safetensors"
 """Of the file beside it with the recorded calls."""
+
+_NOTHING: Final = (
+    "nothing was compared: there is no {} beside the file. Put it there, or export the model again "
+    "from an artifact that was compiled with example inputs"
+)
 
 _PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -194,10 +200,14 @@ class OnnxModel:
                 self._state[value.name] = self._value(value.name, zeros)
 
     def verify(self) -> VerifyReport:
-        """Replay the recorded calls that are in the file beside, from the initial state."""
+        """Replay the recorded calls that are in the file beside, from the initial state.
+
+        A report without any is not ok: nothing else is checked of an ONNX file.
+        """
         golden = self._golden()
         if not golden:
-            return VerifyReport((VerifyRow("recorded calls", "ok", "none are beside the file"),))
+            name = self._path.name + GOLDEN_SUFFIX
+            return VerifyReport((VerifyRow("recorded calls", "failed", _NOTHING.format(name)),))
         before, rows = dict(self._state), []
         self.reset()
         for index, case in enumerate(golden):

@@ -60,6 +60,8 @@ def _guess(names: Sequence[str]) -> str:
     tails = [name.partition("/")[2] or name for name in names]
     if names and all(name.endswith(".npy") for name in names):
         return "; it looks like a NumPy .npz file"
+    if any(tail.startswith("data/aotinductor/") for tail in tails):
+        return "; it looks like a package of AOTInductor, for torch._inductor.aoti_load_package"
     if "archive_format" in tails or any(tail.startswith("models/") for tail in tails):
         return "; it looks like a .pt2 file of torch.export.save"
     if "data.pkl" in tails:

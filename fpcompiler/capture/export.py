@@ -14,16 +14,20 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fpcompiler.capture.call import Call, bind
-from fpcompiler.capture.dynamic import Sizes, propose, refine
+from fpcompiler.capture.dynamic import Axis, Sizes, propose, refine
 from fpcompiler.capture.failures import about_sizes, diagnose, side_effect
 from fpcompiler.capture.functional import functional
 from fpcompiler.capture.model_state import preserved, quiet, use_eval
 from fpcompiler.capture.program import CapturedProgram, describe
+from fpcompiler.capture.size_names import names_of_dims
 from fpcompiler.capture.size_one import restrict_to_proven
 from fpcompiler.capture.source import first_line
 from fpcompiler.errors import CaptureError, OptionError
 
 Dynamic: TypeAlias = Literal["auto"] | bool | Mapping[str, Any] | tuple[Any, ...] | list[Any] | None
+
+_Exported: TypeAlias = tuple[ExportedProgram, list[str], dict[Axis, str]]
+"""The graph, notes on its sizes, and the names of dimensions that vary."""
 
 TRIES: Final = 6
 """How often sizes are refined before all of them are fixed."""
@@ -72,14 +76,14 @@ def capture(
             # A constant that travelled as an input would need a place in dynamic_shapes, and
             # torch.export loses track of those for arguments in **kwargs.
             model.forward = partial(model.forward, **call.constants)
-        exported, size_notes = _export(model, call, dynamic)
+        exported, size_notes, names = _export(model, call, dynamic)
         with quiet():
             exported, graph_notes = functional(exported)
             proven = restrict_to_proven(model, call, exported)
     notes += [*size_notes, *graph_notes, *proven]
     for text in notes:
         _log.info("%s: %s", type(model).__name__, text)
-    return describe(exported, call.parameters, call.fixed, notes)
+    return describe(exported, call.parameters, call.fixed, notes, names)
 
 
 def _check_model(model: object) -> None:
@@ -99,7 +103,7 @@ def _check_model(model: object) -> None:
         )
 
 
-def _export(model: nn.Module, call: Call, dynamic: Dynamic) -> tuple[ExportedProgram, list[str]]:
+def _export(model: nn.Module, call: Call, dynamic: Dynamic) -> _Exported:
     if isinstance(dynamic, str) and dynamic != "auto":
         raise OptionError(
             f"dynamic={dynamic!r}: expected 'auto', None, or the dynamic_shapes of torch.export."
@@ -107,14 +111,15 @@ def _export(model: nn.Module, call: Call, dynamic: Dynamic) -> tuple[ExportedPro
     if dynamic == "auto" or dynamic is True:
         return _export_auto(model, call)
     tensors = [leaf.tensor for leaf in call.leaves]
-    shapes = _by_name(model, call, dynamic) if dynamic else None
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    shapes = _by_name(bound, dynamic) if dynamic else None
     result = _try(model, call, tensors, shapes)
     if isinstance(result, ExportedProgram):
-        return result, []
+        return result, [], names_of_dims(bound, shapes or {})
     raise diagnose(result, model, call) from result
 
 
-def _export_auto(model: nn.Module, call: Call) -> tuple[ExportedProgram, list[str]]:
+def _export_auto(model: nn.Module, call: Call) -> _Exported:
     sizes, tries = propose(call.leaves), 0
     if call.extra:
         reason = f"torch.export cannot vary sizes when **kwargs holds tensors ({call.extra[0]})"
@@ -122,7 +127,8 @@ def _export_auto(model: nn.Module, call: Call) -> tuple[ExportedProgram, list[st
     while True:
         result = _try(model, call, sizes.trace_tensors(), _shapes(model, call, sizes))
         if isinstance(result, ExportedProgram):
-            return result, sizes.notes()
+            names = {axis: name for name, axes in sizes.groups.items() for axis in axes}
+            return result, sizes.notes(), names
         if not sizes.groups or not about_sizes(result):
             raise diagnose(result, model, call) from result
         tries += 1
@@ -177,9 +183,8 @@ def _nested(call: Call, entries: list[Any]) -> tuple[tuple[Any, ...], dict[str, 
     return nested
 
 
-def _by_name(model: nn.Module, call: Call, dynamic: Any) -> dict[str, Any]:
+def _by_name(bound: Mapping[str, Any], dynamic: Any) -> dict[str, Any]:
     """Return the user's dynamic_shapes with an entry for every argument, as torch.export wants."""
-    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
     if isinstance(dynamic, tuple | list):
         if len(dynamic) > len(bound):
             raise CaptureError(

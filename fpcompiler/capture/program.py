@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -14,8 +15,10 @@ from torch.utils import _pytree as pytree
 
 from fpcompiler import tree
 from fpcompiler.capture.call import Scalar, parameter
+from fpcompiler.capture.dynamic import Axis
 from fpcompiler.capture.functional import functional
 from fpcompiler.capture.model_state import quiet
+from fpcompiler.capture.size_names import symbol_names
 from fpcompiler.errors import CaptureError, RunError
 from fpcompiler.plan import DTYPES, Parameter, Placeholder, Signature, Symbol
 
@@ -32,7 +35,7 @@ class CapturedProgram:
         signature: How the model is called.
         placeholders: The input tensors, in the order of the signature's leaves; named as in the
             graph.
-        symbols: Ranges of the sizes that vary, by the names that the graph gives them.
+        symbols: Ranges of the sizes that vary, by name; the graph has names of its own for them.
         state: Names of the buffers that a call changes.
         notes: What was decided about the model's sizes and mode, one sentence each.
     """
@@ -67,20 +70,31 @@ def describe(
     parameters: tuple[Parameter, ...],
     fixed: Mapping[str, Scalar],
     notes: Iterable[str],
+    size_names: Mapping[Axis, str] | None = None,
 ) -> CapturedProgram:
-    """Add placeholders, symbols and the nesting of the result to a functional program."""
+    """Add placeholders, symbols and the nesting of the result to a functional program.
+
+    Args:
+        exported: The program.
+        parameters: What it is called with.
+        fixed: Arguments that are part of it.
+        notes: What was decided.
+        size_names: Names for dimensions of inputs; others are made of the inputs' names.
+    """
     inputs = input_tensors(exported)
+    names = symbol_names(inputs, size_names or {})
     symbols: dict[str, Symbol] = {}
     for _, tensor in inputs:
         for size in filter(is_symbolic, tensor.shape):
-            symbols.update(_ranges(size, exported.range_constraints))
+            ranges = _ranges(size, exported.range_constraints)
+            symbols.update({names.get(symbol, symbol): r for symbol, r in ranges.items()})
     signature = Signature(parameters, _output_spec(exported), fixed)
     leaves = sum(tree.leaf_count(p.spec) for p in parameters if p.spec is not None)
     assert leaves == len(inputs), "torch.export numbers the inputs another way"
     return CapturedProgram(
         exported=exported,
         signature=signature,
-        placeholders=tuple(_placeholder(name, tensor) for name, tensor in inputs),
+        placeholders=tuple(_placeholder(name, tensor, names) for name, tensor in inputs),
         symbols=symbols,
         state=tuple(exported.graph_signature.buffers_to_mutate.values()),
         notes=tuple(notes),
@@ -108,14 +122,18 @@ def is_symbolic(size: object) -> TypeGuard[SymInt]:
     return isinstance(size, SymInt)
 
 
-def _placeholder(name: str, tensor: Tensor) -> Placeholder:
+def _placeholder(name: str, tensor: Tensor, sizes: Mapping[str, str]) -> Placeholder:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise CaptureError(
             f"The input {name!r} has the dtype {dtype}; a compiled model takes {', '.join(DTYPES)}."
         )
-    shape = tuple(str(n) if is_symbolic(n) else int(n) for n in tensor.shape)
+    shape = tuple(_text(n, sizes) if is_symbolic(n) else int(n) for n in tensor.shape)
     return Placeholder(name, dtype, shape)
+
+
+def _text(size: SymInt, names: Mapping[str, str]) -> str:
+    return re.sub(r"[a-zA-Z_]\w*", lambda match: names.get(match[0], match[0]), str(size))
 
 
 def _ranges(size: SymInt, ranges: Mapping[Any, Any]) -> dict[str, Symbol]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli.command import OK, STRICT_HELP, TRUST_HELP, Command
+from fpcompiler.cli.model import ONNX
 from fpcompiler.cli.output import print_json, print_rich, progress
 from fpcompiler.cli.tensors import read_inputs
 from fpcompiler.errors import OptionError
@@ -28,7 +29,7 @@ _STDOUT: Final = "-"
 _EXAMPLE: Final = """\
   fpcompiler bench model.fpc
   fpcompiler bench model.fpc --inputs in.safetensors --threads 2 --trace trace.json
-  fpcompiler bench model.fpc --size s0=1 --size s1=512 --json result.json
+  fpcompiler bench model.fpc --size batch=1 --size length=512 --json result.json
 
 Without --inputs the recorded call is run, with --size for the sizes that shall differ;
 `fpcompiler inspect` shows their names. --trace writes a file for chrome://tracing or
@@ -63,7 +64,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _size(text: str) -> tuple[str, int]:
     name, _, size = text.partition("=")
     if not name or not size.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=N, such as s0=512")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=N, such as length=512")
     return name, int(size)
 
 
@@ -77,6 +78,11 @@ def _run(args: argparse.Namespace) -> int:
     for name in (args.trace, args.json):  # Before the work, not after it.
         if name not in (None, _STDOUT) and not Path(name).parent.is_dir():
             raise OptionError(f"the folder of {name} does not exist.")
+    if args.file.endswith(ONNX):
+        raise OptionError(
+            f"bench measures artifacts, and {args.file} is an ONNX file. Give the artifact that it "
+            "was exported from, or measure the file with onnxruntime's own tools."
+        )
     with progress("measuring"), _threads(args.threads):
         result = _measure(args)
     if args.trace:

@@ -12,7 +12,7 @@ from fpcompiler.errors import OptionError
 from fpcompiler.interop.formats import EXPORT_FORMATS
 
 if TYPE_CHECKING:
-    from fpcompiler.interop.formats import Exported
+    from fpcompiler.interop.formats import Exported, ExportFormat
 
 __all__ = ["COMMAND"]
 
@@ -73,7 +73,7 @@ def _text(value: object) -> str:
 
 def _example() -> str:
     lines = [
-        f"  fpcompiler export model.fpc --format {row.name} --output model{_rest(row.name)}"
+        f"  fpcompiler export model.fpc --format {row.name} --output model{row.suffix}{_rest(row)}"
         for row in EXPORT_FORMATS.values()
     ]
     width = max(len(row.name) for row in EXPORT_FORMATS.values())
@@ -81,14 +81,13 @@ def _example() -> str:
     return "\n".join([*lines, "", "formats:", *formats])
 
 
-def _rest(name: str) -> str:
-    suffixes = {"onnx-standard": ".onnx", "onnx-portable": ".onnx", "pt2": ".pt2"}
-    return suffixes.get(name, " --model ./original")
+def _rest(row: ExportFormat) -> str:
+    return " --model ./original" if "model" in row.options else ""
 
 
 COMMAND: Final = Command(
     "export",
-    "write an artifact in the format of another tool: ONNX, .pt2, compressed-tensors",
+    "write an artifact in the format of another tool: ONNX, AOTInductor, compressed-tensors",
     _example(),
     _add_arguments,
     _run,

@@ -1,25 +1,29 @@
-"""``fpcompiler inspect``: what an artifact holds."""
+"""``fpcompiler inspect``: what an artifact, or an ONNX file made of one, holds."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fpcompiler.cli.command import OK, Command
 from fpcompiler.cli.kernels import HEADERS, kernel_reasons, kernel_rows
+from fpcompiler.cli.model import FILE_HELP, ONNX
 from fpcompiler.cli.output import print_json, print_rich, print_table
 from fpcompiler.errors import OptionError
 
 if TYPE_CHECKING:
     from fpcompiler.artifact import Artifact
+    from fpcompiler.plan import Plan
     from fpcompiler.runtime.explain import ExplainTable
+    from fpcompiler.runtime.tables import PlanTable
 
 __all__ = ["COMMAND"]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="an artifact")
+    parser.add_argument("file", help=FILE_HELP)
     parser.add_argument(
         "--gpu",
         metavar="GPU",
@@ -38,20 +42,19 @@ def _run(args: argparse.Namespace) -> int:
     from fpcompiler import artifact as artifacts
     from fpcompiler.runtime.tables import PlanTable
 
+    if args.file.endswith(ONNX):
+        return _onnx(args)
     artifact = artifacts.read(args.file)
     plan = PlanTable.of(artifact.plan.layers, artifact.scheme)
     times = _explained(artifact, args.gpu, args.tokens)
     facts = _facts(artifact, Path(args.file).stat().st_size)
     if args.json:
         kernels = [dict(zip(HEADERS, row, strict=True)) for row in kernel_rows(artifact.kernels)]
-        rest: dict[str, Any] = {"inputs": _inputs(artifact), "plan": plan.to_json()}
+        rest: dict[str, Any] = {"inputs": _inputs(artifact.plan), "plan": plan.to_json()}
         rest |= {"kernels": kernels, "times": times.to_json() if times else None}
         print_json({**facts, **rest})
         return OK
-    print_table(args.file, ("", ""), [(name, _text(value)) for name, value in facts.items()])
-    rows = [(name, dtype, " x ".join(map(str, shape))) for name, dtype, shape in _inputs(artifact)]
-    print_table("inputs", ("name", "dtype", "shape"), rows)
-    print_rich(plan)
+    _print(args.file, facts, artifact.plan, plan)
     if times:
         print_rich(times)
     if artifact.kernels:
@@ -76,6 +79,35 @@ def _explained(artifact: Artifact, gpu: str | None, tokens: str | None) -> Expla
     return explain(artifact, gpu, numbers)
 
 
+def _onnx(args: argparse.Namespace) -> int:
+    from fpcompiler.interop.onnx.read import read_facts
+    from fpcompiler.interop.onnx.write import require_packages
+    from fpcompiler.runtime.onnx_model import GOLDEN_SUFFIX
+    from fpcompiler.runtime.tables import PlanTable
+
+    require_packages()
+    found = read_facts(Path(args.file))
+    plan = PlanTable.of(found.plan.layers, found.scheme)
+    facts = {
+        "scheme": found.scheme,
+        "style": found.style,
+        "bytes": Path(args.file).stat().st_size,
+        "recorded_calls": len(found.noise) if Path(args.file + GOLDEN_SUFFIX).exists() else 0,
+    }
+    if args.json:
+        print_json({**facts, "inputs": _inputs(found.plan), "plan": plan.to_json()})
+    else:
+        _print(args.file, facts, found.plan, plan)
+    return OK
+
+
+def _print(file: str, facts: Mapping[str, Any], program: Plan, plan: PlanTable) -> None:
+    print_table(file, ("", ""), [(name, _text(value)) for name, value in facts.items()])
+    rows = [(name, dtype, " x ".join(map(str, shape))) for name, dtype, shape in _inputs(program)]
+    print_table("inputs", ("name", "dtype", "shape"), rows)
+    print_rich(plan)
+
+
 def _facts(artifact: Artifact, size: int) -> dict[str, Any]:
     return {
         "scheme": artifact.scheme,
@@ -92,8 +124,8 @@ def _facts(artifact: Artifact, size: int) -> dict[str, Any]:
     }
 
 
-def _inputs(artifact: Artifact) -> list[tuple[str, str, list[int | str]]]:
-    return [(p.name, p.dtype, list(p.shape)) for p in artifact.plan.placeholders]
+def _inputs(plan: Plan) -> list[tuple[str, str, list[int | str]]]:
+    return [(p.name, p.dtype, list(p.shape)) for p in plan.placeholders]
 
 
 def _text(value: Any) -> str:

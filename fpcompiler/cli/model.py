@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from fpcompiler.runtime.model import CompiledModel
     from fpcompiler.runtime.onnx_model import OnnxModel
 
-__all__ = ["FILE_HELP", "SUFFIXES", "load_file"]
+__all__ = ["FILE_HELP", "ONNX", "SUFFIXES", "load_file"]
 
-SUFFIXES = (".fpc", ".onnx")
+ONNX = ".onnx"
+"""What the name of an ONNX file ends with."""
+SUFFIXES = (".fpc", ONNX)
 """Files that :func:`load_file` reads."""
 FILE_HELP = "an artifact, or an ONNX file of `fpcompiler export`"
 
@@ -34,7 +36,7 @@ def load_file(
     """
     from fpcompiler.runtime.loading import load
 
-    if not file.endswith(".onnx"):
+    if not file.endswith(ONNX):
         return load(file, device, strict=strict, trust=trust)
     if strict or trust:
         flag = "--strict" if strict else "--trust"

@@ -54,6 +54,7 @@ class ExportFormat:
         name: What the user writes.
         summary: What it is for, in a line.
         module: The module whose function ``write`` is a :class:`Writer`.
+        suffix: What the name of the file ends with; empty where a folder is written.
         options: Names of the options that the writer takes.
         fixed: Arguments that make it this format, where a writer has several.
     """
@@ -61,6 +62,7 @@ class ExportFormat:
     name: str
     summary: str
     module: str
+    suffix: str
     options: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -77,6 +79,7 @@ _ROWS: Final = (
         "onnx-standard",
         "ONNX with FLOAT4E2M1, FLOAT6 and FLOAT8 weights, QuantizeLinear and DequantizeLinear",
         _ONNX,
+        ".onnx",
         ("external_data", "opset"),
         {"style": "standard"},
     ),
@@ -84,6 +87,7 @@ _ROWS: Final = (
         "onnx-portable",
         "ONNX that onnxruntime runs on any CPU: uint8 codes, look-up tables, elementary operations",
         _ONNX,
+        ".onnx",
         ("external_data", "opset"),
         {"style": "portable"},
     ),
@@ -91,16 +95,19 @@ _ROWS: Final = (
         "pt2",
         "an archive of torch.export with the operators fpc::, for torch with fpcompiler.runtime",
         "fpcompiler.interop.pt2",
+        ".pt2",
     ),
     ExportFormat(
         "aoti",
         "a package of AOTInductor with native kernels, for C++ and Python without fpcompiler",
         "fpcompiler.interop.aoti.write",
+        ".pt2",
     ),
     ExportFormat(
         "compressed-tensors",
         "a folder of NVFP4 or MX weights for transformers, vLLM and SGLang",
         "fpcompiler.interop.checkpoints.compressed",
+        "",
         ("model",),
     ),
 )
@@ -109,6 +116,11 @@ EXPORT_FORMATS: Final[Mapping[str, ExportFormat]] = MappingProxyType(
     {row.name: row for row in _ROWS}
 )
 """Every format by name."""
+
+_FILES: Final = frozenset(
+    {".bin", ".fpc", ".gguf", ".json", ".safetensors", ".txt", *(row.suffix for row in _ROWS)}
+) - {""}
+"""What no name of a folder ends with: its files would be looked for under that of a file."""
 
 
 def export(
@@ -123,7 +135,8 @@ def export(
         options: Options of the format; None stands for one that is left out.
 
     Raises:
-        OptionError: If there is no such format or option.
+        OptionError: If there is no such format or option, or the name of the file is that of
+            another kind of file.
         DependencyError: If a package is missing that the format needs.
         ExportError: If the format cannot express the model; the message names the layer.
     """
@@ -140,4 +153,18 @@ def export(
         if name not in row.options:
             takes = f"it takes {', '.join(row.options)}" if row.options else "it takes none"
             raise OptionError(f"{format} has no option {name!r}; {takes}.")
+    _require_suffix(row, Path(path))
     return row.write(artifact, Path(path), **given)
+
+
+def _require_suffix(row: ExportFormat, path: Path) -> None:
+    if row.suffix and path.suffix != row.suffix and not path.is_dir():  # A writer refuses that.
+        raise OptionError(
+            f"{path} does not end with {row.suffix}, as files of {row.name} do. Write "
+            f"{path.stem or 'model'}{row.suffix}."
+        )
+    if not row.suffix and path.suffix in _FILES:
+        raise OptionError(
+            f"{row.name} is written as a folder, and {path} has the name of a {path.suffix} file. "
+            f"Write {path.stem}."
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fpcompiler.capture import capture, from_exported
 from fpcompiler.errors import CaptureError
-from fpcompiler.plan import Parameter, Signature
+from fpcompiler.plan import Parameter, Signature, Symbol
 from tests.hf_models import hf_model
 from tests.models import CachedAttention, normal, token_ids
 
@@ -145,9 +145,8 @@ def test_an_exported_program_is_taken_as_it_is() -> None:
         Parameter("pair", {"t": "tuple", "c": [LEAF, LEAF]}),
         Parameter("scale", {"t": "const", "v": 3.0}),
     )
-    ((name, symbol),) = program.symbols.items()
-    assert (symbol.min, symbol.max) == (2, 7)
-    assert [p.shape for p in program.placeholders] == [(name, 4)] * 2
+    assert program.symbols == {"pair_0_dim0": Symbol(2, 7)}
+    assert [p.shape for p in program.placeholders] == [("pair_0_dim0", 4)] * 2
 
 
 def test_an_exported_program_with_state_is_made_functional_and_not_changed() -> None:

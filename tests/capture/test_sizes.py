@@ -211,6 +211,30 @@ def test_sizes_that_depend_on_another_are_expressions() -> None:
     assert expression == f"2*{symbol}"
 
 
+def test_sizes_have_the_names_of_the_user() -> None:
+    model = Function(lambda x, y: x.mean(1) + y.mean((1, 2)))
+    rows, half = Dim("rows"), Dim("half", min=2, max=50)
+    dims = {"x": {0: rows, 1: Dim("words")}, "rest": ((rows, 2 * half, None, None),)}
+    program = capture(model, (normal(2, 5, 8), normal(2, 6, 3, 8)), dynamic=dims)
+    assert [p.shape for p in program.placeholders] == [
+        ("rows", "words", 8),
+        ("rows", "2*half", 3, 8),
+    ]
+    assert {*program.symbols} == {"rows", "words", "half"}
+
+
+def test_sizes_that_were_found_are_named_after_what_they_are() -> None:
+    program = capture(Function(torch.add), (normal(2, 5, 8), normal(2, 5, 8)))
+    assert [p.shape for p in program.placeholders] == [("batch", "length", 8)] * 2
+
+
+def test_sizes_without_a_name_are_named_after_inputs() -> None:
+    dims = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    program = capture(Function(torch.relu), (normal(2, 5, 8),), dynamic=dims)
+    assert [p.shape for p in program.placeholders] == [("x_dim0", "x_dim1", 8)]
+    assert [*program.symbols] == ["x_dim0", "x_dim1"]
+
+
 def test_dynamic_shapes_for_unknown_arguments() -> None:
     with pytest.raises(CaptureError, match=r"dynamic names 'z', but the example inputs are x"):
         capture(Function(torch.relu), (normal(2, 5, 8),), dynamic={"z": {0: Dim("n")}})

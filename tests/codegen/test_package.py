@@ -18,6 +18,7 @@ import fpcompiler
 from fpcompiler.artifact import jsonfile
 from fpcompiler.artifact.kernels import INDEX, KernelIndex
 from fpcompiler.cli.main import main
+from fpcompiler.codegen import build
 from fpcompiler.codegen import package as packaging
 from fpcompiler.codegen.gemms import gemms_of
 from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
@@ -57,6 +58,9 @@ def fake(monkeypatch, tmp_path):
         @classmethod
         def from_options(cls, options: Options) -> Cache:
             return cls()
+
+        def require_folder(self) -> None:
+            pass
 
         def stream(
             self, sources: Sequence[KernelSource]
@@ -182,6 +186,21 @@ def test_missing_tools_are_said_before_the_model_is_captured(monkeypatch) -> Non
     monkeypatch.setattr(packaging, "require_tools", missing)
     with pytest.raises(DependencyError, match="no nvcc"):
         fpcompiler.compile(nn.Linear(4, 4), "nvfp4", target="sm_100a")
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_data_are_looked_at(
+    monkeypatch, tmp_path
+) -> None:
+    def batches() -> Iterator[torch.Tensor]:
+        raise AssertionError("data are read")
+        yield
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FPC_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(build, "find_nvcc", lambda options: None)
+    options = {"method": "gptq", "calibration": batches(), "target": "sm_100a"}
+    with pytest.raises(OptionError, match=r"compiled kernels cannot be kept in .*Point FPC_CACHE"):
+        fpcompiler.compile(nn.Linear(64, 64), "w4a16", **options)
 
 
 @pytest.mark.parametrize(

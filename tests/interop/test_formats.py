@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import zipfile
 
 import pytest
 import torch
@@ -38,6 +39,25 @@ def test_an_unknown_format_or_option_is_refused_with_what_there_is(tiny, tmp_pat
         tiny.export(3, "pt2")
 
 
+def test_a_name_is_that_of_the_kind_of_file(tiny, tmp_path) -> None:
+    wrong = [
+        ("onnx-portable", "m.txt"),
+        ("onnx-standard", "m"),
+        ("pt2", "m.onnx"),
+        ("aoti", "m.so"),
+    ]
+    for format, name in wrong:
+        suffix = EXPORT_FORMATS[format].suffix
+        with pytest.raises(
+            OptionError, match=rf"{name} does not end with \{suffix}, .*Write m\{suffix}\."
+        ):
+            tiny.export(tmp_path / name, format)
+    for name in ("m.onnx", "m.pt2", "m.fpc", "m.txt", "m.safetensors"):
+        with pytest.raises(OptionError, match=r"is written as a folder, and .*Write m\."):
+            tiny.export(tmp_path / name, "compressed-tensors")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_options_that_are_none_are_left_out(tiny, tmp_path) -> None:
     assert isinstance(tiny.export(tmp_path / "x.pt2", "pt2", opset=None), Exported)
 
@@ -60,6 +80,45 @@ def test_the_command_exports_and_others_run_what_it_wrote(tiny, tmp_path, capsys
     a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
     assert [*a] == [*b]
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_file_without_recorded_calls_is_not_verified(tiny, tmp_path, capsys) -> None:
+    file = tmp_path / "model.onnx"
+    tiny.export(file, "onnx-portable")
+    file.with_name("model.onnx.golden.safetensors").unlink()
+    assert main(["verify", str(file), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    assert report["rows"][0]["detail"].startswith(
+        "nothing was compared: there is no model.onnx.golden.safetensors beside the file."
+    )
+
+
+@pytest.mark.parametrize("format", ["onnx-portable", "onnx-standard"])
+def test_inspect_shows_what_an_onnx_file_is(tiny, tmp_path, capsys, format) -> None:
+    file = str(tmp_path / "model.onnx")
+    tiny.export(file, format)
+    assert main(["inspect", file, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["style"], facts["recorded_calls"]) == (format.removeprefix("onnx-"), 1)
+    assert facts["inputs"] == [["input", "float32", ["batch", 64]]]
+    assert [row["name"] for row in facts["plan"]["rows"]] == ["0"]
+    assert main(["inspect", file]) == 0
+    assert "batch x 64" in capsys.readouterr().out
+
+
+def test_what_commands_do_not_take_is_said(tiny, tmp_path, capsys) -> None:
+    file = tmp_path / "model.onnx"
+    tiny.export(file, "onnx-portable")
+    assert main(["bench", str(file)]) == 1
+    assert "bench measures artifacts, and" in capsys.readouterr().err
+    file.write_bytes(b"no protobuf")
+    assert main(["inspect", str(file)]) == 1
+    assert "cannot be read as ONNX" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as package:
+        package.writestr("archive/data/aotinductor/model/a.so", b"")
+    assert main(["verify", str(tmp_path / "model.pt2")]) == 1
+    assert "looks like a package of AOTInductor" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_wrong(tiny, tmp_path, capsys) -> None:

@@ -115,10 +115,11 @@ def test_a_portable_file_needs_opset_18_and_no_narrow_type(portable) -> None:
 
 
 def test_sizes_that_vary_have_the_names_of_the_plan(compiled, portable) -> None:
-    (symbol,) = compiled.artifact.plan.symbols
+    assert [*compiled.artifact.plan.symbols] == ["batch"]
     graph = onnx.load(portable).graph
-    first = [value.type.tensor_type.shape.dim[0].dim_param for value in graph.input[:1]]
-    assert first == [symbol]
+    shapes = [value.type.tensor_type.shape for value in [*graph.input, *graph.value_info]]
+    names = {dim.dim_param for shape in shapes for dim in shape.dim} - {""}
+    assert {name for name in names if not name.startswith("unk__")} == {"batch"}
     assert [value.name for value in graph.input] == ["x", "extra.bias"]
     assert [value.name for value in graph.output] == ["y", "h[0]"]
 
@@ -169,6 +170,16 @@ def test_recorded_calls_of_a_file_that_was_here_before_go(tiny, tmp_path) -> Non
     assert [*tmp_path.iterdir()] == [file]
 
 
+def test_constants_of_a_file_that_was_here_before_go(tiny, tmp_path) -> None:
+    file = tmp_path / "model.onnx"
+    tiny.export(file, "onnx-portable", external_data=True)
+    data = tmp_path / "model.onnx.data"
+    assert data.is_file()
+    tiny.export(file, "onnx-portable")
+    assert not data.exists()
+    assert fpcompiler.load(file, backend="onnxruntime").verify().ok
+
+
 def test_static_scales_of_inputs_are_constants(tmp_path) -> None:
     torch.manual_seed(0)
     model, x = torch.nn.Linear(64, 48).eval(), torch.randn(3, 64)
@@ -211,9 +222,7 @@ def test_a_missing_package_is_named_with_the_extra(tiny, tmp_path, monkeypatch) 
     monkeypatch.setattr(write, "PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(DependencyError) as caught:
         tiny.export(tmp_path / "model.onnx", "onnx-portable")
-    assert str(caught.value) == (
-        "exporting to ONNX needs no_such_package: pip install 'fpcompiler[onnx]'."
-    )
+    assert str(caught.value) == ("ONNX files need no_such_package: pip install 'fpcompiler[onnx]'.")
 
 
 def test_a_package_that_cannot_be_imported_is_named(tiny, tmp_path, monkeypatch) -> None:
@@ -224,16 +233,16 @@ def test_a_package_that_cannot_be_imported_is_named(tiny, tmp_path, monkeypatch)
         tiny.export(tmp_path / "model.onnx", "onnx-portable")
 
 
-@pytest.mark.parametrize("format", ["onnx-portable", "pt2"])
-def test_where_no_file_can_be_written_nothing_is(tiny, tmp_path, format) -> None:
+@pytest.mark.parametrize(("format", "suffix"), [("onnx-portable", "onnx"), ("pt2", "pt2")])
+def test_where_no_file_can_be_written_nothing_is(tiny, tmp_path, format, suffix) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="could not be written: No such file or directory"):
-        tiny.export(tmp_path / "none" / "model", format)
+        tiny.export(tmp_path / "none" / f"model.{suffix}", format)
     with pytest.raises(ExportError, match="folder is a folder; give the name of a file"):
         tiny.export(tmp_path / "folder", format)
     with pytest.raises(ExportError, match="could not be written: Not a directory"):
-        tiny.export(tmp_path / "file" / "model", format)
+        tiny.export(tmp_path / "file" / f"model.{suffix}", format)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
     assert not [*(tmp_path / "folder").iterdir()]
 

@@ -15,13 +15,14 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
-from fpcompiler.errors import ArtifactError
+from fpcompiler.errors import ArtifactError, first_line
 from fpcompiler.interop.onnx.lower import Lowered
 from fpcompiler.operand import Operand
-from fpcompiler.runtime.onnx_model import METADATA, METADATA_VERSION
+from fpcompiler.runtime.onnx_model import METADATA, METADATA_VERSION, OnnxFacts
 
-__all__ = ["OnnxWeight", "read_weights"]
+__all__ = ["OnnxWeight", "read_facts", "read_weights"]
 
 Array = np.ndarray[Any, Any]
 
@@ -56,6 +57,24 @@ def read_weights(path: Path) -> dict[str, OnnxWeight]:
     rows = [Lowered(**row) for row in facts["weights"]]
     constants = model.graph.initializers
     return {row.layer: _weight(row, constants) for row in rows}
+
+
+def read_facts(path: Path) -> OnnxFacts:
+    """Return what a file that ``export`` wrote says of itself.
+
+    Raises:
+        ArtifactError: If there is no such file, or it is none of ours.
+    """
+    try:
+        properties = ir.load(path).metadata_props
+    except (OSError, DecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read as ONNX: {first_line(error)}.") from error
+    if METADATA not in properties:
+        raise ArtifactError(
+            f"{path} says nothing of layers: it has no property {METADATA!r}. Write it with "
+            "`fpcompiler export`."
+        )
+    return OnnxFacts.from_json(properties[METADATA], path)
 
 
 def _weight(row: Lowered, constants: Mapping[str, ir.Value]) -> OnnxWeight:

@@ -32,6 +32,8 @@ BASE_OPSET: Final = 18
 """What torch's exporter writes without converting: the lowest opset of its operators."""
 
 _OUTPUT: Final = "output"
+_NAME: Final = re.compile(r"[a-zA-Z_]\w*")
+"""Of a size, in it or in an expression of it."""
 
 
 def input_names(plan: Plan) -> list[str]:
@@ -79,7 +81,28 @@ def trace_onnx(artifact: Artifact) -> ir.Model:
         except torch.onnx.errors.OnnxExporterError as error:
             raise _refusal(plan, error) from error
     assert exported is not None
+    _name_sizes(exported.model, plan)
     return exported.model
+
+
+def _name_sizes(model: ir.Model, plan: Plan) -> None:
+    """Give the sizes that vary the names that they have in the plan: torch has names of its own."""
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    for value, placeholder in zip(model.graph.inputs, plan.placeholders, strict=False):
+        for dim, size in zip(value.shape or (), placeholder.shape, strict=True):
+            own, known = (_NAME.findall(str(text)) for text in (dim, size))
+            names.update(zip(own, known, strict=False))
+
+    def renamed(text: str) -> str:
+        return _NAME.sub(lambda match: names.get(match[0], match[0]), text)
+
+    results = (value for node in model.graph for value in node.outputs)
+    for value in [*model.graph.inputs, *results]:
+        for axis, dim in enumerate(value.shape or ()):
+            if value.shape is not None and isinstance(dim, ir.SymbolicDim) and dim.value:
+                value.shape[axis] = ir.SymbolicDim(renamed(dim.value))
 
 
 def _refusal(plan: Plan, error: Exception) -> ExportError:

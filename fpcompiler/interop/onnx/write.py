@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fpcompiler.interop.onnx.lower import Lowered
 
-__all__ = ["HIGHEST_OPSET", "PACKAGES", "build", "write"]
+__all__ = ["HIGHEST_OPSET", "PACKAGES", "build", "require_packages", "write"]
 
 HIGHEST_OPSET: Final = 28
 """The first opset with all types that are used: FLOAT6 came last."""
@@ -30,6 +30,9 @@ PACKAGES: Final = ("onnx", "onnxscript", "onnx_ir", "ml_dtypes")
 """What exporting needs: the extra ``onnx``."""
 
 _LOWEST_OPSET: Final = 18
+_DATA: Final = ".data"
+"""Of the file beside it with constants."""
+
 _INLINE_LIMIT: Final = 2_000_000_000
 """Bytes of constants that go into the file itself: protobuf ends at 2 GiB."""
 
@@ -59,7 +62,7 @@ def write(
         OptionError: If there is no such opset.
         ExportError: If ONNX cannot express the model; the message names the layer and what to do.
     """
-    _require_packages()
+    require_packages()
     require_type("opset", opset, (int,), "a number, such as 24")
     if not _LOWEST_OPSET <= opset <= HIGHEST_OPSET:
         raise OptionError(f"opset={opset}: it is one from {_LOWEST_OPSET} to {HIGHEST_OPSET}.")
@@ -67,9 +70,10 @@ def write(
         model, weights = build(artifact, style, opset)
         _fill(folder / path.name, artifact, model, style, weights, external_data)
         files = [path, *(path.parent / file.name for file in sorted(folder.iterdir()))]
-    if not artifact.golden:
-        # Those of a file that was here before would be taken for calls of this one.
-        path.with_name(path.name + GOLDEN_SUFFIX).unlink(missing_ok=True)
+    # Those of a file that was here before would be taken for data and calls of this one.
+    for beside in (path.with_name(path.name + suffix) for suffix in (_DATA, GOLDEN_SUFFIX)):
+        if beside not in files:
+            beside.unlink(missing_ok=True)
     return Exported(tuple(dict.fromkeys(files)), _facts(model, weights))
 
 
@@ -99,7 +103,7 @@ def build(
         DependencyError: If a package is missing.
         ExportError: If ONNX cannot express the model.
     """
-    _require_packages()
+    require_packages()
     from fpcompiler.interop.onnx.lower import lower
     from fpcompiler.interop.onnx.opsets import needed_opset, set_opset
     from fpcompiler.interop.onnx.portable import Portable
@@ -112,11 +116,16 @@ def build(
     return model, weights
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raise if a package is missing.
+
+    Raises:
+        DependencyError: With the command that installs what is missing.
+    """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise DependencyError(
-            f"exporting to ONNX needs {', '.join(missing)}: pip install 'fpcompiler[onnx]'."
+            f"ONNX files need {', '.join(missing)}: pip install 'fpcompiler[onnx]'."
         )
     for name in PACKAGES:
         try:
@@ -139,7 +148,7 @@ def _save(model: ir.Model, path: Path, external: bool) -> None:
     import onnx
     import onnx_ir
 
-    onnx_ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+    onnx_ir.save(model, path, external_data=path.name + _DATA if external else None)
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
