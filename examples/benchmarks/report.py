@@ -92,6 +92,7 @@ def tables() -> dict[str, str]:
         "hopper": hopper(),
         "proofs": proofs(),
         "onnx": onnx(),
+        "aoti": aoti(),
     }
 
 
@@ -293,6 +294,24 @@ def onnx() -> str:
             cells = [f"{values[way][metric]:{form}}" for way in ONNX_WAYS]
             cells += _equal_steps(row) if "parts" in row else ["", ""]
             lines.append(f"| {heading}, {scheme} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def aoti() -> str:
+    """Return the table of packages of AOTInductor against the native backend."""
+    record = _read("interop_aoti.json")
+    where = f"{record['scheme']}, {record['device'].partition(' x ')[2]}"
+    lines = [
+        f"| {where}, {record['threads']} thread | native | package | size to the artifact's | "
+        "time to native | torch.compile in bf16 |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for name, row in record["models"].items():
+        heading, metric, form = ONNX_COLUMNS[name]
+        cells = [f"{row['metrics'][way][metric]:{form}}" for way in ("native", "package")]
+        cells.append(f"{row['bytes']['package'] / row['bytes']['artifact']:.2f}")
+        cells += [f"{row['time_to_native'][way]:.2f}" for way in ("aoti", "torch_compile_bf16")]
+        lines.append(f"| {heading} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

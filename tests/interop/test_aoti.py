@@ -48,14 +48,17 @@ class Exact(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.gate, self.up = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
+        self.gate = nn.Linear(64, 96)
+        # Names are written into C++.
+        self.layers = nn.ModuleDict({'up "2"\\': nn.Linear(64, 96, bias=False)})
         self.down, self.last = nn.Linear(96, 64), nn.Linear(64, 33)
         self.norm = nn.LayerNorm(64)
         self.plain = nn.LayerNorm(64, elementwise_affine=False)
 
     def forward(self, x: Tensor, extra: dict[str, Tensor]) -> dict[str, Any]:
         x, z = x.chunk(2, -1)
-        h = self.down(functional.silu(self.gate(x)) * self.up(x).transpose(0, 1))
+        (up,) = self.layers.values()
+        h = self.down(functional.silu(self.gate(x)) * up(x).transpose(0, 1))
         scale, shift = extra["parts"].chunk(2, -1)
         h = self.last(self.plain(h) * (1 + scale[:, None]) + shift[:, None])
         return {"y": h, "rest": [self.gate(self.norm(z))]}
