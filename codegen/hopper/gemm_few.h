@@ -19,6 +19,7 @@ struct FewParameters {
     const uint8_t *x, *weights, *scales;
     const float *token_scale, *row_scale, *bias, *scalar_a, *scalar_b;
     void* d;
+    const void* residual;
     float alpha;
     int m, n, k;                // K in elements, a multiple of kUnitK
     int low_tiles, more_tiles;  // tiles of each block; the first blocks have one more
@@ -129,6 +130,16 @@ FPC_DEVICE void store_result(const FewParameters& p, int m, int n, float value) 
     if (P::kOutput == kF32) ((float*)p.d)[at] = value;
     if (P::kOutput == kF16) ((uint16_t*)p.d)[at] = bits_of_f16(value);
     if (P::kOutput == kBf16) ((uint16_t*)p.d)[at] = (uint16_t)(bits_of(rounded_to_bf16(value)) >> 16);
+}
+
+// What is added to a result, once that is rounded: as by a kernel of its own. It may be of the kernel
+// before this one, so it does not come from the first cache.
+template <class P>
+FPC_DEVICE float residual_of(const FewParameters& p, int m, int n) {
+    if (!p.residual) return 0;
+    const int64_t at = (int64_t)m * p.n + n;
+    if constexpr (P::kOutput == kF32) return __ldcg((const float*)p.residual + at);
+    return widened<P::kOutput>(__ldcg((const uint16_t*)p.residual + at));
 }
 
 // kTiles: tiles of 8 tokens; kCluster: blocks that share the K of their tiles.
@@ -247,6 +258,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) gemm_few(const __grid_constant
         const int t = divide_by(i >> 4, p.over_m), within = i - t * outputs;
         const int row = within & 15, m = within >> 4, n = (first_tile + t) * 16 + row;
         if (n >= p.n || (kCluster > 1 && t % kCluster != rank)) continue;
+        const float other = residual_of<P>(p, m, n);
         Sum sum = 0;
         if (kCluster > 1) {
             for (int r = 0; r < kCluster; r++)
@@ -257,7 +269,8 @@ __global__ void __launch_bounds__(kFewThreads, 1) gemm_few(const __grid_constant
         if constexpr (T::kIntegers) sum -= (int32_t)Decoder<P>::kOffset * x_sums[m];
         const float scale = multiply(token_scales[m], row_scales[t * 16 + row]);
         const float value = fused((float)sum, scale, biases[t * 16 + row]);
-        store_result<P>(p, m, n, activated<P::kActivation>(value));
+        const float result = activated<P::kActivation>(value);
+        store_result<P>(p, m, n, p.residual ? add(rounded<P::kOutput>(result), other) : result);
     }
 }
 

@@ -34,7 +34,7 @@ bool launch_few(const FpcGemmArguments& a, int sms, int32_t& status) {
     p.x = (const uint8_t*)a.a, p.weights = (const uint8_t*)a.b, p.scales = (const uint8_t*)a.b_scales;
     p.token_scale = a.token_scale, p.row_scale = a.row_scale, p.bias = a.bias;
     p.scalar_a = a.scalar_a, p.scalar_b = a.scalar_b, p.alpha = a.alpha;
-    p.d = a.d, p.m = a.m, p.n = a.n, p.k = a.k;
+    p.d = a.d, p.residual = a.residual, p.m = a.m, p.n = a.n, p.k = a.k;
     const auto kernel = gemm_few<P, kTiles, kCluster>;
     // Always the same number: threads that launch it with others would undo each other's.
     status = launch_status(allow_shared(kernel, kSharedBytes));
