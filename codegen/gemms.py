@@ -11,6 +11,7 @@ from torch import Tensor
 from fpcompiler.codegen.problem import Activation, OutputType
 from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
+from fpcompiler.runtime.ops import LinearArguments
 
 __all__ = ["Gemm", "gemms_of"]
 
@@ -33,6 +34,7 @@ class Gemm:
         k: Input channels.
         bias: Whether there is one.
         function: The activation function of its result.
+        residual: Whether it adds a tensor at the end.
         output: The element type of its result.
     """
 
@@ -43,6 +45,7 @@ class Gemm:
     k: int
     bias: bool
     function: Activation
+    residual: bool
     output: OutputType
 
 
@@ -59,16 +62,17 @@ def gemms_of(plan: Plan, tensors: Mapping[str, Tensor]) -> tuple[Gemm, ...]:
 
 
 def _gemm(step: Step, constants: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Gemm:
-    _, w, bias, x_operand, w_operand, k, dtype, layer, *function = step.args
-    name: Any = function[0] if function else step.kwargs.get("activation", "")
-    packed = tensors[constants[w[0]["v"]]]
+    named: dict[str, Any] = dict(zip(LinearArguments._fields, step.args, strict=False))
+    given = LinearArguments(**named, **step.kwargs)
+    packed = tensors[constants[given.w[0]["v"]]]
     return Gemm(
-        layer=layer,
-        weight=Operand.parse(w_operand),
-        activation=Operand.parse(x_operand) if x_operand else None,
+        layer=given.layer,
+        weight=Operand.parse(given.w_operand),
+        activation=Operand.parse(given.x_operand) if given.x_operand else None,
         n=packed.shape[0],
-        k=k,
-        bias=bias is not None,
-        function=Activation(name or "none"),
-        output=_OUTPUTS[dtype["dtype"]],
+        k=given.k,
+        bias=given.bias is not None,
+        function=Activation(given.activation or "none"),
+        residual=given.residual is not None,
+        output=_OUTPUTS[given.dtype["dtype"]],
     )

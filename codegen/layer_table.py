@@ -7,6 +7,7 @@ import math
 from torch_mlir import ir
 
 from fpcompiler.ir.build import global_of
+from fpcompiler.ir.linear import GEMMS
 from fpcompiler.ir.program import Program
 from fpcompiler.ir.torch_ops import operator_name, text_of
 from fpcompiler.ir.types import (
@@ -33,7 +34,7 @@ def layer_rows(program: Program) -> tuple[LayerRow, ...]:
     owners: dict[str, str] = {}
     with program.context():
         for op in program.operations():
-            if op.name == "fpq.scaled_gemm":
+            if op.name in GEMMS:
                 row = _quantized_row(op, program)
             elif "fpq.kept" in op.attributes:
                 row = _kept_row(op, owners)

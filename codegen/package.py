@@ -271,7 +271,7 @@ def _problems(gemm: Gemm, machine: Arch) -> dict[Rows, GemmProblem] | str:
             f"{describe_layer(gemm.layer)}: a row of its weights has {gemm.k} numbers, and kernels "
             f"of packed weights take up to {hopper.MOST_K}."
         )
-    epilogue = Epilogue(bias=gemm.bias, activation=gemm.function)
+    epilogue = Epilogue(bias=gemm.bias, activation=gemm.function, residual=gemm.residual)
     try:
         return {
             rows: legalize(

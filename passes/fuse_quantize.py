@@ -10,6 +10,7 @@ from torch_mlir import ir
 
 from fpcompiler.ir.build import constant
 from fpcompiler.ir.fused_quantize import FusedQuantizeOp
+from fpcompiler.ir.linear import GEMMS
 from fpcompiler.ir.program import Program, Stage
 from fpcompiler.passes.base import Pass, PassContext, erase_unused, is_read_once, rewrite
 from fpcompiler.passes.producers import Found, find_producer
@@ -79,4 +80,4 @@ def _none(program: Program) -> ir.Value:
 def _feeds_layers(op: ir.Operation) -> bool:
     """Whether a quantized value is the input of layers, and nothing else."""
     uses = [(use.owner.name, use.operand_number) for use in op.results[0].uses]
-    return bool(uses) and set(uses) == {("fpq.scaled_gemm", 0)}
+    return bool(uses) and set(uses) <= {(name, 0) for name in GEMMS}

@@ -15,6 +15,7 @@ from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
 from fpcompiler.passes.fuse_epilogue import FuseEpilogue
 from fpcompiler.passes.fuse_quantize import FuseQuantize
+from fpcompiler.passes.fuse_residual import FuseResidual
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.group_heads import GroupHeads
 from fpcompiler.passes.insert_quantize import InsertQuantize
@@ -201,6 +202,7 @@ def _lowered(target: str) -> Pipeline:
         GroupHeads(),
         FuseQuantize(),
         FuseEpilogue(),
+        FuseResidual(),
         SymbolDce(),
     )
 

@@ -12,6 +12,7 @@ from fpcompiler.ir.program import Program
 from fpcompiler.ir.raise_to_fx import raise_to_fx
 from fpcompiler.numerics import metrics
 from fpcompiler.runtime import fused
+from fpcompiler.runtime.ops import without_residual
 
 
 class Probe:
@@ -81,12 +82,23 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.layers: dict[str, _Layer] = {}
+        self._residual: Tensor | None = None
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if "layer" in node.meta and isinstance(result, Tensor):
             self.layers[node.meta["layer"]] = _Layer(result, node.meta.get("activation", ""))
-        return result
+        return result if self._residual is None else result + self._take_residual()
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Leave out what a layer adds to its output, which is what is compared."""
+        if target is torch.ops.fpc.linear.default:
+            args, self._residual = without_residual(args)
+        return super().call_function(target, tuple(args), kwargs)
+
+    def _take_residual(self) -> Tensor | None:
+        residual, self._residual = self._residual, None
+        return residual
 
 
 def _execute(

@@ -19,6 +19,7 @@ from fpcompiler.passes.cleanup import Canonicalize, Cse, SymbolDce
 from fpcompiler.passes.fold_constants import FoldConstants
 from fpcompiler.passes.fuse_epilogue import FuseEpilogue
 from fpcompiler.passes.fuse_quantize import FuseQuantize
+from fpcompiler.passes.fuse_residual import FuseResidual
 from fpcompiler.passes.gptq import Gptq
 from fpcompiler.passes.group_heads import GroupHeads
 from fpcompiler.passes.insert_quantize import InsertQuantize
@@ -62,6 +63,7 @@ _CLASSES: Final[tuple[type[Pass], ...]] = (
     GroupHeads,
     FuseQuantize,
     FuseEpilogue,
+    FuseResidual,
     Cse,
     Canonicalize,
     SymbolDce,

@@ -83,7 +83,7 @@ def _fits(found: Found) -> bool:
 
 def _modulated(value: ir.Value) -> Found | None:
     """Find ``h * (1 + scale)``, mostly with ``+ shift``; both in either order."""
-    for product, shift in [(value, None), *_terms(value)]:
+    for product, shift in [(value, None), *terms(value)]:
         for normalized, factor in _factors(product):
             scale, found = _above_one(factor), _head(normalized)
             if scale is None or found is None:
@@ -106,7 +106,7 @@ def _product(value: ir.Value) -> Found | None:
 
 def _sum(value: ir.Value) -> Found | None:
     """Find ``h + shift``, in either order."""
-    for term, shift in _terms(value):
+    for term, shift in terms(value):
         found = _head(term)
         if found is not None:
             tail = Producer(found.producer.head, "add")
@@ -241,8 +241,8 @@ def _factors(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
         yield args[1], args[0]
 
 
-def _terms(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """Yield the terms of a sum in both orders."""
+def terms(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Yield the terms of a sum (``aten.add.Tensor`` without a factor) in both orders."""
     args = _call(value, "add.Tensor")
     if args and _number(args[2]) == 1:
         yield args[0], args[1]

@@ -19,6 +19,7 @@ from fpcompiler.runtime.cuda.graphs import GraphCache
 from fpcompiler.runtime.cuda.kernels import CudaKernels
 from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.instructions import STEP_ERRORS, Instruction, last_uses, step_error
+from fpcompiler.runtime.ops import LINEAR_STEP, without_residual
 from fpcompiler.runtime.program import Program, ProgramCache
 from fpcompiler.runtime.state import in_place_updates, write_rows
 from fpcompiler.tree import unflatten
@@ -93,6 +94,8 @@ class Executor:
 
     def observed(self, observe: Observer | None, *args: Any, **kwargs: Any) -> Any:
         """Run, and show the result of each step that belongs to a layer to ``observe``.
+
+        A layer's residual is added behind that, in an operation of its own.
 
         Raises:
             RunError: If the arguments do not fit, or a step fails.
@@ -222,16 +225,19 @@ class Executor:
             for index, instruction in enumerate(self._code):  # noqa: B007  (read in the handler)
                 args = operators.fill(instruction.args, values)
                 kwargs = {k: operators.fill(v, values) for k, v in instruction.kwargs.items()}
+                residual = None
+                if observe is not None and instruction.step.op == LINEAR_STEP:
+                    args, residual = without_residual(args)
                 if caller is None:
                     result = instruction.function(*args, **kwargs)
                 else:
                     result = caller(instruction.step, instruction.function, args, kwargs)
+                if observe is not None and instruction.step.layer and isinstance(result, Tensor):
+                    observe(instruction.step, result)
                 if instruction.spread:
                     values.update(zip(instruction.outs, result, strict=True))
                 else:
-                    values[instruction.outs[0]] = result
-                if observe is not None and instruction.step.layer and isinstance(result, Tensor):
-                    observe(instruction.step, result)
+                    values[instruction.outs[0]] = result if residual is None else result + residual
                 for name in instruction.frees:
                     del values[name]
         except FpcompilerError:

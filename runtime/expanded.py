@@ -139,7 +139,8 @@ class ExpandedLayer:
         if torch.compiler.is_compiling():
             return self.reference(*args)  # type: ignore[no-any-return]
         given = LinearArguments(*args)
-        return fused.activate(self.linear(given.x, given.dtype), given.activation)
+        y = fused.activate(self.linear(given.x, given.dtype), given.activation)
+        return fused.add_residual(y, given.residual, given.layer)
 
 
 __all__ = ["ExpandedLayer", "ExpandedLinear", "announce", "fits"]

@@ -1,7 +1,8 @@
 """What fused operations compute beside their own: norms and activations, step by step.
 
 ``fpc::fused_quantize`` quantizes what a producer computes. ``fpc::linear`` may return one of the
-heads of its result, in the same type: an activation (:func:`activate`).
+heads of its result, in the same type: an activation (:func:`activate`), and add a tensor to it
+(:func:`add_residual`).
 
 A producer is a head, and mostly a tail: ``silu_mul`` is the head ``silu`` with the tail ``mul``.
 It is what the model computed in single operations, so each formula says where a result is rounded.
@@ -44,7 +45,7 @@ the one of the native library is ``fpcompiler/native/csrc/produce_rows.h``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -168,6 +169,36 @@ def activate(x: Tensor, activation: str) -> Tensor:
         activation: One of :data:`ACTIVATIONS`, or empty, which gives ``x`` itself.
     """
     return _FUNCTIONS[activation](x, None, None, 0.0) if activation else x
+
+
+def add_residual(y: Tensor, residual: Tensor | None, layer: str = "") -> Tensor:
+    """Add to what a linear layer gives, in its place: two values of its type, rounded once.
+
+    Args:
+        y: What the layer gives; it is written over.
+        residual: Of the same shape and type, or None, which leaves ``y`` as it is.
+        layer: For errors.
+
+    Raises:
+        NumericsError: If the residual has another shape or type.
+    """
+    if residual is None:
+        return y
+    check_residual(residual, y.shape, y.dtype, layer)
+    return y.add_(residual)
+
+
+def check_residual(residual: Tensor, shape: Sequence[int], dtype: torch.dtype, layer: str) -> None:
+    """Check that a residual is what a layer's output can be added to as it is.
+
+    Raises:
+        NumericsError: If it has another shape or type.
+    """
+    if tuple(residual.shape) != tuple(shape) or residual.dtype != dtype:
+        raise NumericsError(
+            f"{describe_layer(layer)}: a residual of {residual.dtype} {list(residual.shape)} "
+            f"cannot be added to its output, {dtype} {list(shape)}."
+        )
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:

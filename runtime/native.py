@@ -28,6 +28,7 @@ from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
 from fpcompiler.runtime.aligned import ALIGNMENT, aligned_memory
 from fpcompiler.runtime.arithmetic import arithmetic_for, integers_of, takes
+from fpcompiler.runtime.fused import check_residual
 from fpcompiler.runtime.native_producers import Produced, activation_code
 
 _OUTPUTS: Final = 64  # of a block of weights
@@ -192,11 +193,19 @@ class NativeLinear:
             raise self._error(status, self._layer)
         return PreparedInput(self.kind, codes.shape[:-1], count, memory, address)
 
-    def multiply(self, x: PreparedInput, dtype: torch.dtype) -> Tensor:
+    def multiply(
+        self, x: PreparedInput, dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
         """Return ``x @ w.T + bias``, ``[..., N]``, or its activation, in fp32, bf16 or fp16.
 
+        Args:
+            x: The input.
+            dtype: Of the result.
+            residual: Added at the end, of the shape and type of the result; or None.
+
         Raises:
-            NumericsError: If the input was prepared for another kind of layer.
+            NumericsError: If the input was prepared for another kind of layer, or the residual is
+                of another shape or type.
         """
         if x.kind is not self.kind and x.kind != self.kind:
             raise NumericsError(
@@ -204,8 +213,10 @@ class NativeLinear:
                 f"{self.kind}."
             )
         y = torch.empty((*x.shape, self.outputs), dtype=dtype)
+        added = ready_residual(residual, y, self._layer)
         status = self._multiply(
-            self._weights, x.address, x.rows, y.data_ptr(), INPUTS[dtype], self.outputs,
+            self._weights, x.address, x.rows, y.data_ptr(),
+            None if added is None else added.data_ptr(), INPUTS[dtype], self.outputs,
             torch.get_num_threads(), self._instructions,
         )  # fmt: skip
         if status:
@@ -296,6 +307,18 @@ class NativeLinear:
         return not_finite(self.kind.operand, layer)
 
 
+def ready_residual(residual: Tensor | None, y: Tensor, layer: str) -> Tensor | None:
+    """Return what is added to ``y`` as the library reads it, without gaps.
+
+    Raises:
+        NumericsError: If it is of another shape or type.
+    """
+    if residual is None:
+        return None
+    check_residual(residual, y.shape, y.dtype, layer)
+    return residual.contiguous()
+
+
 def _group(x: Operand | None, w: Operand, arithmetic: Arithmetic) -> int:
     """Return the values that share scales in the sum: the shorter of the two kinds of blocks."""
     sizes = [w.block.block] if w.block else []
@@ -347,4 +370,4 @@ def _activations(operand: Operand | None, arithmetic: Arithmetic) -> Activations
     return result
 
 
-__all__ = ["InputKind", "NativeLinear", "PreparedInput"]
+__all__ = ["InputKind", "NativeLinear", "PreparedInput", "ready_residual"]

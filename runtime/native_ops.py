@@ -30,7 +30,7 @@ from fpcompiler.numerics.scaling import not_finite
 from fpcompiler.operand import Operand
 from fpcompiler.runtime import fused
 from fpcompiler.runtime.aligned import ALIGNMENT, aligned_memory
-from fpcompiler.runtime.native import NativeLinear
+from fpcompiler.runtime.native import NativeLinear, ready_residual
 from fpcompiler.runtime.native_producers import describe
 
 PREPARE: Final = "(Tensor x, Tensor about, int row_bytes, str operand, str layer) -> Tensor"
@@ -49,9 +49,9 @@ PREPARE_PRODUCED: Final = (
 
 MULTIPLY: Final = (
     "(Tensor prepared, Tensor about, Tensor data, Tensor scale, Tensor? bias, int outputs, "
-    "ScalarType dtype, str layer) -> Tensor"
+    "ScalarType dtype, str layer, Tensor? residual=None) -> Tensor"
 )
-"""``x @ w.T + bias``, ``[..., outputs]``."""
+"""``x @ w.T + bias``, ``[..., outputs]``, or its activation, and a residual added to it."""
 
 
 class Prepared(NamedTuple):
@@ -103,7 +103,9 @@ class TracedLinear:
             return Prepared(torch.ops.fpc.native_prepare(*values, *own))
         return Prepared(torch.ops.fpc.native_prepare_produced(*values, *own))
 
-    def __call__(self, x: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    def __call__(
+        self, x: Sequence[Any], dtype: torch.dtype, residual: Tensor | None = None
+    ) -> Tensor:
         """Return the layer's result for values, codes and scales, or what is ready."""
         own = self.about, self.row_bytes, self.operand, self.layer
         if isinstance(x[0], Prepared):
@@ -113,8 +115,9 @@ class TracedLinear:
         else:
             rows = torch.ops.fpc.native_prepare(x[0], *own)
         y: Tensor = torch.ops.fpc.native_multiply(
-            rows, self.about, self.data, self.scale, self.bias, self.outputs, dtype, self.layer
-        )
+            rows, self.about, self.data, self.scale, self.bias, self.outputs, dtype, self.layer,
+            residual,
+        )  # fmt: skip
         return y
 
 
@@ -241,6 +244,7 @@ def _multiply(
     outputs: int,
     dtype: torch.dtype,
     layer: str,
+    residual: Tensor | None = None,
 ) -> Tensor:
     call = _call(about, layer)
     weights, functions = call.weights, call.native.functions
@@ -259,9 +263,11 @@ def _multiply(
     weights.data, weights.row_scale = data.data_ptr(), scale.data_ptr()
     weights.bias = None if bias is None else bias.data_ptr()
     y = torch.empty((*prepared.shape[:-1], outputs), dtype=dtype)
+    added = ready_residual(residual, y, layer)
     status = functions.fpc_multiply(
         reference, prepared.data_ptr(), prepared.numel() // prepared.shape[-1], y.data_ptr(),
-        INPUTS[dtype], outputs, torch.get_num_threads(), call.native.instructions,
+        None if added is None else added.data_ptr(), INPUTS[dtype], outputs,
+        torch.get_num_threads(), call.native.instructions,
     )  # fmt: skip
     call.check(status, "")
     return y
@@ -315,6 +321,7 @@ def _fake_multiply(
     outputs: int,
     dtype: torch.dtype,
     layer: str,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return prepared.new_empty((*prepared.shape[:-1], outputs), dtype=dtype)
 

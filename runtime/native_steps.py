@@ -47,16 +47,18 @@ class NativeLayer:
     def __call__(self, *args: Any) -> Tensor:
         """Return what the operator returns."""
         given = LinearArguments(*args)
-        x, dtype = given.x, given.dtype
-        if isinstance(x[0], PreparedInput):
-            return self.linear.multiply(x[0], dtype)
-        if not given.x_operand and x[0].dtype != dtype:
+        if not given.x_operand and given.x[0].dtype != given.dtype:
             return self.reference(*args)  # type: ignore[no-any-return]
         if torch.compiler.is_compiling():
-            return self.traced(x, dtype)
+            return self.traced(given.x, given.dtype, given.residual)
+        return self.linear.multiply(self._ready(given), given.dtype, given.residual)
+
+    def _ready(self, given: LinearArguments) -> PreparedInput:
+        if isinstance(given.x[0], PreparedInput):
+            return given.x[0]
         if given.x_operand:
-            return self.linear.multiply(self.linear.prepare_codes(*x), dtype)
-        return self.linear(x[0], dtype)
+            return self.linear.prepare_codes(*given.x)
+        return self.linear.prepare(given.x[0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -191,7 +191,8 @@ class OneDnnLayer:
         if torch.compiler.is_compiling():
             return self.reference(*args)  # type: ignore[no-any-return]
         given = LinearArguments(*args)
-        return fused.activate(self.linear(*given.x, dtype=given.dtype), given.activation)
+        y = fused.activate(self.linear(*given.x, dtype=given.dtype), given.activation)
+        return fused.add_residual(y, given.residual, given.layer)
 
 
 __all__ = ["OneDnnLayer", "OneDnnLinear", "fits", "product_problem", "usable"]

@@ -48,9 +48,13 @@ DEQUANTIZE: Final = "(Tensor[] value, str operand, ScalarType dtype) -> Tensor"
 
 LINEAR: Final = (
     "(Tensor[] x, Tensor[] w, Tensor? bias, str x_operand, str w_operand, int k, "
-    "ScalarType dtype, str layer, str activation='') -> Tensor"
+    "ScalarType dtype, str layer, str activation='', Tensor? residual=None) -> Tensor"
 )
 """See :func:`fpcompiler.runtime.reference.linear`; ``x_operand`` is empty if not quantized."""
+
+
+LINEAR_STEP: Final = "fpc.linear"
+"""What a quantized layer is called in a plan."""
 
 
 class LinearArguments(NamedTuple):
@@ -65,6 +69,14 @@ class LinearArguments(NamedTuple):
     dtype: Any
     layer: str
     activation: str = ""
+    residual: Any = None
+
+
+def without_residual(args: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Return the arguments of :data:`LINEAR` without what is added at the end, and that or None."""
+    if len(args) < len(LinearArguments._fields):
+        return [*args], None
+    return [*args[:-1], None], args[-1]
 
 
 FOLD: Final = (
@@ -161,12 +173,13 @@ def _fake_dequantize(value: Sequence[Tensor], operand: str, dtype: torch.dtype) 
 
 
 def _linear(*args: Any) -> Tensor:
-    x, w, bias, x_text, w_text, k, dtype, layer, activation = LinearArguments(*args)
+    x, w, bias, x_text, w_text, k, dtype, layer, activation, residual = LinearArguments(*args)
     x_operand, w_operand = Operand.parse(x_text) if x_text else None, Operand.parse(w_text)
     _check_linear(x, w, x_operand, w_operand, k, layer)
     if activation and activation not in fused.ACTIVATIONS:
         raise NumericsError(f"{describe_layer(layer)}: there is no activation {activation!r}.")
-    return reference.linear(x, w, bias, x_operand, w_operand, k, dtype, activation)
+    y = reference.linear(x, w, bias, x_operand, w_operand, k, dtype, activation)
+    return fused.add_residual(y, residual, layer)
 
 
 def _fake_linear(*args: Any) -> Tensor:

@@ -9,6 +9,7 @@ because hardware applies it there, in the epilogue; and because the products of 
 integers times a power of two, whose sum is exact in fp32 whatever the order of the additions.
 ``y`` is rounded to the type of the result, and where the layer computes an activation too, it is
 torch's own of that (:func:`fpcompiler.runtime.fused.activate`): the same bits as in two operations.
+So is the sum with a residual, of which nothing is known here (``fused.add_residual``).
 
 Every other backend is checked against this one. It takes torch's fp32 product as it is by default:
 ``torch.set_float32_matmul_precision`` must be left at ``highest``.

@@ -1,6 +1,7 @@
 """The roofline of the quantized layers: how long each takes, and how long it would have to.
 
-A layer reads its packed weights, their scales, its bias and its activations once, and does
+A layer reads its packed weights, their scales, its bias, its activations and what it adds to its
+result once, and does
 ``2 * M * N * K`` operations. The machine needs at least the longer of both times, its bound
 (S. Williams et al., "Roofline: an insightful visual performance model", CACM 2009).
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,7 @@ from fpcompiler.runtime.ceilings import Ceilings
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.runtime.native import PreparedInput
 from fpcompiler.runtime.operators import Function
-from fpcompiler.runtime.ops import scale_shape
-
-LINEAR: Final = "fpc.linear"
-"""The operator of a quantized layer."""
+from fpcompiler.runtime.ops import LINEAR_STEP, LinearArguments, scale_shape
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,8 @@ class LinearCall:
         k: Input channels.
         arithmetic: The fastest that holds every value exactly.
         weight_bytes: Bytes of the packed weight, its scales and its bias.
-        activation_bytes: Bytes of the activations as the operator gets them, scales included.
+        activation_bytes: Bytes of the activations as the operator gets them, scales included, and
+            of the residual.
     """
 
     result: str
@@ -100,7 +99,7 @@ def linear_calls(executor: Executor, leaves: Sequence[Tensor]) -> tuple[LinearCa
         step: Step, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> object:
         result = function(*args, **kwargs)
-        if step.op == LINEAR:
+        if step.op == LINEAR_STEP:
             found.append(_linear_call(step, args, result))
         return result
 
@@ -109,10 +108,10 @@ def linear_calls(executor: Executor, leaves: Sequence[Tensor]) -> tuple[LinearCa
 
 
 def _linear_call(step: Step, args: Sequence[Any], result: Tensor) -> LinearCall:
-    """Read the arguments of the operator: x, w, bias, x operand, w operand, k."""
-    x, _, bias, x_text, w_text, k = args[:6]
-    n = result.shape[-1]
-    x_operand, w_operand = Operand.parse(x_text) if x_text else None, Operand.parse(w_text)
+    given, n = LinearArguments(*args), result.shape[-1]
+    x, k, bias = given.x, given.k, given.bias
+    x_operand = Operand.parse(given.x_operand) if given.x_operand else None
+    w_operand = Operand.parse(given.w_operand)
     dtype = result.dtype if x_operand else x[0].dtype
     return LinearCall(
         result=step.outs[0],
@@ -122,7 +121,7 @@ def _linear_call(step: Step, args: Sequence[Any], result: Tensor) -> LinearCall:
         k=k,
         arithmetic=arithmetic_for(x_operand, w_operand, k, dtype, _instructions(result.device)),
         weight_bytes=packed_weight_bytes(w_operand, n, k) + _bytes([bias]),
-        activation_bytes=_bytes(x),
+        activation_bytes=_bytes([*x, given.residual]),
     )
 
 

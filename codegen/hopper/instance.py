@@ -84,7 +84,10 @@ def packed_gemm(
 
 
 def describe(instance: PackedGemm) -> dict[str, Any]:
-    """Return an instance as JSON values, as the runtime and :func:`parse_instance` read it."""
+    """Return an instance as JSON values, as the runtime and :func:`parse_instance` read it.
+
+    These kernels add a residual where they are given one: ``residual`` says that none is needed.
+    """
     values = asdict(instance)
     named = {name: values[name].value for name in _ENUMS}
     return {**values, **named, "a": instance.a, "residual": False}

@@ -39,10 +39,11 @@ int32_t refusal(const FpcGemmArguments& a) {
     const bool sums = P::kMode == kInt8;  // they are behind the scales of tokens
     if (!a.a || !a.b || !a.d || (sums && !a.token_scale) || (P::kBlock && !a.b_scales))
         return FPC_NULL_POINTER;
-    if (((uintptr_t)a.a | (uintptr_t)a.b | (uintptr_t)a.b_scales | (uintptr_t)a.d) & 15)
+    if (((uintptr_t)a.a | (uintptr_t)a.b | (uintptr_t)a.b_scales | (uintptr_t)a.d |
+         (uintptr_t)a.residual) & 15)
         return FPC_MISALIGNED;
     const bool fits = a.m <= kMost && a.n <= kMost && a.k <= kLongest;
-    if (!fits || a.m < 1 || a.n < 8 || a.n % 8 || a.k < kUnitK || a.k % kUnitK || a.residual)
+    if (!fits || a.m < 1 || a.n < 8 || a.n % 8 || a.k < kUnitK || a.k % kUnitK)
         return FPC_UNSUPPORTED_SHAPE;
     return FPC_OK;
 }
@@ -138,6 +139,7 @@ int32_t launch_tiles(const FpcGemmArguments& a, int sms) {
     if (!encode_maps<P, T>(p, a)) return FPC_INITIALIZE;
     p.token_scale = a.token_scale, p.row_scale = a.row_scale, p.bias = a.bias;
     p.scalar_a = a.scalar_a, p.scalar_b = a.scalar_b, p.alpha = a.alpha;
+    p.residual = (const uint8_t*)a.residual;
     p.m = a.m, p.n = a.n, p.units = a.k / kUnitK;
     p.row_tiles = row_tiles<T>(a), p.token_tiles = token_tiles<T>(a);
     // Tokens that stay in the L2 cache while all rows pass.

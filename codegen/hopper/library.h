@@ -2,7 +2,8 @@
 
 //   a        rows of int8, E4M3 or bf16, K padded with zeros to a multiple of 128;
 //   b        weights in fragments (problem.h), b_scales the scales of their blocks;
-//   token_scale, for int8: m numbers, then the sums of the rows of A, int32.
+//   token_scale, for int8: m numbers, then the sums of the rows of A, int32;
+//   residual null for none. Results are rounded to their type before it is added.
 // A status of FPC_LAUNCH has 256 times the cudaError_t added to it.
 // A function in front of the macro does all the work, so that the macro holds no code.
 

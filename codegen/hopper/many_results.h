@@ -1,4 +1,5 @@
-// The results of gemm_many: sums scaled, with a bias and an activation, stored by the copy engine.
+// The results of gemm_many: sums scaled, with a bias and an activation, and with what is added to
+// them, stored by the copy engine.
 
 namespace fpc {
 
@@ -17,6 +18,7 @@ struct Scales {
         for (int i = 0; i < kEach; i++) {
             const int m = first_token + thread + i * kGroupThreads;
             token[i] = m < p.m && p.token_scale ? __ldcg(p.token_scale + m) : 1.0f;
+            if (p.residual && m < p.m) fetch(p, m, first_row);
             if constexpr (P::kMode == kInt8) {
                 const int32_t* sums = (const int32_t*)p.token_scale + p.m;
                 sum[i] = m < p.m ? (int32_t)Decoder<P>::kOffset * __ldcg(sums + m) : 0;
@@ -26,6 +28,15 @@ struct Scales {
         const bool there = thread < kRows && n < p.n;
         row = there && p.row_scale ? __ldg(p.row_scale + n) : 1.0f;
         bias = there && p.bias ? __ldg(p.bias + n) : 0.0f;
+    }
+
+    // The residual's values of a token, of which each thread will load a few.
+    FPC_DEVICE static void fetch(const ManyParameters& p, int m, int first_row) {
+        constexpr int kSize = kSizeOf<P::kOutput>;
+#pragma unroll
+        for (int i = 0; i < kRows; i += 128 / kSize)
+            if (first_row + i < p.n)
+                prefetch_line(p.residual + ((int64_t)m * p.n + first_row + i) * kSize);
     }
 
     // To shared memory: pairs of scale and sum, and pairs of scale and bias.
@@ -133,6 +144,40 @@ struct Staging {
     }
 };
 
+// The sum of a number of fp32, or of two of 16 bits, with others.
+template <Type kType>
+FPC_DEVICE uint32_t sum_of(uint32_t a, uint32_t b) {
+    if constexpr (kType == kF32)
+        return (uint32_t)bits_of(add(widened<kType>(a), widened<kType>(b)));
+    else
+        return pair_in<kType>(add(widened<kType>(a & 0xFFFF), widened<kType>(b & 0xFFFF)),
+                              add(widened<kType>(a >> 16), widened<kType>(b >> 16)));
+}
+
+// Add to the results in a Staging, which are rounded, as a kernel of its own would. The residual was
+// fetched into the second cache before the products; tiles that leave no register free load a piece
+// of 16 bytes at a time.
+template <class P, class T>
+FPC_DEVICE void add_residual(const ManyParameters& p, const Staging<P, T>& staging, int row,
+                             int token) {
+    using S = Staging<P, T>;
+    constexpr int kSize = kSizeOf<P::kOutput>, kLines = S::kTokens * (64 / S::kBoxRows);
+    constexpr int kUnroll = T::kTokens > 128 ? 1 : 2;
+    const int piece = staging.lane % 8;
+#pragma unroll kUnroll
+    for (int line = staging.warp * 4 + staging.lane / 8; line < kLines; line += kGroupThreads / 8) {
+        const int m = token + line % S::kTokens;
+        const int n = row + line / S::kTokens * S::kBoxRows + piece * (16 / kSize);
+        if (m >= p.m || n >= p.n) continue;
+        const Quad other = load_past_first_cache(p.residual + ((int64_t)m * p.n + n) * kSize);
+        const uint32_t place = staging.buffer() + line * 128 + (piece ^ line % 8) * 16;
+        Quad sum = load_shared_quad(place);
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum.words[j] = sum_of<P::kOutput>(sum.words[j], other.words[j]);
+        store_shared(place, sum);
+    }
+}
+
 // Add the parts of K, in their order; what is left in `own` are the sums of this block's tokens.
 template <class T, class Value, int kCount, int kOwn>
 FPC_DEVICE void add_parts(uint32_t parts, int rank, int thread, const Value (&values)[kCount],
@@ -192,6 +237,10 @@ FPC_DEVICE void store_sums(const ManyParameters& p, Staging<P, T>& staging, uint
         }
         staging.begin();
         staging.write(results);
+        if (p.residual) {
+            staging.sync();
+            add_residual(p, staging, row, token + at + first * 8);
+        }
         staging.send(p.d, row, token + at + first * 8, p.n);
     }
 }

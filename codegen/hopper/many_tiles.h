@@ -10,6 +10,7 @@ constexpr int kStagedBytes = 4096;  // of a part of D on its way out
 struct ManyParameters {
     CUtensorMap x, weights, scales, d;
     const float *token_scale, *row_scale, *bias, *scalar_a, *scalar_b;
+    const uint8_t* residual;
     float alpha;
     int32_t m, n, units;  // units: k / kUnitK
     int32_t row_tiles, token_tiles;

@@ -133,6 +133,22 @@ FPC_DEVICE void publish_writes() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// --- global memory -------------------------------------------------------------------------------
+
+// Into the second cache.
+FPC_DEVICE void prefetch_line(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// The first cache could have what was there before another kernel wrote it.
+FPC_DEVICE Quad load_past_first_cache(const void* from) {
+    Quad q;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.words[0]), "=r"(q.words[1]), "=r"(q.words[2]), "=r"(q.words[3])
+                 : "l"(from));
+    return q;
+}
+
 // --- shared memory -------------------------------------------------------------------------------
 
 FPC_DEVICE Quad load_shared_quad(uint32_t address) {
@@ -152,6 +168,12 @@ FPC_DEVICE uint32_t load_shared(uint32_t address) {
 
 FPC_DEVICE void store_shared(uint32_t address, uint32_t word) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+
+FPC_DEVICE void store_shared(uint32_t address, const Quad& q) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(q.words[0]),
+                 "r"(q.words[1]), "r"(q.words[2]), "r"(q.words[3])
+                 : "memory");
 }
 
 // Matrices of 8 x 8 16-bit values, transposed: lane r of eight has the address of column r.

@@ -16,7 +16,7 @@ from fpcompiler.operand import Granularity, Operand, ScaleLevel
 from fpcompiler.plan import Plan, Step, used_values
 
 _LINEAR: Final = (
-    "x", "w", "bias", "x_operand", "w_operand", "k", "dtype", "layer", "activation",
+    "x", "w", "bias", "x_operand", "w_operand", "k", "dtype", "layer", "activation", "residual",
 )  # fmt: skip
 _DEQUANTIZE: Final = ("value", "operand", "dtype")
 _QUANTIZE: Final = ("x", "operand", "layer")

@@ -1,19 +1,20 @@
 """The ``fpq`` dialect: quantized values as types, and the operations on them.
 
-======================  ==========================================================================
-``fpq.quantize``        tensor -> quantized; computes scales and codes of the values it is given
-``fpq.fused_quantize``  the same of a norm or an activation that it computes too
-``fpq.encode``          tensor -> quantized; computes the codes, with scales that are given, or
-                        with that of the tensor given, and those of blocks computed
-``fpq.dequantize``      quantized -> tensor
-``fpq.assemble``        codes and scales (stored weights, caches) -> quantized
-``fpq.disassemble``     quantized -> packed codes and scales, as torch tensors
-``fpq.fold``            quantized -> quantized; columns divided by powers of two, exactly
-``fpq.hadamard``        tensor -> tensor; the Hadamard transform of blocks of the last axis
-``fpq.linear``          ``x @ w.T + bias``; x is a tensor or quantized, w quantized
-``fpq.scaled_gemm``     an ``fpq.linear`` for which a target and a kernel have been chosen, and
-                        which may compute an activation of its result
-======================  ==========================================================================
+=======================  =========================================================================
+``fpq.quantize``         tensor -> quantized; computes scales and codes of the values it is given
+``fpq.fused_quantize``   the same of a norm or an activation that it computes too
+``fpq.encode``           tensor -> quantized; computes the codes, with scales that are given, or
+                         with that of the tensor given, and those of blocks computed
+``fpq.dequantize``       quantized -> tensor
+``fpq.assemble``         codes and scales (stored weights, caches) -> quantized
+``fpq.disassemble``      quantized -> packed codes and scales, as torch tensors
+``fpq.fold``             quantized -> quantized; columns divided by powers of two, exactly
+``fpq.hadamard``         tensor -> tensor; the Hadamard transform of blocks of the last axis
+``fpq.linear``           ``x @ w.T + bias``; x is a tensor or quantized, w quantized
+``fpq.scaled_gemm``      an ``fpq.linear`` for which a target and a kernel have been chosen, and
+                         which may compute an activation of its result
+``fpq.scaled_gemm_add``  the same, and a tensor is added to the result
+=======================  =========================================================================
 
 Every shape, format and scale is checked by the verifiers after each pass.
 """

@@ -1,4 +1,4 @@
-"""``fpq.linear`` and ``fpq.scaled_gemm``: quantized layers, before and after a kernel is chosen.
+"""``fpq.linear``, ``fpq.scaled_gemm`` and ``fpq.scaled_gemm_add``: quantized layers.
 
 Beside the dialect itself, whose file would be too long with them; loading the dialect loads them.
 """
@@ -30,6 +30,9 @@ ACTIVATION: Final = "activation"
 
 It is no field of the class because those of a Python-defined operation cannot be optional.
 """
+
+GEMMS: Final = ("fpq.scaled_gemm", "fpq.scaled_gemm_add")
+"""Layers for which kernels have been chosen."""
 
 
 def activation_of(op: ir.Operation) -> str:
@@ -73,6 +76,28 @@ class ScaledGemmOp(Fpq.Operation, name="scaled_gemm", traits=[Pure]):
         return check_operation(op, _check_gemm)
 
 
+class ScaledGemmAddOp(Fpq.Operation, name="scaled_gemm_add", traits=[Pure]):
+    """``fpq.scaled_gemm_add``: the sum of a residual and of what ``fpq.scaled_gemm`` gives.
+
+    That is rounded to the element type before. It is an operation of its own because an operand
+    that may be missing would change the text of all others.
+    """
+
+    input: Operand[Any]
+    weight: Operand[Quantized]
+    bias: Operand[Any]
+    residual: Operand[Any]
+    layer: ir.StringAttr
+    kernel: ir.StringAttr
+    reason: ir.StringAttr
+    result: Result[Any]
+
+    @staticmethod
+    def verify_invariants(op: ir.OpView) -> bool:
+        """Check the contracted axis, the result, the bias, the activation and the residual."""
+        return check_operation(op, _check_gemm_add)
+
+
 def _check_linear(op: ir.Operation) -> None:
     weight = need_quantized(op.operands[1], "weight")
     x = quantized_type(op.operands[0]) or need_tensor(op.operands[0], "input")
@@ -101,10 +126,22 @@ def _check_granularities(x: QuantizedType, weight: QuantizedType) -> None:
 
 def _check_gemm(op: ir.Operation) -> None:
     _check_linear(op)
+    result = need_tensor(op.results[0], "result")
     if ACTIVATION not in op.attributes:
         return
-    name, result = op.attributes[ACTIVATION], need_tensor(op.results[0], "result")
+    name = op.attributes[ACTIVATION]
     if not isinstance(name, ir.StringAttr) or name.value not in ACTIVATIONS:
         raise VerifyError(f"there is no activation {name}; there are {', '.join(ACTIVATIONS)}")
     if result.element not in FLOATS:
         raise VerifyError(f"an activation is computed of {', '.join(FLOATS)}, not {result.element}")
+
+
+def _check_gemm_add(op: ir.Operation) -> None:
+    _check_gemm(op)
+    residual, result = need_tensor(op.operands[3], "residual"), need_tensor(op.results[0], "result")
+    need_same_shape(residual.shape, result.shape, "residual")
+    if residual.element != result.element or result.element not in FLOATS:
+        raise VerifyError(
+            f"a residual of {residual.element} cannot be added to {result.element}; both must be "
+            f"one of {', '.join(FLOATS)}"
+        )

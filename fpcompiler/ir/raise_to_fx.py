@@ -17,7 +17,7 @@ from torch_mlir import ir
 import fpcompiler.runtime.ops  # noqa: F401  (registers the fpc:: operators)
 from fpcompiler.ir.build import symbol_name
 from fpcompiler.ir.dialect import SCALE_SLOTS, scale_slots
-from fpcompiler.ir.linear import activation_of
+from fpcompiler.ir.linear import GEMMS, activation_of
 from fpcompiler.ir.locations import place_of
 from fpcompiler.ir.program import Program
 from fpcompiler.ir.torch_ops import constant_value, literal_value, resolve, text_of
@@ -73,8 +73,7 @@ class Raiser:
             "fpq.disassemble": self._disassemble,
             "fpq.fold": self._fold,
             "fpq.hadamard": self._hadamard,
-            "fpq.linear": self._linear,
-            "fpq.scaled_gemm": self._linear,
+            **dict.fromkeys(("fpq.linear", *GEMMS), self._linear),
         }
 
     def keep(self, values: Sequence[ir.Value]) -> None:
@@ -238,7 +237,7 @@ class Raiser:
         return self._call(torch.ops.fpc.hadamard.default, (args[0], block))
 
     def _linear(self, op: ir.Operation, args: list[Any]) -> fx.Node:
-        x, weight, bias = args
+        x, weight, bias, *residual = args
         x_kind, w_kind = quantized_type(op.operands[0]), quantized_type(op.operands[1])
         result = tensor_type(op.results[0])
         assert w_kind is not None
@@ -247,8 +246,8 @@ class Raiser:
         inputs = [x] if x_kind is None else x
         texts = ("" if x_kind is None else str(x_kind.operand), str(w_kind.operand))
         layer, activation = text_of(op.attributes["layer"]), activation_of(op)
-        # Left out where there is none, so that such plans are what they were without the argument.
-        rest = (layer, activation) if activation else (layer,)
+        # Left out where there are none, so that such plans are what they were without them.
+        rest = (layer, activation, *residual) if activation or residual else (layer,)
         args_out = (inputs, packed, bias, *texts, w_kind.shape[1], result.dtype, *rest)
         return self._call(torch.ops.fpc.linear.default, args_out)
 

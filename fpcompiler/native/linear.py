@@ -111,7 +111,10 @@ def declare(functions: ctypes.CDLL) -> None:
             _CODE,
             (weights, activations, _MEMORY, _MEMORY, _MEMORY, _SIZE, _MEMORY, _CODE, _CODE),
         ),
-        "fpc_multiply": (_CODE, (weights, _MEMORY, _SIZE, _MEMORY, _CODE, _SIZE, _CODE, _CODE)),
+        "fpc_multiply": (
+            _CODE,
+            (weights, _MEMORY, _SIZE, _MEMORY, _MEMORY, _CODE, _SIZE, _CODE, _CODE),
+        ),
         "fpc_evaluate": (None, (_CODE, _MEMORY, _MEMORY, _SIZE, _CODE)),
     }
     for name, (result, arguments) in table.items():

@@ -26,7 +26,7 @@ INSTRUCTION_SETS: Final = (
 EMULATED: Final = frozenset({"NEON dot product"})
 """Those whose kernels were run under emulation only, never on such a processor."""
 
-_ABI: Final = 5
+_ABI: Final = 6
 _LOG: Final = logging.getLogger("fpcompiler.numerics")
 
 

@@ -67,7 +67,8 @@ def joinable(
     for index, layer in layers.items():
         step = plan.steps[index]
         inputs = tuple(name for name in _inputs(step) if name in own)
-        if inputs and not layer.activation and step.outs[0] not in outside:
+        alone = layer.activation or _is_added_to(step) or step.outs[0] in outside
+        if inputs and not alone:
             kind = layer.x_operand, layer.w_operand, layer.k, layer.dtype, layer.bias is None
             by = tuple(sorted((use, gemm.library) for use, gemm in kernels[index].items()))
             groups.setdefault((inputs, kind, by), []).append(index)
@@ -103,6 +104,11 @@ def parts_of(
 def _inputs(step: Step) -> tuple[str, ...]:
     given = arguments_of(step)
     return () if given is None else tuple(item["v"] for item in given.x if isinstance(item, dict))
+
+
+def _is_added_to(step: Step) -> bool:
+    given = arguments_of(step)
+    return given is not None and given.residual is not None
 
 
 def _is_of_tensor(layer: LayerArguments) -> bool:

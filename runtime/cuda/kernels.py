@@ -42,10 +42,13 @@ from fpcompiler.runtime.layer_steps import (
     weight_names,
 )
 from fpcompiler.runtime.operators import Function
+from fpcompiler.runtime.ops import LinearArguments
 from fpcompiler.runtime.trust import Gatekeeper
 
 OPERATORS: Final = "operators"
 """The role of the library of operators."""
+
+_RESIDUAL: Final = LinearArguments._fields.index("residual")
 
 Check: TypeAlias = Callable[[Tensor], None]
 """Called after a run with its flags; raises if a quantizer met NaN or infinity."""
@@ -199,7 +202,7 @@ class CudaKernels:
 
 def _identity(step: Step) -> tuple[str, ...]:
     """Return what layers that are the same agree in."""
-    return (*weight_names(step), *map(str, step.args[3:]))
+    return (*weight_names(step), *map(str, step.args[3:_RESIDUAL]))
 
 
 def load_kernels(

@@ -16,6 +16,7 @@ from fpcompiler.operand import Operand
 from fpcompiler.runtime.cuda.form import (
     CudaInput,
     InputKind,
+    at_boundary,
     check_held,
     code_table,
     factor_of,
@@ -26,7 +27,8 @@ from fpcompiler.runtime.cuda.form import (
 from fpcompiler.runtime.cuda.fragments import Mode, fragment_weights
 from fpcompiler.runtime.cuda.stored import STORED
 from fpcompiler.runtime.cuda.weights import KernelWeights, tiled_weights
-from fpcompiler.runtime.fused import ACTIVATIONS
+from fpcompiler.runtime.fused import ACTIVATIONS, add_residual, check_residual
+from fpcompiler.runtime.ops import LinearArguments
 
 _OUTPUTS: Final = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _MODES: Final = {mode.value: mode for mode in Mode}
@@ -48,6 +50,7 @@ class Gemm:
         output: The type of its result.
         activation: The function of its result; ``none`` without.
         mode: How weights that stay packed are multiplied; None for CUTLASS's kernels.
+        residual: Whether it always adds a tensor to its result.
     """
 
     library: int
@@ -57,6 +60,12 @@ class Gemm:
     output: torch.dtype
     activation: str
     mode: Mode | None = None
+    residual: bool = False
+
+    @property
+    def takes_residual(self) -> bool:
+        """Whether it can add a tensor; kernels of packed weights all do where there is one."""
+        return self.residual or self.mode is not None
 
     @classmethod
     def of(cls, instance: Instance, library: int) -> Gemm:
@@ -72,13 +81,15 @@ class Gemm:
         mode = _MODES.get(str(problem.get("mode", "")))
         known = a in (*FORMATS, *STORED) and b in FORMATS and isinstance(scale, str)
         known = known and ("mode" not in problem or (mode is not None and a == mode.element))
-        runs = problem.get("residual") is False and activation in (_PLAIN, *ACTIVATIONS)
+        residual = problem.get("residual")
+        runs = type(residual) is bool and activation in (_PLAIN, *ACTIVATIONS)
+        runs = runs and not (residual and mode is not None)
         if instance.role != "gemm" or not known or output is None or not runs:
             raise ArtifactError(
                 f"the kernel {instance.name} of the artifact is none that this version runs; "
                 "compile the model again."
             )
-        return cls(library, str(a), str(b), str(scale), output, activation, mode)
+        return cls(library, str(a), str(b), str(scale), output, activation, mode, residual is True)
 
 
 @dataclass(frozen=True)
@@ -167,11 +178,16 @@ class CudaLinear:
             )
         return input_of_values(self.kind, x)
 
-    def multiply(self, x: CudaInput) -> Tensor:
-        """Return ``x @ w.T + bias``, ``[..., N]``, contiguous.
+    def multiply(self, x: CudaInput, residual: Tensor | None = None) -> Tensor:
+        """Return ``x @ w.T + bias``, ``[..., N]``, contiguous, or its activation.
+
+        Args:
+            x: The input.
+            residual: Added at the end, of the shape and type of the result; or None.
 
         Raises:
-            NumericsError: If the input was prepared for another kind of layer.
+            NumericsError: If the input was prepared for another kind of layer, or the residual is
+                of another shape or type.
         """
         if x.kind is not self.kind and x.kind != self.kind:
             raise NumericsError(
@@ -182,12 +198,28 @@ class CudaLinear:
         gemm = self._decode if x.rows <= DECODE_ROWS else self._prefill
         y: Tensor = torch.ops.fpc_cuda.gemm(
             gemm.library, x.codes, x.block_scale, weights.codes, weights.scales, x.token_scale,
-            self._row_scale, self._bias, None, x.scalar, self._alpha, x.rows, weights.padded,
-            self.kind.padded_k, self._machine.sms, self._dtype,
+            self._row_scale, self._bias, self._added(gemm, x, residual), x.scalar, self._alpha,
+            x.rows, weights.padded, self.kind.padded_k, self._machine.sms, self._dtype,
         )  # fmt: skip
         if weights.padded != self.outputs:
             y = y[:, : self.outputs].contiguous()
-        return y.view(*x.shape, self.outputs)
+        y = y.view(*x.shape, self.outputs)
+        return y if gemm.takes_residual else add_residual(y, residual, self.layer)
+
+    def _added(self, gemm: Gemm, x: CudaInput, residual: Tensor | None) -> Tensor | None:
+        """Return what a kernel adds to its result, ``[rows, padded N]``; None for nothing.
+
+        Where the layer's own output is asked for, a kernel that always adds something adds zeros.
+        """
+        n, padded = self.outputs, self._weights.padded
+        if residual is None or not gemm.takes_residual:
+            zeros = gemm.residual
+            return x.codes.new_zeros((x.rows, padded), dtype=self._dtype) if zeros else None
+        check_residual(residual, (*x.shape, n), self._dtype, self.layer)
+        rows = residual.reshape(x.rows, n)
+        if padded != n:
+            rows = torch.nn.functional.pad(rows, (0, padded - n))
+        return at_boundary(rows.contiguous())
 
     @property
     def nbytes(self) -> int:
@@ -204,13 +236,16 @@ class CudaLayer:
 
     linear: CudaLinear
 
-    def __call__(self, x: Sequence[Any], *rest: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Tensor:
         """Return what the operator returns."""
-        linear = self.linear
+        given = LinearArguments(*args)
+        return self.linear.multiply(self._ready(given.x), given.residual)
+
+    def _ready(self, x: Sequence[Any]) -> CudaInput:
         if isinstance(x[0], CudaInput):
-            return linear.multiply(x[0])
-        plain = linear.kind.operand is None
-        return linear.multiply(linear.prepare_values(x[0]) if plain else linear.prepare_codes(x))
+            return x[0]
+        plain = self.linear.kind.operand is None
+        return self.linear.prepare_values(x[0]) if plain else self.linear.prepare_codes(x)
 
 
 def input_kind(gemms: Mapping[str, Gemm], x: Operand | None, k: int) -> InputKind | None:

@@ -256,9 +256,10 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
 
     FpcGemmArguments args{};
     const Tensor codes = at_boundary(a);
+    const MaybeTensor added = residual ? MaybeTensor(at_boundary(*residual)) : std::nullopt;
     args.a = codes.const_data_ptr(), args.a_scales = address(a_scales);
     args.b = b.const_data_ptr(), args.b_scales = address(b_scales);
-    args.d = d.mutable_data_ptr(), args.residual = address(residual);
+    args.d = d.mutable_data_ptr(), args.residual = address(added);
     const int64_t token_numbers = m * kernel.token_numbers;
     args.token_scale = floats(token_scale, a, token_numbers, "the scales of tokens");
     args.row_scale = floats(row_scale, a, n, "the scales of rows");

@@ -16,6 +16,7 @@ from fpcompiler.runtime.native import NativeLinear
 from fpcompiler.runtime.native_producers import Form, ProducedForm, form_of_rows
 from fpcompiler.runtime.native_steps import NativeLayer, NativeQuantizer
 from fpcompiler.runtime.operators import Function, Ref
+from fpcompiler.runtime.ops import LinearArguments
 from fpcompiler.runtime.program.attention import NativeAttention, attention_call
 from fpcompiler.runtime.program.record import Known, Place, Plain, Ready, Several, places_of
 from fpcompiler.runtime.program.views import (
@@ -30,6 +31,9 @@ from fpcompiler.runtime.state import write_rows
 _OUTER: Final = 1
 _BLOCKS: Final = 2
 """``FpcOperation.flag`` of codes that are prepared: which scales there are."""
+
+_RESIDUAL: Final = 1
+"""``FpcOperation.flag`` of a product whose second view is added to its results."""
 
 _COMPUTED: Final = (torch.float32, torch.bfloat16)
 """What arithmetic is done on."""
@@ -170,7 +174,25 @@ def _layer(bound: Bound) -> list[Lowered] | None:
         assert isinstance(ready, Ready)
     sizes = (ready.rows, linear.outputs)
     rows = _rows(out, *sizes)
-    return [*before, Lowered(Kind.MULTIPLY, rows, (ready,), integers=sizes, linear=linear)]
+    reads: tuple[Place | Ready, ...] = (ready,)
+    flag = 0
+    residual = LinearArguments(*bound.args).residual
+    if residual is not None:
+        copied = _without_gaps(bound, residual)
+        if copied is None or (residual.sizes, residual.dtype) != (out.sizes, out.dtype):
+            return None
+        before, reads, flag = [*before, *copied[0]], (ready, _rows(copied[1], *sizes)), _RESIDUAL
+    return [*before, Lowered(Kind.MULTIPLY, rows, reads, flag=flag, integers=sizes, linear=linear)]
+
+
+def _without_gaps(bound: Bound, place: Place) -> tuple[list[Lowered], Place] | None:
+    """Return values that lie in order, and what copies them there if they do not."""
+    if is_contiguous(place):
+        return [], place
+    buffer = bound.scratch(prod(place.sizes) * place.dtype.itemsize)
+    whole = Place(buffer, 0, place.sizes, contiguous_strides(place.sizes), place.dtype)
+    copy = _copied(whole, place)
+    return None if copy is None else (copy, whole)
 
 
 def _prepared(

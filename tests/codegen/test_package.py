@@ -104,12 +104,15 @@ def test_gemms_are_read_from_the_plan() -> None:
     assert found["gate"].function is Activation.SILU
     assert found["up"].function is Activation.NONE  # its GELU is fused with the next quantizer
     assert {gemm.output for gemm in found.values()} == {OutputType.BF16}
+    assert [name for name, gemm in found.items() if gemm.residual] == ["down"]
 
 
 def test_layers_share_kernels_and_a_reason_is_kept() -> None:
     artifact = compiled("nvfp4; gate: w4a16").artifact
     plan = plan_kernels(gemms_of(artifact.plan, artifact.tensors), "sm_100a")
-    assert len(plan.instances) == 2
+    # For few rows and for many, and such that add a residual.
+    assert len(plan.instances) == 4
+    assert plan.layers["up"] != plan.layers["down"]
     assert "there is no FP4 kernel" in str(plan.layers["gate"])
     assert "16 bits" in str(plan.layers["gate"])
 
@@ -310,11 +313,15 @@ def test_a_real_model_for_a_real_target(tmp_path) -> None:
     call = artifact.golden[0].inputs
     files = package(artifact.plan, artifact.tensors, call, ["sm_120a"], Options.from_env())
     index = KernelIndex.of(files)
-    (gemm,) = [i for _, i in index.all_instances() if i.role == "gemm"]
-    assert gemm.name == "gemm_sm_120a_nvf4_e2m1_e2m1_bf16_128x128x128"
-    record = jsonfile.parse(files[gemm.files["proof"]], "proof", 1 << 26)
-    assert record["passed"] is True
-    assert record["sha256"] == gemm.sha256
+    gemms = {i.name: i for _, i in index.all_instances() if i.role == "gemm"}
+    assert sorted(gemms) == [
+        "gemm_sm_120a_nvf4_e2m1_e2m1_bf16_128x128x128",
+        "gemm_sm_120a_nvf4_e2m1_e2m1_bf16_residual_128x128x128",
+    ]
+    for gemm in gemms.values():
+        record = jsonfile.parse(files[gemm.files["proof"]], "proof", 1 << 26)
+        assert record["passed"] is True
+        assert record["sha256"] == gemm.sha256
     assert json.loads(bytes(files[INDEX]))["targets"]["sm_120a"]["capabilities"] == ["12.0"]
     assert main(["prove", str(_saved(artifact, tmp_path)), "--recorded"]) == 0
 

@@ -58,6 +58,26 @@ def standard(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def adding() -> CompiledModel:
+    """Return a model whose layer computes an activation and adds a residual."""
+
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + nn.functional.silu(self.layer(x))
+
+    x = example()[0][:, :64].contiguous()
+    compiled = fpcompiler.compile(Adding().eval(), "w4a6", example_inputs=(x,), target="reference")
+    (layer,) = (step for step in compiled.artifact.plan.steps if step.op == "fpc.linear")
+    assert layer.args[8:] == ("silu", {"v": "x"})
+    return compiled
+
+
+@pytest.fixture(scope="session")
 def tiny() -> CompiledModel:
     """Return a model that takes little time to export."""
     torch.manual_seed(0)

@@ -61,6 +61,13 @@ def test_a_standard_file_gives_the_same_on_the_evaluator_of_onnx(compiled, stand
     np.testing.assert_allclose(h, expected["h"][0].numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_residual_is_part_of_the_graph(adding, tmp_path) -> None:
+    adding.export(tmp_path / "model.onnx", "onnx-standard")
+    x = example(5)[0][:, :64].contiguous()
+    (y,) = evaluated(tmp_path / "model.onnx", x)
+    np.testing.assert_allclose(y, adding(x).numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_weights_are_read_back_bit_for_bit(compiled, portable, standard) -> None:
     expected = stored(compiled)
     for file in (portable, standard):

@@ -53,6 +53,14 @@ def test_a_new_process_with_the_runtime_only_gives_the_same_bits(compiled, tmp_p
         assert torch.equal(found["h"][0], expected["h"][0])
 
 
+def test_a_residual_is_an_argument_of_its_layer(adding, tmp_path) -> None:
+    adding.export(tmp_path / "model.pt2", "pt2")
+    module = torch.export.load(tmp_path / "model.pt2").module()
+    x = example(5)[0][:, :64].contiguous()
+    assert torch.equal(module(x), adding(x))
+    assert not [node for node in module.graph.nodes if node.target is torch.ops.aten.add.Tensor]
+
+
 def test_weights_are_packed_buffers_under_their_names(compiled, tmp_path) -> None:
     compiled.export(tmp_path / "model.pt2", "pt2")
     program = torch.export.load(tmp_path / "model.pt2")

@@ -41,6 +41,11 @@ def gemm(activation: str, result: str = OUT) -> str:
     return program("scaled_gemm", (A6, W4, NONE), result, f"{{{attributes}}}")
 
 
+def adding(residual: str, result: str = OUT) -> str:
+    attributes = '{layer = "fc", kernel = "reference", reason = "r"}'
+    return program("scaled_gemm_add", (A6, W4, NONE, residual), result, attributes)
+
+
 def fold(before: str = ROWS, after: str = WIDE, powers: str = K64, shift: int = 0) -> str:
     return program("fold", (before, powers), after, f"{{shift = {shift} : i64}}")
 
@@ -271,6 +276,24 @@ BAD = {
     "gemm-activation-of-fp64": (
         gemm('"gelu"', "!torch.vtensor<[2,8],f64>"),
         "'fpq.scaled_gemm' op an activation is computed of f32, f16, bf16, not f64",
+    ),
+    "gemm-residual-of-another-shape": (
+        adding("!torch.vtensor<[1,8],f32>"),
+        "'fpq.scaled_gemm_add' op residual: shape [1, 8] is not [2, 8]",
+    ),
+    "gemm-residual-of-another-type": (
+        adding("!torch.vtensor<[2,8],bf16>"),
+        "'fpq.scaled_gemm_add' op a residual of bf16 cannot be added to f32; both must be one of "
+        "f32, f16, bf16",
+    ),
+    "gemm-residual-of-fp64": (
+        adding("!torch.vtensor<[2,8],f64>", "!torch.vtensor<[2,8],f64>"),
+        "'fpq.scaled_gemm_add' op a residual of f64 cannot be added to f64; both must be one of "
+        "f32, f16, bf16",
+    ),
+    "gemm-residual-that-is-no-tensor": (
+        adding(NONE),
+        "'fpq.scaled_gemm_add' op residual must be a ranked !torch.vtensor, not !torch.none",
     ),
 }
 

@@ -112,8 +112,8 @@ void multiply(Files& files, const Shape& shape, FpcWeights weights,
         fail("fpc_prepare");
     const int64_t y_bytes = shape.m * weights.n * size_of(shape.output);
     Guarded y(y_bytes, 4);
-    if (fpc_multiply(&weights, prepared.data, shape.m, y.data, (int32_t)shape.output, weights.n,
-                     threads, instructions))
+    if (fpc_multiply(&weights, prepared.data, shape.m, y.data, nullptr, (int32_t)shape.output,
+                     weights.n, threads, instructions))
         fail("fpc_multiply");
     files.write(prepared.data, prepared_bytes);
     files.write(y.data, y_bytes);

@@ -119,10 +119,17 @@ def check_product(case: Layer, w, prepared: Guarded, expected: torch.Tensor) -> 
     prepared.read()
     stride = case.n + case.gap
     y = Guarded((case.m * stride - case.gap) * expected.element_size(), case.at_end)
-    arguments = case.m, y.address, INPUTS[case.dtype], stride
+    arguments = case.m, y.address, None, INPUTS[case.dtype], stride
     assert NATIVE.functions.fpc_multiply(w, prepared.address, *arguments, 1, case.level) == 0
     gap = b"\xa5" * (case.gap * expected.element_size())
     rows = [ctypes.string_at(row.data_ptr(), row.nbytes) for row in expected]
+    assert y.read() == gap.join(rows)
+    residual = torch.linspace(-3, 3, expected.numel()).view(expected.shape).to(case.dtype)
+    wide = torch.nn.functional.pad(residual, (0, case.gap)).flatten()[: case.m * stride - case.gap]
+    added = Guarded.of(wide, case.at_end)
+    arguments = case.m, y.address, added.address, INPUTS[case.dtype], stride
+    assert NATIVE.functions.fpc_multiply(w, prepared.address, *arguments, 1, case.level) == 0
+    rows = [ctypes.string_at(row.data_ptr(), row.nbytes) for row in expected + residual]
     assert y.read() == gap.join(rows)
 
 

@@ -91,7 +91,8 @@ def test_spaces_and_quotes_are_read() -> None:
 def test_the_default_pipeline() -> None:
     assert pipeline_text(default_pipeline("w4a8", "reference", "mse")) == (
         "cse,normalize,fold-constants,insert-quantize{scheme=w4a8},cse,quantize-weights{clip=mse},"
-        "lower-gemm,canonicalize,group-heads,fuse-quantize,fuse-epilogue,symbol-dce"
+        "lower-gemm,canonicalize,group-heads,fuse-quantize,fuse-epilogue,"
+        "fuse-residual,symbol-dce"
     )
 
 

@@ -95,7 +95,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(torch.relu(self.up(x)))
+        result: Tensor = x + self.down(torch.relu(self.up(x)))
         return result
 
 
@@ -118,6 +118,7 @@ def test_it_runs_layers_where_there_is_no_native_library(
     plain = fpcompiler.compile(Block().eval(), scheme, example_inputs=(X,), target="reference")
     code = [i for i in model._ready()._code if i.step.op == "fpc.linear"]
     assert all(isinstance(i.function, ExpandedLayer | OneDnnLayer) for i in code)
+    assert [len(i.step.args) for i in code] == [8 if scheme != "w4a16" else 9, 10]
     names = {kernels.kernel_of(i.step, i.function, [], {}) for i in code}
     assert names <= {"fp32", "onednn"}
     assert torch.equal(model(X), plain(X))

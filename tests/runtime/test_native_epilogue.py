@@ -1,4 +1,4 @@
-"""Activations in the epilogue of native layers, on each instruction set, for types and shapes."""
+"""Activations and residuals of native layers, on each instruction set, for types and shapes."""
 
 from __future__ import annotations
 
@@ -64,6 +64,38 @@ def test_it_is_the_activation_of_the_stored_output(activation: str, kinds, level
             assert torch.equal(result.float(), values_of(layer(n), given))
             error = (result.double() - fused.activate(output, activation).double()).abs()
             assert bool((error <= 6 * torch.finfo(dtype).eps * output.double().abs()).all())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+@pytest.mark.parametrize("activation", ["", "relu"])
+def test_a_residual_is_added_as_torch_does_it(activation: str, kinds, level: int) -> None:
+    for n, k, m in SHAPES:
+        for dtype in DTYPES:
+            _, own, _ = pair(n, k, kinds, dtype, level, activation)
+            _, x = case(n, k, m, dtype)
+            residual = torch.linspace(-9, 9, m * n).view(n, m).T.to(dtype)  # with gaps
+            prepared = own.prepare(x)
+            result = own.multiply(prepared, dtype, residual)
+            assert torch.equal(result, own.multiply(prepared, dtype) + residual)
+
+
+def test_residuals_beyond_the_range_of_fp16_and_without_a_number() -> None:
+    _, own, _ = pair(40, 64, ("row", "a6"), torch.float16, LEVELS[-1].values[0], "")
+    prepared = own.prepare(torch.full((5, 64), 0.5).half())
+    ends = torch.tensor([65504, -65504, 6e-8, -0.0, float("inf"), float("-inf"), float("nan"), 0])
+    residual = ends.half().repeat(25).view(5, 40)
+    expected = own.multiply(prepared, torch.float16) + residual
+    found = own.multiply(prepared, torch.float16, residual)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("residual", [torch.ones(1, 40), torch.ones(5, 40).half()])
+def test_a_residual_that_does_not_fit_is_refused(residual: Tensor) -> None:
+    _, own, _ = pair(40, 64, ("row", "a6"), torch.float32, LEVELS[-1].values[0], "")
+    with pytest.raises(NumericsError, match=r"layer 'up': a residual of .* cannot be added"):
+        own.multiply(own.prepare(torch.ones(5, 64)), torch.float32, residual)
 
 
 @pytest.mark.parametrize("level", LEVELS)

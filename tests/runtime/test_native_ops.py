@@ -113,6 +113,10 @@ def test_the_operators_are_good_citizens_of_torch(layer: TracedLinear) -> None:
         weights = layer.data, layer.scale, layer.bias
         arguments = (rows, layer.about, *weights, 24, dtype, "up")
         torch.library.opcheck(operators.native_multiply.default, arguments)
+        y, residual = operators.native_multiply(*arguments), normal(2, 5, 24).to(dtype)
+        added = operators.native_multiply(*arguments, residual)
+        assert torch.equal(added, y + residual)
+        torch.library.opcheck(operators.native_multiply.default, (*arguments, residual))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])

@@ -119,6 +119,28 @@ def test_an_activation_is_that_of_the_result_in_its_type(activation, dtype):
     torch.library.opcheck(torch.ops.fpc.linear.default, (*arguments, activation))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["", "silu"])
+def test_a_residual_is_added_to_the_result_in_its_type(activation, dtype):
+    stored, _ = packed(torch.randn(40, 64), W4)
+    parts, _ = quantized(torch.randn(2, 3, 64), ACTIVATIONS[1])
+    arguments = (parts, stored, torch.randn(40), ACTIVATIONS[1], W4, 64, dtype, "l", activation)
+    residual = torch.randn(40, 3, 2).to(dtype).permute(2, 1, 0)
+    before = residual.clone()
+    y, result = torch.ops.fpc.linear(*arguments), torch.ops.fpc.linear(*arguments, residual)
+    assert torch.equal(result, residual + y)
+    assert torch.equal(residual, before)
+    torch.library.opcheck(torch.ops.fpc.linear.default, (*arguments, residual))
+
+
+@pytest.mark.parametrize("residual", [torch.ones(1, 8), torch.ones(2, 8).half(), torch.ones(8)])
+def test_a_residual_that_does_not_fit_is_refused_with_the_layer(residual):
+    stored, _ = packed(torch.randn(8, 64), W4)
+    arguments = [torch.ones(2, 64)], stored, None, "", W4, 64, torch.float32, "a.b", ""
+    with pytest.raises(NumericsError, match=r"layer 'a\.b': a residual of .* cannot be added"):
+        torch.ops.fpc.linear(*arguments, residual)
+
+
 def test_an_activation_that_does_not_exist_is_refused_with_the_layer():
     stored, _ = packed(torch.randn(8, 64), W4)
     with pytest.raises(NumericsError, match=r"layer 'a\.b': there is no activation 'swish'"):

@@ -3,7 +3,7 @@
 import json
 import math
 import mmap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -189,6 +189,14 @@ def test_bytes_and_operations_of_a_layer_are_those_of_its_tensors():
     assert call.bytes_read == call.weight_bytes + call.activation_bytes
     assert call.operations == 2 * 6 * 40 * 96
     assert call.arithmetic is Arithmetic.INT8
+    steps = packed.steps("x", "y")
+    adding = replace(steps[-1], args=(*steps[-1].args, "", {"v": "r"}))
+    signature = Signature((Parameter("x", LEAF), Parameter("r", LEAF)), LEAF)
+    inputs = (*plan.placeholders, Placeholder("r", "float32", (2, 3, 40)))
+    other = replace(plan, signature=signature, placeholders=inputs, steps=(*steps[:-1], adding))
+    leaves = [torch.randn(2, 3, 96), torch.randn(2, 3, 40)]
+    (more,) = roofline.linear_calls(Executor(other, packed.tensors), leaves)
+    assert more.bytes_read == call.bytes_read + 2 * 3 * 40 * 4
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ _WEIGHTS_ONLY: Final = frozenset(
         "cse", "normalize", "fold-constants", "insert-quantize", "mixed-formats", "search-formats",
         "gptq", "round-weights", "share-scales", "static-inputs", "stored-weights",
         "quantize-weights", "lower-gemm", "canonicalize", "group-heads", "fuse-quantize",
-        "fuse-epilogue", "symbol-dce",
+        "fuse-epilogue", "fuse-residual", "symbol-dce",
     }
 )  # fmt: skip
 """Passes that change no layer but by rounding its weight and its input."""

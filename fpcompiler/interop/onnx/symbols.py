@@ -128,7 +128,7 @@ def _weight(value: Sequence[Tensor], operand: str, k: int, layer: str) -> list[T
 
 
 def _linear(*args: Any) -> Tensor:
-    x, w, bias, x_text, w_text, k, dtype, layer, activation = LinearArguments(*args)
+    x, w, bias, x_text, w_text, k, dtype, layer, activation, residual = LinearArguments(*args)
     weight, *factors = _weight(w, w_text, k, layer)
     if x_text:
         operand = Operand.parse(x_text)
@@ -139,7 +139,8 @@ def _linear(*args: Any) -> Tensor:
     y = values @ weight.T
     for factor in factors:
         y = y * factor
-    return fused.activate((y if bias is None else y + bias).to(dtype), activation)
+    y = fused.activate((y if bias is None else y + bias).to(dtype), activation)
+    return y if residual is None else y + residual
 
 
 def _inner(value: Sequence[Tensor], operand: Operand) -> list[Tensor]:

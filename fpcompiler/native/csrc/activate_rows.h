@@ -1,4 +1,5 @@
-// The activation of results that are stored. Included once per instruction set, after vectors.h.
+// The activation of results that are stored, and sums with others. Included once per instruction
+// set, after vectors.h.
 //
 // There is a loop for each type, so that what a conversion needs stays in registers.
 
@@ -54,4 +55,42 @@ static void activate(const Results& results, int32_t head) {
             default: return replace_rows<FPC_INPUT_BF16>(results, of);
         }
     });
+}
+
+template <int32_t kType>
+static inline void add_row(uint8_t* values, const uint8_t* others, int64_t count) {
+    constexpr int64_t kSize = kType == FPC_INPUT_F32 ? 4 : 2;
+    for (; count >= kLanes; count -= kLanes, values += kLanes * kSize, others += kLanes * kSize)
+        store_rounded<kType>(values, widened<kType>(values) + widened<kType>(others));
+    if (count <= 0) return;
+    uint8_t last[kSize * kLanes] = {}, other[kSize * kLanes] = {};
+    __builtin_memcpy(last, values, count * kSize);
+    __builtin_memcpy(other, others, count * kSize);
+    store_rounded<kType>(last, widened<kType>(last) + widened<kType>(other));
+    __builtin_memcpy(values, last, count * kSize);
+}
+
+static constexpr int64_t kFarAhead = 8;  // rows that come from memory
+
+template <int32_t kType>
+static void add_rows(const Results& results, const uint8_t* others) {
+    const int64_t bytes = results.count * (kType == FPC_INPUT_F32 ? 4 : 2);
+    uint8_t* row = results.y;
+    for (int64_t m = 0; m < results.rows; m++, row += results.stride, others += results.stride) {
+        for (int64_t i = 0; i < bytes; i += 64) {
+            if (m + kAhead < results.rows)
+                __builtin_prefetch(row + kAhead * results.stride + i, 1);
+            if (m + kFarAhead < results.rows)
+                __builtin_prefetch(others + kFarAhead * results.stride + i);
+        }
+        add_row<kType>(row, others, results.count);
+    }
+}
+
+static void add(const Results& results, const uint8_t* others) {
+    switch (results.type) {
+        case FPC_INPUT_F32: return add_rows<FPC_INPUT_F32>(results, others);
+        case FPC_INPUT_F16: return add_rows<FPC_INPUT_F16>(results, others);
+        default: return add_rows<FPC_INPUT_BF16>(results, others);
+    }
 }

@@ -75,7 +75,7 @@ struct Job {
     Job(const Product& product, const Layout& layout, int32_t threads, int32_t instructions)
         : gemm{*product.weights, layout,
                Prepared(*product.weights, layout, (uint8_t*)product.prepared, product.m), product.m,
-               (uint8_t*)product.y, product.output,
+               (uint8_t*)product.y, (const uint8_t*)product.residual, product.output,
                product.stride * (product.output == FPC_INPUT_F32 ? 4 : 2)},
           kernels(kernels_for(gemm, instructions)),
           tasks(gemm, threads, kernels.scratch > 0),
@@ -86,6 +86,7 @@ struct Job {
         if (tasks.empty(task)) return;
         kernels.run(gemm, task, scratch);
         if (gemm.weights.activation >= 0) activate(gemm, task, instructions);
+        if (gemm.residual) add_residual(gemm, task, instructions);
     }
 };
 
@@ -128,8 +129,8 @@ int32_t multiply_all(const Product* products, int count, int32_t threads, int32_
 }
 
 extern "C" int32_t fpc_multiply(const FpcWeights* weights, const uint8_t* prepared, int64_t m,
-                                void* y, int32_t output, int64_t stride, int32_t threads,
-                                int32_t instructions) {
-    const Product product{weights, prepared, m, y, output, stride};
+                                void* y, const void* residual, int32_t output, int64_t stride,
+                                int32_t threads, int32_t instructions) {
+    const Product product{weights, prepared, m, y, residual, output, stride};
     return multiply_all(&product, 1, threads, instructions);
 }

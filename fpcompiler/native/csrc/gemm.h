@@ -12,8 +12,9 @@ struct Gemm {
     const Prepared activations;
     int64_t m;
     uint8_t* y;
-    int32_t output;    // FpcInput: the type of the result
-    int64_t y_stride;  // bytes
+    const uint8_t* residual;  // what is added, of the type and the strides of y; or null
+    int32_t output;           // FpcInput: the type of the result
+    int64_t y_stride;         // bytes
 
     const uint8_t* block(int64_t index) const {
         return weights.data + index * layout.block_bytes();
@@ -43,6 +44,7 @@ struct Product {
     const uint8_t* prepared;
     int64_t m;
     void* y;
+    const void* residual;
     int32_t output;
     int64_t stride;
 };
@@ -54,6 +56,9 @@ int32_t multiply_all(const Product* products, int count, int32_t threads, int32_
 
 // Replace the results of a task, which kernels have written, by their activation.
 void activate(const Gemm& gemm, const Task& task, int32_t instructions);
+
+// Add the residual to the results of a task, or to their activation.
+void add_residual(const Gemm& gemm, const Task& task, int32_t instructions);
 
 // One for each instruction set.
 Kernels kernels_avx2(const Gemm& gemm, Vnni256 vnni);

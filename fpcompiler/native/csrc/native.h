@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define FPC_ABI 5
+#define FPC_ABI 6
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus
@@ -179,9 +179,11 @@ int32_t fpc_prepare_codes(const FpcWeights* weights, const FpcActivations* activ
                           int64_t m, uint8_t* prepared, int32_t threads, int32_t instructions);
 
 // Write `m` rows of results, or of their activation, `stride` values apart.
+//   residual  null, or values of the same type as many apart, which are added; not y
 // Returns an FpcStatus.
 int32_t fpc_multiply(const FpcWeights* weights, const uint8_t* prepared, int64_t m, void* y,
-                     int32_t output, int64_t stride, int32_t threads, int32_t instructions);
+                     const void* residual, int32_t output, int64_t stride, int32_t threads,
+                     int32_t instructions);
 
 // --- functions --------------------------------------------------------------------------------
 

@@ -74,8 +74,9 @@ int32_t multiply(const FpcOperation* operations, int count, uint8_t* const* base
     for (int i = 0; i < count; i++) {
         const FpcOperation& operation = operations[i];
         products[i] = {operation.weights, address(operation.x[0], bases), operation.integers[0],
-                       address(operation.y, bases), (int32_t)operation.y.type,
-                       operation.integers[1]};
+                       address(operation.y, bases),
+                       operation.flag ? address(operation.x[1], bases) : nullptr,
+                       (int32_t)operation.y.type, operation.integers[1]};
     }
     return multiply_all(products, count, threads, instructions);
 }

@@ -47,7 +47,8 @@ enum FpcKind {
     FPC_DO_GATHER_ROWS = 7, // y[.., i, :] = x0[x1[i], :]; x1 is contiguous, x0 and y end in one axis
     FPC_DO_ATTENTION = 8,   // y = softmax(scalar * x0 @ x1.T + x3) @ x2, see attention.cpp
     FPC_DO_PREPARE = 9,     // fpc_prepare of x0, integers[0] rows integers[1] values apart, to y
-    FPC_DO_MULTIPLY = 10,   // fpc_multiply of x0, integers[0] rows, to y, integers[1] values apart
+    FPC_DO_MULTIPLY = 10,   // fpc_multiply of x0, integers[0] rows, to y, integers[1] values apart;
+                            // with the flag 1 x1 is the residual
     FPC_DO_PRODUCE = 11,     // fpc_prepare_produced of x0, likewise; see below
     FPC_DO_PREPARE_CODES = 12 // fpc_prepare_codes of x0 to y, integers[0] rows; with the flag 1 x1
                              // has the outer scales, with 2 x2 those of blocks

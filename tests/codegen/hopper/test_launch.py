@@ -20,7 +20,7 @@ from fpcompiler.runtime.cuda.fragments import Mode
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 HOST = Path(__file__).parent / "host"
-OK, UNSUPPORTED, LAUNCH = 0, 4, 6
+OK, MISALIGNED, UNSUPPORTED, LAUNCH = 0, 2, 4, 6
 SOMEWHERE = 1 << 20
 SMS = (16, 78, 114, 132)
 ROWS = (1, 2, 7, 8, 9, 13, 16)
@@ -60,6 +60,7 @@ def library(
     subprocess.run(["g++", *flags, str(path), "-o", str(built)], check=True)
     found = ctypes.CDLL(str(built))
     found.test_calls.restype = ctypes.c_char_p
+    found.test_residual.restype = ctypes.c_int64
     return found
 
 
@@ -78,10 +79,13 @@ def without_assembly(text: str) -> str:
     return "".join(kept) + text
 
 
-def call(library: ctypes.CDLL, m: int, n: int, k: int, sms: int) -> tuple[int, str]:
+def call(
+    library: ctypes.CDLL, m: int, n: int, k: int, sms: int, residual: int | None = None
+) -> tuple[int, str]:
     """Return the status of a GEMM and what it called; nothing at the addresses is read."""
     library.test_reset()
     places = dict.fromkeys(("a", "b", "b_scales", "d", "token_scale"), SOMEWHERE)
+    places["residual"] = residual
     arguments = Arguments(**places, alpha=1.0, m=m, n=n, k=k, sm_count=sms)
     status = library.fpc_gemm_run(ctypes.byref(arguments))
     return status, library.test_calls().decode()
@@ -135,6 +139,14 @@ def test_an_error_of_cuda_is_in_the_status_and_off_the_thread(library: ctypes.CD
     assert status == LAUNCH + 256 * 209
     assert library.test_last_error() == 0
     assert call(library, m, 4096, 4096, 132)[0] == OK
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 4096])
+def test_a_residual_is_passed_on(library: ctypes.CDLL, m: int) -> None:
+    for residual in (None, SOMEWHERE):
+        assert call(library, m, 4096, 4096, 132, residual)[0] == OK
+        assert library.test_residual() == (residual or 0)
+    assert call(library, m, 4096, 4096, 132, SOMEWHERE + 2) == (MISALIGNED, "")
 
 
 def test_sizes_that_kernels_do_not_take_are_refused(library: ctypes.CDLL) -> None:

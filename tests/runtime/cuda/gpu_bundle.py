@@ -41,6 +41,9 @@ ACTIVATIONS = {
     "a6": "f6E2M3FN@token:f32",
     "a8": "f8E4M3FN@token:f32",
 }
+ADDS = "-residual"
+"""End of the names of kernels that add a residual; as a layer's name, what none of a plan has."""
+
 LLAMA = "a6"
 PACKED = {
     "i8": "w4a6-row", "i8-e2m1": "w4a4-row", "e4m3": "w4a8-row", "mx": "w4a6", "mx4": "mxfp4",
@@ -74,6 +77,8 @@ def sources() -> Iterator[tuple[str, str, KernelSource]]:
         for rows in Rows:
             problem = legalize("any", *pair, (128, 128), ARCH, rows=rows, output=output)
             yield f"{rows.value}-{output.value}", "gemm", emit(instances(problem)[0])
+            added = replace(problem, epilogue=replace(problem.epilogue, residual=True))
+            yield f"{rows.value}-{output.value}{ADDS}", "gemm", emit(instances(added)[0])
     yield "quantize", "quantize", quantize_kernels(tuple(quantize_problems()), ARCH)
 
 
@@ -102,10 +107,14 @@ def with_kernels(
     layers: Iterable[str],
     output: str,
 ) -> Artifact:
-    """Return an artifact with the kernels that its layers use."""
+    """Return an artifact with the kernels that its layers use, and those that add a residual.
+
+    The layers of its plan do not use the latter: their residuals are added by torch.
+    """
     uses = {"decode": f"decode-{output}", "prefill": f"prefill-{output}", "quantize": "quantize"}
-    own = {name: found[name] for name in (*uses.values(), "operators")}
-    rows = {layer: LayerKernels(uses) for layer in layers}
+    adding = {use: f"{name}{ADDS}" for use, name in uses.items() if use != "quantize"}
+    own = {name: found[name] for name in (*uses.values(), *adding.values(), "operators")}
+    rows = {layer: LayerKernels(uses) for layer in layers} | {ADDS: LayerKernels(adding)}
     index = KernelIndex({ARCH: TargetKernels(ARCH, ("9.0",), {}, own, rows)})
     libraries = {i.files["library"]: files[i.files["library"]] for i in own.values()}
     kernels = {INDEX: jsonfile.dump(index.to_json()), **libraries}

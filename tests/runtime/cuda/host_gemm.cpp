@@ -1,5 +1,5 @@
 // A GEMM with the C interface of generated ones that computes on the CPU, from the packed bytes.
-// Before it stand kernel_abi.h, kDescription, Output, kBlock, the bits of codes and the tables of
+// Before it stand kernel_abi.h, kDescription, Output, kBlock, kResidual, the bits of codes and the tables of
 // their values.
 
 #include <cmath>
@@ -55,6 +55,14 @@ static void store(void* d, int64_t index, float x) {
     static_cast<uint16_t*>(d)[index] = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+static float load(const void* d, int64_t index) {
+    if (kOutputBytes == 4) return static_cast<const float*>(d)[index];
+    const uint32_t bits = (uint32_t)static_cast<const uint16_t*>(d)[index] << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 static float of(const float* vector, int64_t i, float otherwise) {
     return vector ? vector[i] : otherwise;
 }
@@ -63,6 +71,7 @@ FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* args) {
     calls++;
     if (!args->a || !args->b || !args->d) return FPC_NULL_POINTER;
     if (kBlock && (!args->a_scales || !args->b_scales)) return FPC_NULL_POINTER;
+    if (kResidual != (args->residual != nullptr)) return FPC_NULL_POINTER;
     if ((uintptr_t)args->a % 32 || (uintptr_t)args->b % 32) return FPC_MISALIGNED;
     if (args->workspace_bytes < (size_t)kWorkspace) return FPC_SMALL_WORKSPACE;
     if (args->k % 128 || args->n % (16 / kOutputBytes)) return FPC_UNSUPPORTED_SHAPE + 256 * 3;
@@ -76,7 +85,8 @@ FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* args) {
                        value(args->b, n, i, k, kBitsB, kValuesB) * scale(args->b_scales, n, i, k);
             const float factor = args->alpha * of(args->scalar_a, 0, 1) * of(args->scalar_b, 0, 1);
             const float scaled = of(args->row_scale, n, 1) * (factor * (float)sum);
-            const float y = of(args->token_scale, m, 1) * scaled + of(args->bias, n, 0);
+            const float own = of(args->token_scale, m, 1) * scaled + of(args->bias, n, 0);
+            const float y = kResidual ? own + load(args->residual, m * args->n + n) : own;
             store(args->d, m * args->n + n, y);
         }
     return FPC_OK;

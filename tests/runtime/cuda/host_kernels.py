@@ -20,7 +20,7 @@ from fpcompiler.codegen.cuda.quantize import HEADERS, problem_text
 from fpcompiler.codegen.cutlass.instance import instances
 from fpcompiler.codegen.cutlass.record import describe
 from fpcompiler.codegen.legalize import legalize
-from fpcompiler.codegen.problem import OutputType, Rows
+from fpcompiler.codegen.problem import Epilogue, OutputType, Rows
 from fpcompiler.codegen.rebuild import describe_quantizers
 from fpcompiler.codegen.torch_operators import build_operators
 from fpcompiler.formats import FORMATS
@@ -48,11 +48,18 @@ def operators() -> Path:
 
 
 def describe_gemm(
-    weight: str, activation: str, arch: str, output: str, rows: Rows = Rows.DECODE
+    weight: str,
+    activation: str,
+    arch: str,
+    output: str,
+    rows: Rows = Rows.DECODE,
+    *,
+    residual: bool = False,
 ) -> dict[str, Any]:
     """Return what an index says of the kernel for a pair of operands."""
     pair = Operand.parse(weight), Operand.parse(activation)
-    problem = legalize("layer", *pair, (64, 64), arch, rows=rows, output=OutputType(output))
+    options = {"output": OutputType(output), "epilogue": Epilogue(residual=residual)}
+    problem = legalize("layer", *pair, (64, 64), arch, rows=rows, **options)
     return describe(instances(problem)[0])
 
 
@@ -69,6 +76,7 @@ static const char kDescription[] = R"json({said})json";
 {(templates / "kernel_abi.h").read_text("utf-8").replace("#pragma once", "")}
 #include <cmath>
 static const int kAbi = {abi}, kBlock = {block}, kOutputBytes = {output};
+static const bool kResidual = {str(description["residual"]).lower()};
 static const int kBitsA = {a.storage_bits}, kBitsB = {b.storage_bits};
 static const float kValuesA[] = {{{_table(a.values)}}};
 static const float kValuesB[] = {{{_table(b.values)}}};
@@ -103,6 +111,7 @@ class Kernels:
         arch: The architecture that they stand in for.
         output: The type of results.
         quantizers: What is quantized by kernels rather than by torch.
+        residual: Whether the GEMMs add a tensor.
     """
 
     def __init__(
@@ -113,12 +122,14 @@ class Kernels:
         arch: str,
         output: str = "f32",
         quantizers: Sequence[QuantizeProblem] = (),
+        *,
+        residual: bool = False,
     ) -> None:
         self.folder = folder
         self.libraries = {}
         found = []
         for rows in Rows:
-            description = describe_gemm(weight, activation, arch, output, rows)
+            description = describe_gemm(weight, activation, arch, output, rows, residual=residual)
             library = host_gemm(description, folder / f"{rows.value}.so")
             self.libraries[rows.value] = library
             found.append(instance(rows.value, "gemm", description, library))

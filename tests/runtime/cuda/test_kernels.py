@@ -261,7 +261,7 @@ def test_what_torch_compile_made_is_recorded_and_its_steps_are_watched(tmp_path:
         ({"scale": "block32:f8E8M0FNU"}, "they read the scales block32:f8E8M0FNU"),
         ({"output": "bf16"}, "they give torch.bfloat16"),
         ({"output": "int8"}, "none that this version runs"),
-        ({"residual": True}, "none that this version runs"),
+        ({"residual": 1}, "none that this version runs"),
         ({"a": 7}, "none that this version runs"),
     ],
 )

@@ -29,6 +29,7 @@ from fpcompiler.runtime.loading import load
 from fpcompiler.runtime.model import CompiledModel
 from fpcompiler.runtime.trust import Gatekeeper
 from fpcompiler.tree import flatten
+from tests.runtime.cuda.gpu_bundle import ADDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_cache")]
 
@@ -60,9 +61,10 @@ def linear_of(
     bias: Tensor | None,
     activation: Operand,
     output: torch.dtype,
+    kind: str = "",
 ) -> CudaLinear:
     kernels = kernels_of(folder, output)
-    suffix = "bf16" if output == torch.bfloat16 else "f32"
+    suffix = ("bf16" if output == torch.bfloat16 else "f32") + kind
     gemms = {use: kernels.gemms[f"{use}-{suffix}"] for use in ("decode", "prefill")}
     codes, scales = quantize(weight, WEIGHT)
     w = [pack(codes, 4), *scales]
@@ -161,6 +163,33 @@ def test_sums_are_those_of_the_model_of_the_tensor_core(folder: Path, m: int, na
         chunk = [Factor.of_codes(c[:, start : start + _CHUNK], FORMATS["f8E4M3FN"]) for c in parts]
         sums += tensor_core_gemm(*chunk, HOPPER_FP8)
     assert torch.equal(found, sums * w_scale.to(CUDA).view(1, -1))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_residual_is_added_before_results_are_rounded(
+    folder: Path, shape: tuple[int, int], name: str
+) -> None:
+    n, k = shape
+    activation, weight, bias = ACTIVATIONS[name], normal(n, k), normal(n, 1)[:, 0]
+    wide, *adding = (
+        linear_of(folder, weight, bias, activation, output, kind)
+        for output, kind in (
+            (torch.float32, ""),
+            (torch.float32, ADDS),
+            (torch.bfloat16, ADDS),
+        )
+    )
+    for m in ROWS if k < 4096 else ROWS[:4]:
+        x = [part.to(CUDA) for part in _quantized(normal(m, k), activation)]
+        residual = normal(n, m).T.bfloat16().to(CUDA)  # with gaps
+        exact = wide.multiply(wide.prepare_codes(x)) + residual.float()
+        for linear in adding:
+            with poisoned():
+                found = linear.multiply(linear.prepare_codes(x), residual.to(linear._dtype))
+            assert torch.equal(found, exact.to(linear._dtype)), (m, linear._dtype)
+        own = adding[0].multiply(adding[0].prepare_codes(x))
+        assert torch.equal(own, wide.multiply(wide.prepare_codes(x)))
 
 
 def test_leading_axes_and_no_rows(folder: Path) -> None:

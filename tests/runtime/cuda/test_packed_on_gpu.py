@@ -102,6 +102,25 @@ def test_layers_are_within_the_bound_of_fp64(
         print(f"M={m} N={n} K={k} {name}: {float(error.norm() / exact.norm()):.2e} ({worst:.2f})")
 
 
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_residual_is_added_to_rounded_results(
+    folder: Path, shape: tuple[int, int], name: str
+) -> None:
+    """As by an operation of its own, bit for bit, by the kernels for few rows and for many."""
+    n, k = shape
+    _, activation = operands(name)
+    linear = linear_of(folder, name, normal(n, k), normal(n, 1)[:, 0])
+    for m in ROWS:
+        if m * n * k > MOST_PRODUCTS:
+            continue
+        x, _ = prepared(linear, normal(m, k), activation)
+        for residual in (normal(m, n).bfloat16().to(CUDA), normal(n, m).bfloat16().to(CUDA).T):
+            with poisoned():
+                found = linear.multiply(x, residual)
+            assert torch.equal(found, linear.multiply(x) + residual), m
+
+
 @pytest.mark.parametrize("name", ["i8", "i8-e2m1"])
 def test_sums_of_integers_do_not_depend_on_the_batch(folder: Path, name: str) -> None:
     _, activation = operands(name)

@@ -104,6 +104,32 @@ def test_layers_that_compute_their_activation(scheme: str, dtype: torch.dtype) -
     assert by_torch(first) == {"aten.tanh.default"}
 
 
+class Residuals(nn.Module):
+    """A residual without gaps, one with, and one that is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor, wide: Tensor) -> Tensor:
+        x = x + self.layers[0](x)
+        y = self.layers[1](x) + wide[..., ::2]
+        z: Tensor = (y + nn.functional.silu(self.layers[2](y))) * y
+        return z
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a6", "w4a6-row"])
+def test_layers_that_add_a_residual(scheme: str, dtype: torch.dtype) -> None:
+    inputs = normal(3, 5, 64, seed=1).to(dtype), normal(3, 5, 128, seed=2).to(dtype)
+    first, second = executors(Residuals().eval().to(dtype), inputs, {}, scheme=scheme)
+    require_equal(first, second, list(inputs))
+    assert [len(s.args) for s in first.plan.steps if s.op == "fpc.linear"] == [10] * 3
+    assert not {"fpc.linear", "aten.add.Tensor"} & by_torch(first)
+    assert programs_of(first)
+
+
 def test_inputs_whose_scales_are_given() -> None:
     model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32)).eval()
     first, second = executors(

@@ -5,11 +5,14 @@ namespace fpc {
 // Quotients of divide_by that are wrong, of all that blocks ask for.
 static int wrong_quotients;
 
+static int64_t residual;
+
 static void check(int below, int divisor, uint32_t over) {
     for (int a = 0; a < below; a++) wrong_quotients += divide_by(a, over) != a / divisor;
 }
 
 void launched(const FewParameters& p, const cudaLaunchConfig_t&) {
+    residual = (int64_t)p.residual;
     const int most = p.low_tiles + (p.more_tiles > 0), xs = Problem::kMode == kInt8 ? 1 : 2;
     const int row = p.part * kUnitK * xs / 16;
     check(most * p.part, p.part, p.over_part);
@@ -17,7 +20,9 @@ void launched(const FewParameters& p, const cudaLaunchConfig_t&) {
     check(most * p.m, p.m, p.over_m);
 }
 
-void launched(const ManyParameters&, const cudaLaunchConfig_t&) {}
+void launched(const ManyParameters& p, const cudaLaunchConfig_t&) {
+    residual = (int64_t)p.residual;
+}
 
 }  // namespace fpc
 
@@ -28,6 +33,7 @@ FPC_EXPORT void test_fail(int error) { next_error = error; }
 FPC_EXPORT int test_last_error() { return last_error; }
 FPC_EXPORT int test_grid() { return grid_launched; }
 FPC_EXPORT int test_wrong_quotients() { return fpc::wrong_quotients; }
+FPC_EXPORT int64_t test_residual() { return fpc::residual; }
 FPC_EXPORT void test_reset() {
     calls.clear();
     shared_allowed = shared_launched = grid_launched = fpc::wrong_quotients = 0;

@@ -1,4 +1,4 @@
-// fpcompiler opt 10-fuse-quantize.mlir -p symbol-dce
+// fpcompiler opt 12-fuse-residual.mlir -p symbol-dce
 module attributes {fpq.stage = "lowered"} {
   ml_program.global private @norm.weight(#ml_program.extern) : tensor<32xf32> loc(unknown)
   ml_program.global private @norm.bias(#ml_program.extern) : tensor<32xf32> loc(unknown)
@@ -70,8 +70,7 @@ module attributes {fpq.stage = "lowered"} {
     %out.weight.outer_scale = ml_program.global_load @out.weight.outer_scale : tensor<32x1xf32> loc("out.weight.outer_scale")
     %out.weight.block_scale = ml_program.global_load @out.weight.block_scale : tensor<32x1xf8E8M0FNU> loc("out.weight.block_scale")
     %out.weight = "fpq.assemble"(%out.weight.codes, %out.weight.outer_scale, %out.weight.block_scale) : (tensor<32x32xf4E2M1FN>, tensor<32x1xf32>, tensor<32x1xf8E8M0FNU>) -> !fpq.quantized<tensor<32x32xf4E2M1FN>, "row:f32/block32:f8E8M0FNU"> loc("out.weight"("out"("tests/passes/tiny.py":36:0)))
-    %out = "fpq.scaled_gemm"(%out.input, %out.weight, %out.bias_6) {fpq.bytes_before = 4096 : i64, fpq.layer = "out", fpq.op = "linear", fpq.role = "attention-out", fpq.rule = "base", kernel = "reference", layer = "out", reason = "decode: torch.matmul"} : (!fpq.quantized<tensor<?x?x32xf6E2M3FN>, "block32:f8E8M0FNU">, !fpq.quantized<tensor<32x32xf4E2M1FN>, "row:f32/block32:f8E8M0FNU">, !torch.vtensor<[32],f32>) -> !torch.vtensor<[?,?,32],f32> loc("out"("out"("tests/passes/tiny.py":36:0)))
-    %add = torch.aten.add.Tensor %x, %out, %int1 : !torch.vtensor<[?,?,32],f32>, !torch.vtensor<[?,?,32],f32>, !torch.int -> !torch.vtensor<[?,?,32],f32> loc("add"("model"("tests/passes/tiny.py":36:0)))
-    return %add : !torch.vtensor<[?,?,32],f32> loc("p_norm_weight"("model"))
+    %out = "fpq.scaled_gemm_add"(%out.input, %out.weight, %out.bias_6, %x) {fpq.bytes_before = 4096 : i64, fpq.layer = "out", fpq.note = "adds a residual to its output", fpq.op = "linear", fpq.role = "attention-out", fpq.rule = "base", kernel = "reference", layer = "out", reason = "decode: torch.matmul"} : (!fpq.quantized<tensor<?x?x32xf6E2M3FN>, "block32:f8E8M0FNU">, !fpq.quantized<tensor<32x32xf4E2M1FN>, "row:f32/block32:f8E8M0FNU">, !torch.vtensor<[32],f32>, !torch.vtensor<[?,?,32],f32>) -> !torch.vtensor<[?,?,32],f32> loc("out"("out"("tests/passes/tiny.py":36:0)))
+    return %out : !torch.vtensor<[?,?,32],f32> loc("p_norm_weight"("model"))
   } loc("p_norm_weight"("model"))
 } loc(unknown)

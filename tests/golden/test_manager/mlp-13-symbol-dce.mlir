@@ -1,4 +1,4 @@
-// fpcompiler opt 10-fuse-quantize.mlir -p symbol-dce
+// fpcompiler opt 12-fuse-residual.mlir -p symbol-dce
 module attributes {fpq.stage = "lowered"} {
   ml_program.global private @up.bias(#ml_program.extern) : tensor<64xf32> loc(unknown)
   ml_program.global private @lm_head.weight(#ml_program.extern) : tensor<8x32xf32> loc(unknown)
@@ -10,7 +10,6 @@ module attributes {fpq.stage = "lowered"} {
   ml_program.global private @down.weight.outer_scale(#ml_program.extern) : tensor<32x1xf32> loc(unknown)
   ml_program.global private @down.weight.block_scale(#ml_program.extern) : tensor<32x2xf8E8M0FNU> loc(unknown)
   func.func @main(%x: !torch.vtensor<[?,32],f32> loc("x")) -> !torch.vtensor<[?,8],f32> attributes {torch.assume_strict_symbolic_shapes} {
-    %int1 = torch.constant.int 1 loc(unknown)
     %none = torch.constant.none loc(unknown)
     %up.bias = ml_program.global_load @up.bias : tensor<64xf32> loc("up.bias")
     %up.bias_0 = torch_c.from_builtin_tensor %up.bias : tensor<64xf32> -> !torch.vtensor<[64],f32> loc("up.bias")
@@ -25,13 +24,12 @@ module attributes {fpq.stage = "lowered"} {
     %down.weight.outer_scale = ml_program.global_load @down.weight.outer_scale : tensor<32x1xf32> loc("down.weight.outer_scale")
     %down.weight.block_scale = ml_program.global_load @down.weight.block_scale : tensor<32x2xf8E8M0FNU> loc("down.weight.block_scale")
     %down.weight = "fpq.assemble"(%down.weight.codes, %down.weight.outer_scale, %down.weight.block_scale) : (tensor<32x64xf4E2M1FN>, tensor<32x1xf32>, tensor<32x2xf8E8M0FNU>) -> !fpq.quantized<tensor<32x64xf4E2M1FN>, "row:f32/block32:f8E8M0FNU"> loc("down.weight"("down"("tests/passes/tiny.py":19:0)))
-    %down = "fpq.scaled_gemm"(%down.input, %down.weight, %none) {fpq.bytes_before = 8192 : i64, fpq.layer = "down", fpq.op = "linear", fpq.role = "ffn-out", fpq.rule = "base", kernel = "reference", layer = "down", reason = "decode: torch.matmul"} : (!fpq.quantized<tensor<?x64xf6E2M3FN>, "block32:f8E8M0FNU">, !fpq.quantized<tensor<32x64xf4E2M1FN>, "row:f32/block32:f8E8M0FNU">, !torch.none) -> !torch.vtensor<[?,32],f32> loc("down"("down"("tests/passes/tiny.py":19:0)))
-    %add = torch.aten.add.Tensor %x, %down, %int1 : !torch.vtensor<[?,32],f32>, !torch.vtensor<[?,32],f32>, !torch.int -> !torch.vtensor<[?,32],f32> loc("add"("model"("tests/passes/tiny.py":19:0)))
+    %down = "fpq.scaled_gemm_add"(%down.input, %down.weight, %none, %x) {fpq.bytes_before = 8192 : i64, fpq.layer = "down", fpq.note = "adds a residual to its output", fpq.op = "linear", fpq.role = "ffn-out", fpq.rule = "base", kernel = "reference", layer = "down", reason = "decode: torch.matmul"} : (!fpq.quantized<tensor<?x64xf6E2M3FN>, "block32:f8E8M0FNU">, !fpq.quantized<tensor<32x64xf4E2M1FN>, "row:f32/block32:f8E8M0FNU">, !torch.none, !torch.vtensor<[?,32],f32>) -> !torch.vtensor<[?,32],f32> loc("down"("down"("tests/passes/tiny.py":19:0)))
     %lm_head.weight = ml_program.global_load @lm_head.weight : tensor<8x32xf32> loc("lm_head.weight")
     %lm_head.weight_1 = torch_c.from_builtin_tensor %lm_head.weight : tensor<8x32xf32> -> !torch.vtensor<[8,32],f32> loc("lm_head.weight")
     %lm_head.bias = ml_program.global_load @lm_head.bias : tensor<8xf32> loc("lm_head.bias")
     %lm_head.bias_2 = torch_c.from_builtin_tensor %lm_head.bias : tensor<8xf32> -> !torch.vtensor<[8],f32> loc("lm_head.bias")
-    %linear_2 = torch.aten.linear %add, %lm_head.weight_1, %lm_head.bias_2 {fpq.kept = "the scheme keeps it in high precision", fpq.layer = "lm_head", fpq.role = "head", fpq.rule = "skip=lm_head"} : !torch.vtensor<[?,32],f32>, !torch.vtensor<[8,32],f32>, !torch.vtensor<[8],f32> -> !torch.vtensor<[?,8],f32> loc("linear_2"("lm_head"("tests/passes/tiny.py":20:0)))
+    %linear_2 = torch.aten.linear %down, %lm_head.weight_1, %lm_head.bias_2 {fpq.kept = "the scheme keeps it in high precision", fpq.layer = "lm_head", fpq.role = "head", fpq.rule = "skip=lm_head"} : !torch.vtensor<[?,32],f32>, !torch.vtensor<[8,32],f32>, !torch.vtensor<[8],f32> -> !torch.vtensor<[?,8],f32> loc("linear_2"("lm_head"("tests/passes/tiny.py":20:0)))
     return %linear_2 : !torch.vtensor<[?,8],f32> loc("p_up_weight"("model"))
   } loc("p_up_weight"("model"))
 } loc(unknown)
