@@ -109,16 +109,18 @@ def _run(gemm: Gemm, problem: GoldenProblem, machine: Machine) -> Tensor:
     parts = [None if part is None else part.to(machine.device) for part in stored]
     # The allocator gives the same memory again: what a kernel does not write is NaN then.
     torch.full((problem.m, problem.n), torch.nan, dtype=gemm.output, device=machine.device)
-    return _multiply(gemm, parts, (problem.m, problem.n, a.k), machine)
+    return _call(gemm, parts, (problem.m, problem.n, a.k), machine)()
 
 
-def _multiply(
+def _call(
     gemm: Gemm, parts: Sequence[Tensor | None], size: tuple[int, int, int], machine: Machine
-) -> Tensor:
-    result: Tensor = torch.ops.fpc_cuda.gemm(
-        gemm.library, *parts, None, None, None, None, None, 1.0, *size, machine.sms, gemm.output
+) -> Callable[[], Tensor]:
+    """Return the call of a product; one that adds something adds zeros."""
+    zeros = torch.zeros(size[:2], dtype=gemm.output, device=machine.device)
+    residual = zeros if gemm.residual else None
+    return lambda: torch.ops.fpc_cuda.gemm(
+        gemm.library, *parts, None, None, None, residual, None, 1.0, *size, machine.sms, gemm.output
     )
-    return result
 
 
 def _microseconds(gemm: Gemm, size: tuple[int, int, int], machine: Machine) -> float:
@@ -145,8 +147,7 @@ def _random_call(gemm: Gemm, size: tuple[int, int, int], machine: Machine) -> Ca
         parts.append(_bytes(rows * packed_bytes(k, FORMATS[element].storage_bits), machine))
         block = int(gemm.scale.partition(":")[0].removeprefix("block")) if ":" in gemm.scale else 0
         parts.append(_bytes(scale_bytes(rows, k // block), machine) if block else None)
-    shaped = _shaped(parts, m, n)
-    return lambda: _multiply(gemm, shaped, size, machine)
+    return _call(gemm, _shaped(parts, m, n), size, machine)
 
 
 def _shaped(parts: Sequence[Tensor | None], m: int, n: int) -> list[Tensor | None]:

@@ -41,6 +41,14 @@ def test_right_kernels_pass(kind: str, output: str, tmp_path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_kernels_that_add_a_residual_add_nothing(tmp_path) -> None:
+    kernels = Kernels(tmp_path, *PAIRS["mxf8f6f4"], "sm_100a", "bf16", residual=True).open("layer")
+    results = list(selftest(kernels))
+    assert {result.kernel for result in results} == {"decode", "prefill"}
+    assert all(result.verdict.passed for result in results)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_a_kernel_that_reads_another_format_fails(tmp_path) -> None:
     made = Kernels(tmp_path, *PAIRS["mxf8f6f4"], "sm_100a")
     kernels = made.open("layer")
