@@ -26,7 +26,7 @@ from fpcompiler.runtime.costs import (
     source_of,
 )
 from fpcompiler.runtime.layer_steps import arguments_of
-from fpcompiler.runtime.roofline import LINEAR
+from fpcompiler.runtime.ops import LINEAR_STEP
 from fpcompiler.runtime.tables import as_text
 from fpcompiler.target import TARGETS
 
@@ -209,7 +209,7 @@ def _together(plan: Plan) -> Mapping[str, tuple[int, ...]]:
     They are those of :func:`fpcompiler.runtime.cuda.joined.joinable`.
     """
     sizes = {row.name: row.shape[0] for row in plan.layers if row.quantized}
-    steps = [step for step in plan.steps if step.op == LINEAR and step.layer in sizes]
+    steps = [step for step in plan.steps if step.op == LINEAR_STEP and step.layer in sizes]
     groups: dict[object, tuple[int, ...]] = {}
     for step in steps:
         group = _joined_by(step, plan)
