@@ -80,7 +80,9 @@ def exact() -> CompiledModel:
 # Compiling one takes 20 seconds and more, so that tests of packages are slow.
 @pytest.fixture(scope="module")
 def package(exact: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("aoti") / "model.pt2"
+    folder = tmp_path_factory.mktemp("aoti") / "a user's folder"
+    folder.mkdir()
+    file = folder / "model.pt2"
     written = exact.export(file, "aoti")
     assert written.files == (file,)
     assert written.facts["arguments"] == "x, extra"
@@ -275,6 +277,18 @@ def test_a_package_that_gives_something_else_is_not_written(
     with pytest.raises(ExportError, match=r"something else than the artifact, recorded call 0: SQ"):
         CompiledModel(artifact).export(tmp_path / "other.pt2", "aoti")
     assert [*tmp_path.iterdir()] == [tmp_path / "model.pt2"]
+
+
+def test_what_torch_cannot_compile_is_said(
+    exact: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("C++ compile error\n\nCommand:\ng++ a.cpp\n\na.cpp:1: error: no memory")
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", fails)
+    with pytest.raises(ExportError, match=r"does not compile the program: a\.cpp:1: error: no mem"):
+        exact.export(tmp_path / "model.pt2", "aoti")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_folder_of_builds_that_cannot_be_written_is_an_error_before_the_work(

@@ -50,7 +50,8 @@ def write(artifact: Artifact, path: Path) -> Exported:
             or the package does not give what the artifact gives.
     """
     with new_files(path) as folder:  # Before the work: it says where a file cannot be written.
-        with tempfile.TemporaryDirectory(dir=folder) as work, quiet():
+        # Not beside the file: torch does not quote paths, and that of a user may have spaces.
+        with tempfile.TemporaryDirectory() as work, quiet():
             shims = operators(Path(work))
             module, sizes = native_module(artifact), Sizes(artifact.plan)
             program = trace(module, module.arguments(sizes.tensors), module.arguments(sizes.dims))
@@ -78,7 +79,7 @@ def _package(
     except _ERRORS as error:
         raise ExportError(
             f"AOTInductor of torch {torch.__version__} does not compile the program: "
-            f"{first_line(error)}. Export to pt2, and report it with the artifact."
+            f"{_cause(error)}. Export to pt2, and report it with the artifact."
         ) from error
     assert isinstance(files, list)
     with file.open("wb", buffering=0) as raw:
@@ -86,6 +87,12 @@ def _package(
         package_aoti(sink, [*files, *shims.files])  # type: ignore[arg-type]  # Any io object.
     if sink.error is not None:
         raise sink.error
+
+
+def _cause(error: BaseException) -> str:
+    """Return what a compiler said, if it was one, or else the first line."""
+    said = [line.strip() for line in str(error).splitlines() if "error: " in line]
+    return said[0] if said else first_line(error)
 
 
 def _replay(artifact: Artifact, module: PlanModule, file: Path) -> list[VerifyRow]:
