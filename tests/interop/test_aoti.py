@@ -61,7 +61,7 @@ class Exact(nn.Module):
         h = self.down(functional.silu(self.gate(x)) * up(x).transpose(0, 1))
         scale, shift = extra["parts"].chunk(2, -1)
         h = self.last(self.plain(h) * (1 + scale[:, None]) + shift[:, None])
-        return {"y": h, "rest": [self.gate(self.norm(z))]}
+        return {"y": h, "rest": [self.gate(self.norm(z))], "rows": x.shape[0], "two": 2}
 
 
 def example(rows: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
@@ -120,7 +120,8 @@ def test_a_process_without_fpcompiler_gives_the_bits_of_the_native_backend(
     assert done.returncode == 0, done.stderr
     for rows in (1, 3, 8):
         expected, found = exact(*example(rows)), torch.load(tmp_path / f"{rows}.out.pt")
-        assert [*found] == ["y", "rest"]
+        assert [*found] == ["y", "rest", "rows", "two"]
+        assert (found["rows"], found["two"]) == (rows, 2)
         assert torch.equal(found["y"], expected["y"])
         assert torch.equal(found["rest"][0], expected["rest"][0])
     assert re.search(
@@ -272,7 +273,8 @@ def test_a_package_that_gives_something_else_is_not_written(
     monkeypatch.setattr(writing, "_package", made)
     assert exact.export(tmp_path / "model.pt2", "aoti").files[0].is_file()
     (case,) = exact.artifact.golden
-    wrong = dataclasses.replace(case, outputs=tuple(-value for value in case.outputs))
+    outputs = (-value if value.is_floating_point() else value for value in case.outputs)
+    wrong = dataclasses.replace(case, outputs=tuple(outputs))
     artifact = dataclasses.replace(exact.artifact, golden=(wrong,))
     with pytest.raises(ExportError, match=r"something else than the artifact, recorded call 0: SQ"):
         CompiledModel(artifact).export(tmp_path / "other.pt2", "aoti")
