@@ -34,7 +34,7 @@ SHIMS: Final = {
     ),
     "native_multiply": (
         f"{_TENSOR}, {_TENSOR}, {_TENSOR}, {_TENSOR}, {_TENSOR}*, int64_t, int32_t, const char*, "
-        f"{_TENSOR}*"
+        f"{_TENSOR}*, {_TENSOR}*"
     ),
 }
 """The parameters of the C functions in operators.cpp, by the names of the operators in ``fpc``."""

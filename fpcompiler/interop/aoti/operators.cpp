@@ -277,6 +277,7 @@ AOTITorchError aoti_torch_cpu_native_multiply(AtenTensorHandle values, AtenTenso
                                               AtenTensorHandle data, AtenTensorHandle scale,
                                               AtenTensorHandle* bias, int64_t outputs,
                                               int32_t dtype, const char* layer,
+                                              AtenTensorHandle* residual,
                                               AtenTensorHandle* result) {
     Call call(borrow(about), layer);
     FpcWeights& weights = call.weights;
@@ -294,9 +295,12 @@ AOTITorchError aoti_torch_cpu_native_multiply(AtenTensorHandle values, AtenTenso
     weights.row_scale = (const float*)factors.data_ptr();
     weights.bias = bias ? (const float*)terms.data_ptr() : nullptr;
     const Tensor y = empty(rows_of(prepared, outputs), (ScalarType)dtype);
+    const Tensor added = residual ? whole(borrow(*residual)) : y;
+    require_same(added.numel() == y.numel() && added.scalar_type() == y.scalar_type(), layer);
     call.check(fpc_multiply(&weights, (const uint8_t*)ready.data_ptr(), ready.numel() / row,
-                            y.data_ptr(), input_of((ScalarType)dtype, layer), outputs,
-                            call.threads, call.instructions),
+                            y.data_ptr(), residual ? added.data_ptr() : nullptr,
+                            input_of((ScalarType)dtype, layer), outputs, call.threads,
+                            call.instructions),
                "");
     return give(y, result);
 }

@@ -115,7 +115,7 @@ class _Writer:
         # torch writes names into C++ as they are.
         layer = given.layer.replace("\\", "/").replace('"', "'")
         native = _Layer(replace(traced, layer=layer), function.linear.kind, tuple(parts))
-        return replace(step, args=([*given.x], given.dtype, *values)), native
+        return replace(step, args=([*given.x], given.dtype, given.residual, *values)), native
 
     def _constant(self, name: str, part: str, tensor: Tensor) -> dict[str, str]:
         value = f"native.{name}.{part}"
@@ -183,7 +183,7 @@ class _Quantizer:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer; called with its input, the dtype of its result, and its tensors.
+    """A layer; called with its input, the dtype of its result, what is added, and its tensors.
 
     Attributes:
         traced: The layer.
@@ -195,7 +195,9 @@ class _Layer:
     kind: InputKind
     parts: tuple[str, ...]
 
-    def __call__(self, x: Sequence[Any], dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+    def __call__(
+        self, x: Sequence[Any], dtype: torch.dtype, residual: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
         """Return its result."""
         parts: dict[str, Any] = dict(zip(self.parts, tensors, strict=True))
         own = replace(self.traced, **parts)
@@ -203,13 +205,13 @@ class _Layer:
         if isinstance(given, _Quantized):
             if self.kind not in given.ready:
                 given.ready[self.kind] = own.prepare(*given.values, own.operand, own.layer)
-            return own((given.ready[self.kind],), dtype)
+            return own((given.ready[self.kind],), dtype, residual)
         if not own.operand and given.dtype != dtype:
             raise ExportError(
                 f"{describe_layer(own.layer)}: its input is {given.dtype} and its result {dtype}, "
                 f"which no native operator computes. {_NEXT}"
             )
-        return own(x, dtype)
+        return own(x, dtype, residual)
 
 
 def _hadamard(x: Tensor, matrix: Tensor) -> Tensor:
