@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from fpcompiler.artifact import jsonfile
 from fpcompiler.artifact.kernels import (
     INDEX,
+    QUANTIZED_USES,
     Instance,
     KernelIndex,
     LayerKernels,
@@ -35,6 +36,7 @@ from fpcompiler.codegen.legalize import legalize
 from fpcompiler.codegen.problem import Epilogue, GemmProblem, OutputType, Rows
 from fpcompiler.codegen.proof.stored import recorded_proof
 from fpcompiler.codegen.quantize_problems import quantize_problems
+from fpcompiler.codegen.quantized_outputs import quantized_outputs
 from fpcompiler.codegen.rebuild import quantize_kernels
 from fpcompiler.codegen.torch_operators import OPERATORS, build_operators
 from fpcompiler.errors import TargetError, describe_layer
@@ -58,17 +60,19 @@ class KernelPlan:
     Attributes:
         arch: The architecture.
         layers: For each layer the instance by range of rows, or the reason why there are none.
+        quantized: Those that quantize outputs for the next layers, where there are some.
     """
 
     arch: Arch
     layers: Mapping[str, Mapping[Rows, GemmInstance] | str]
+    quantized: Mapping[str, Mapping[Rows, cutlass.Instance]] = field(default_factory=dict)
 
     @property
     def instances(self) -> tuple[GemmInstance, ...]:
         """The kernels to compile, each once."""
         found = {
             instance: None
-            for kernels in self.layers.values()
+            for kernels in (*self.layers.values(), *self.quantized.values())
             if not isinstance(kernels, str)
             for instance in kernels.values()
         }
@@ -162,7 +166,10 @@ def package(
         TargetError: If there is no such architecture, a kernel does not compile, or a target has
             no kernel for any layer.
     """
-    plans = [plan_kernels(gemms_of(plan, tensors), target) for target in targets]
+    gemms = gemms_of(plan, tensors)
+    outputs = {gemm.layer: gemm.n for gemm in gemms}
+    plans = [plan_kernels(gemms, target) for target in targets]
+    plans = [replace(p, quantized=quantized_outputs(plan, p.layers, outputs)) for p in plans]
     for each in plans:
         _require_some(each)
     executor = Executor(plan, tensors)
@@ -354,7 +361,9 @@ class _Packer:
         built = [self.kernels[gemm.name].metadata for gemm in plan.instances]
         headers = {str(metadata["headers"]): None for metadata in built if metadata["headers"]}
         layers = {
-            layer: _layer(row, name if layer in quantizers.layers else "")
+            layer: _layer(
+                row, name if layer in quantizers.layers else "", plan.quantized.get(layer, {})
+            )
             for layer, row in plan.layers.items()
         }
         return TargetKernels(
@@ -394,8 +403,14 @@ def _operators(options: Options, files: dict[str, bytes]) -> Instance:
     return Instance(OPERATORS, OPERATORS, {}, {"library": file}, digest)
 
 
-def _layer(row: Mapping[Rows, GemmInstance] | str, quantizer: str) -> LayerKernels:
+def _layer(
+    row: Mapping[Rows, GemmInstance] | str,
+    quantizer: str,
+    quantized: Mapping[Rows, cutlass.Instance],
+) -> LayerKernels:
     if isinstance(row, str):
         return LayerKernels(reason=row)
     kernels = {rows.value: instance.name for rows, instance in row.items()}
+    uses = zip(QUANTIZED_USES, Rows, strict=True)
+    kernels |= {use: quantized[rows].name for use, rows in uses if rows in quantized}
     return LayerKernels({**kernels, **({"quantize": quantizer} if quantizer else {})})

@@ -22,6 +22,7 @@ _PARTS: Final = (
     ("fpcompiler.codegen.cuda", "arguments.h"),
     ("fpcompiler.codegen.attention", "attention.h"),
     ("fpcompiler.codegen.cutlass", "templates/kernel_abi.h"),
+    ("fpcompiler.codegen.cutlass", "templates/quantize_abi.h"),
     ("fpcompiler.runtime.cuda", "operators.cpp"),
 )
 

@@ -67,13 +67,15 @@ class Executor:
         self._initial = {name: _tensor(tensors, key) for name, key in plan.state.items()}
         self._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
         here = {name: t for name, t in self._constants.items() if name not in stay}
-        functions = backends.bind_plan(plan, here, release)
+        functions = single = backends.bind_plan(plan, here, release)
         self._kernels = kernels.bind(plan, functions, self._constants) if kernels else None
         if self._kernels:
-            functions = self._kernels.functions
+            functions, single = self._kernels.functions, self._kernels.single
             if release is not None:
                 release()
         self._code = _assemble(plan, functions, self.device)
+        # Layers that quantize their output do not show it.
+        self._single = _assemble(plan, single, self.device) if single != functions else self._code
         self._names = inputs.leaf_names(plan.signature)
         self._shared = _shared_values(plan, self._code)
         # What its steps have written to the state itself need not be copied there.
@@ -221,8 +223,9 @@ class Executor:
         caller: Caller | None = None,
     ) -> None:
         index = 0
+        looks = observe or caller or torch.compiler.is_compiling()
         try:
-            for index, instruction in enumerate(self._code):  # noqa: B007  (read in the handler)
+            for index, instruction in enumerate(self._single if looks else self._code):  # noqa: B007  (read in the handler)
                 args = operators.fill(instruction.args, values)
                 kwargs = {k: operators.fill(v, values) for k, v in instruction.kwargs.items()}
                 residual = None

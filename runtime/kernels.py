@@ -9,8 +9,8 @@ from fpcompiler.plan import Step
 from fpcompiler.runtime.cuda.attention import CudaAttention
 from fpcompiler.runtime.cuda.codes import CudaCodes
 from fpcompiler.runtime.cuda.joined import CudaPart
-from fpcompiler.runtime.cuda.layers import CudaLayer
-from fpcompiler.runtime.cuda.quantizers import CudaQuantizer
+from fpcompiler.runtime.cuda.layers import CudaLayer, QuantizingLayer
+from fpcompiler.runtime.cuda.quantizers import CudaQuantizer, PassOn
 from fpcompiler.runtime.expanded import ExpandedLayer
 from fpcompiler.runtime.native_steps import NativeLayer, NativeQuantizer
 from fpcompiler.runtime.onednn import OneDnnLayer
@@ -62,11 +62,16 @@ def kernels_of(program: Program) -> dict[int, str]:
     return found
 
 
+_ON_CUDA: Final = (
+    CudaAttention, CudaCodes, CudaLayer, CudaPart, CudaQuantizer, PassOn, QuantizingLayer,
+)  # fmt: skip
+
+
 def _without_library(step: Step, function: Function) -> str:
     if isinstance(function, OneDnnLayer):
         return ONEDNN
     if isinstance(function, ExpandedLayer):
         return EXPANDED
-    if isinstance(function, CudaAttention | CudaCodes | CudaLayer | CudaPart | CudaQuantizer):
+    if isinstance(function, _ON_CUDA):
         return CUDA
     return REFERENCE if step.op.startswith("fpc.") else TORCH

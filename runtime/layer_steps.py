@@ -82,7 +82,7 @@ def shared_quantizers(plan: Plan, kinds: Mapping[int, Hashable]) -> dict[int, in
         The index of one of the layers by that of the quantizer's step.
     """
     found = {}
-    for index, readers in enumerate(_readers_of(plan)):
+    for index, readers in enumerate(readers_of(plan)):
         step = plan.steps[index]
         if step.op not in QUANTIZERS or step.kwargs or not readers:
             continue
@@ -92,7 +92,7 @@ def shared_quantizers(plan: Plan, kinds: Mapping[int, Hashable]) -> dict[int, in
     return found
 
 
-def _readers_of(plan: Plan) -> list[list[int]]:
+def readers_of(plan: Plan) -> list[list[int]]:
     """Return the steps that read results of each step; -1 for the results of the plan itself."""
     makers = {out: index for index, step in enumerate(plan.steps) for out in step.outs}
     readers: list[list[int]] = [[] for _ in plan.steps]

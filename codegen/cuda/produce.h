@@ -18,6 +18,14 @@ enum Tail { kNoTail = 0, kMul = 1, kAdd = 2, kModulate = 3 };
 template <Head head>
 constexpr bool kIsNorm = head >= kRmsNorm && head <= kLayerNorm;
 
+template <Head kHead>
+FPC_DEVICE float activation_of(float x) {
+    if constexpr (kHead == kSilu) return silu(x);
+    if constexpr (kHead == kGelu) return gelu(x);
+    if constexpr (kHead == kGeluTanh) return gelu_tanh(x);
+    return x < 0.0f ? 0.0f : x;
+}
+
 // What a norm knows of its whole row.
 struct Statistics {
     float mean = 0, factor = 1;
@@ -124,15 +132,10 @@ struct Producer {
                                         [](float x, float b) { return add(x, b); });
             each(values, [](float value, int) { return rounded<P::kInput>(value); });
         } else if constexpr (P::kHead != kNoHead) {
-            each(values, [](float x, int) { return rounded<P::kInput>(activation(x)); });
+            each(values, [](float x, int) {
+                return rounded<P::kInput>(activation_of<P::kHead>(x));
+            });
         }
-    }
-
-    FPC_DEVICE static float activation(float x) {
-        if constexpr (P::kHead == kSilu) return silu(x);
-        if constexpr (P::kHead == kGelu) return gelu(x);
-        if constexpr (P::kHead == kGeluTanh) return gelu_tanh(x);
-        return x < 0.0f ? 0.0f : x;
     }
 
     FPC_DEVICE void tail(int at, int count, float (&values)[kChunk]) const {

@@ -19,7 +19,7 @@ from fpcompiler.runtime.cuda import QuantizeProblem
 from fpcompiler.runtime.cuda.stored import STORED
 from fpcompiler.runtime.fused import HEADS, PRODUCERS, TAILS
 
-__all__ = ["quantize_source", "QuantizeSource", "problem_text", "HEADERS"]
+__all__ = ["quantize_source", "QuantizeSource", "problem_text", "structure_text", "HEADERS"]
 
 HEADERS: Final = (
     "arguments.h", "instructions.h", "types.h", "formats.h", "scales.h", "functions.h",
@@ -103,7 +103,7 @@ def problem_text(problems: Sequence[QuantizeProblem], level: int) -> str:
         problems: What the kernels compute.
         level: 0 without conversions of PTX, 1 with those of Hopper, 2 with those of Blackwell.
     """
-    structures = "\n".join(_structure(i, problem, level) for i, problem in enumerate(problems))
+    structures = "\n".join(structure_text(i, problem, level) for i, problem in enumerate(problems))
     cases = "".join(
         f"        case {i}: return fpc::quantize<fpc::Problem{i}>(*arguments, stream);\n"
         for i in range(len(problems))
@@ -144,7 +144,14 @@ def _level(arch: str) -> tuple[int, int]:
     return number, 2 if number >= 100 and suffix else 1
 
 
-def _structure(index: int, problem: QuantizeProblem, level: int) -> str:
+def structure_text(index: int, problem: QuantizeProblem, level: int) -> str:
+    """Return what is known of a problem as a structure of C++, ``Problem`` and a number.
+
+    Args:
+        index: The number.
+        problem: What a kernel computes.
+        level: As in :func:`problem_text`.
+    """
     operand, spec = problem.operand, problem.operand.format
     block = operand.block
     producer = PRODUCERS[problem.producer] if problem.producer else None

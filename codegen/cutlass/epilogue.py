@@ -68,7 +68,8 @@ def epilogue_steps(instance: Instance) -> tuple[Step, ...]:
         kinds.append("Activated")
     if instance.residual:
         kinds.append("Added")
-    out = [*["float"] * (len(kinds) - 1), CPP_OUTPUT[instance.output]]
+    last = "float" if instance.quantized else CPP_OUTPUT[instance.output]
+    out = [*["float"] * (len(kinds) - 1), last]
     inputs = ["Scaled", *kinds[:-1]]
     return tuple(
         _step(instance, kind, result, below)

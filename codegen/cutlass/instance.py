@@ -26,6 +26,7 @@ from typing import Final
 
 from fpcompiler.codegen.arch import ARCHS, Arch
 from fpcompiler.codegen.cutlass.heuristics import Estimator
+from fpcompiler.codegen.cutlass.quantized import QuantizedOutput
 from fpcompiler.codegen.problem import Activation, BlockScale, GemmProblem, OutputType, Rows
 from fpcompiler.formats import FORMATS
 
@@ -77,6 +78,7 @@ class Instance:
         activation: The function that the epilogue applies.
         residual: Whether the epilogue adds a tensor.
         tile: How the output is divided.
+        quantized: What D has in place of the output; None for the output itself.
     """
 
     arch: str
@@ -88,6 +90,7 @@ class Instance:
     activation: Activation
     residual: bool
     tile: Tile
+    quantized: QuantizedOutput | None = None
 
     @property
     def machine(self) -> Arch:
@@ -101,7 +104,8 @@ class Instance:
         act = "" if self.activation is Activation.NONE else f"_{self.activation.value}"
         residual = "_residual" if self.residual else ""
         types = f"{self.kind}_{a}_{b}_{self.output.value}"
-        return f"gemm_{self.arch}_{types}{act}{residual}_{self.tile}"
+        quantized = f"_{self.quantized}" if self.quantized else ""
+        return f"gemm_{self.arch}_{types}{act}{residual}{quantized}_{self.tile}"
 
 
 def tiles(arch: str, kind: str, rows: Rows) -> tuple[Tile, ...]:

@@ -33,7 +33,9 @@ def gemm_operation(instance: Instance, cutlass: Cutlass) -> Any:
     shape = lib.TileDescription(
         [tile.m, tile.n, tile.k], 0, [4, 1, 1], math, machine, machine, [*tile.cluster, 1]
     )
+    quantized = instance.quantized
     out = getattr(lib.DataType, instance.output.value)
+    out = _element(quantized.element, lib) if quantized else out
     kernel, epilogue = _schedules(instance, lib)
     return cutlass.gemm.GemmOperation(
         lib.GemmKind.BlockScaledUniversal3x if scaled else lib.GemmKind.Universal3x,
@@ -92,4 +94,8 @@ def _tensor(lib: ModuleType, instance: Instance, element: str, layout: Any) -> A
 
 def _output(lib: ModuleType, instance: Instance, element: Any) -> Any:
     alignment = 4 if instance.output is OutputType.F32 else 8
+    if instance.quantized:
+        # Six bits leave shared memory in lines of 128 elements.
+        bits = instance.quantized.bits
+        alignment = 128 if bits == 6 else 128 // bits
     return lib.TensorDescription(element, lib.LayoutType.RowMajor, alignment)

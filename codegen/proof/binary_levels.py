@@ -39,6 +39,11 @@ LAUNCH_SHAPES: Final = (
 )  # fmt: skip
 """What launches are recorded for: the least, nothing whole, and more tiles than SMs."""
 
+_QUANTIZED_SHAPES: Final = (
+    LaunchShape(1, 128, 128), LaunchShape(300, 640, 640), LaunchShape(4096, 11008, 4096),
+)  # fmt: skip
+"""The same where outputs are quantized: rows are whole then."""
+
 
 def check_launches(
     built: BuiltKernel, instance: Instance, options: Options
@@ -51,7 +56,8 @@ def check_launches(
     if reason := why_no_recorder(built):
         return (), (Check.skipped("L2", "launches", reason),)
     try:
-        records = tuple(record_launch(built, shape, options) for shape in LAUNCH_SHAPES)
+        shapes = _QUANTIZED_SHAPES if instance.quantized else LAUNCH_SHAPES
+        records = tuple(record_launch(built, shape, options) for shape in shapes)
     except TargetError as error:
         return (), (Check.of("L2", "launches", "", (str(error),)),)
     checks = (_check_launch(record, instance) for record in records)

@@ -26,6 +26,8 @@ _SPAN: Final = 128  # bytes of shared memory within which chunks can change plac
 _ATOM_ROWS: Final = 128
 _ATOM_SCALES: Final = 4
 _ATOM_BYTES: Final = _ATOM_ROWS * _ATOM_SCALES
+_CODES: Final = {4: MapType.U4_PACKED, 6: MapType.U6_UNPACKED, 8: MapType.UINT8}
+"""How codes of so many bits lie in shared memory before they are stored, packed."""
 _DEFAULT_SHARED_MEMORY: Final = 48 << 10  # more than that must be asked for
 _PORTABLE_CLUSTER: Final = 8
 
@@ -100,7 +102,7 @@ def launch_controls(
         "formats of A and B swapped": (record, swapped) if a != b else None,
         "FP8 operands": (record, bytes_) if min(a, b) < 8 else None,
         "another block scale": (record, replace(instance, scale=other)),
-        "another output type": (record, replace(instance, output=_other_output(instance))),
+        "another output type": (record, _with_other_output(instance)),
     }
     return MappingProxyType({name: pair for name, pair in wrong.items() if pair is not None})
 
@@ -109,8 +111,11 @@ def _with(record: LaunchRecord, **sizes: int) -> LaunchRecord:
     return replace(record, shape=replace(record.shape, **sizes))
 
 
-def _other_output(instance: Instance) -> OutputType:
-    return OutputType.BF16 if instance.output is OutputType.F32 else OutputType.F32
+def _with_other_output(instance: Instance) -> Instance:
+    if instance.quantized:
+        return replace(instance, quantized=None)
+    other = OutputType.BF16 if instance.output is OutputType.F32 else OutputType.F32
+    return replace(instance, output=other)
 
 
 def _check_maps(record: LaunchRecord, instance: Instance) -> Iterator[str]:
@@ -194,9 +199,12 @@ def _check_output(found: TensorMap, instance: Instance, shape: LaunchShape) -> I
         OutputType.F16: MapType.FLOAT16,
         OutputType.F32: MapType.FLOAT32,
     }
-    axes, size = _Axes.of(found), instance.output.bytes
+    axes, bits, kind = _Axes.of(found), instance.output.bytes * 8, kinds[instance.output]
     rows, columns, _ = instance.tile.of_one_sm
-    wanted = (kinds[instance.output], shape.n, ((shape.n * size, shape.m),))
+    if instance.quantized:
+        bits = instance.quantized.bits
+        kind = _CODES[bits]
+    wanted = (kind, shape.n, ((shape.n * bits // 8, shape.m),))
     memory = (axes.type, axes.contiguous[0], tuple(axis[:2] for axis in axes.others))
     if memory != wanted:
         yield f"{found.tensor}: {memory} is not the expected {wanted}"

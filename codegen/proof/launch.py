@@ -308,7 +308,7 @@ def _link(built: BuiltKernel, program: Path) -> None:
 def _key(built: BuiltKernel) -> str:
     """Return a hash of everything that is linked."""
     digest = hashlib.sha256(" ".join(_FLAGS).encode())
-    for file in (_SOURCE, _abi(), built.object):
+    for file in (_SOURCE, _abi(), _abi().with_name("quantize_abi.h"), built.object):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
 

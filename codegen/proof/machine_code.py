@@ -24,6 +24,11 @@ _MULTIPLY: Final = frozenset(
 """Instructions of tensor cores, by the first part of their names."""
 
 _FP4_KINDS: Final = ("mxf4", "nvf4")
+_CONVERTS: Final = {
+    name: f"F2FP.SATFINITE.{FORMATS[name].short.upper()}.F32"
+    for name in ("f4E2M1FN", "f6E2M3FN", "f6E3M2FN", "f8E4M3FN", "f8E5M2")
+}
+"""Instructions that round to codes of a format, by the beginning of their names."""
 _MAX_REGISTERS: Final = 255
 
 
@@ -70,6 +75,12 @@ def machine_code_controls(instance: Instance) -> Mapping[str, Instance]:
     tile = instance.tile
     if instance.machine.collectives == 100:
         wrong["the other number of SMs"] = replace(instance, tile=replace(tile, sms=3 - tile.sms))
+    if instance.quantized:
+        for name in (name for name in _CONVERTS if name != instance.quantized.element):
+            operand = f"{name}@block32:f8E8M0FNU"
+            other = replace(instance.quantized, operand=operand)
+            wrong[f"results as {FORMATS[name].short}"] = replace(instance, quantized=other)
+        wrong["results that are not quantized"] = replace(instance, quantized=None)
     if instance.machine.collectives == 90:
         wrong["half the tile"] = replace(instance, tile=replace(tile, n=tile.n // 2))
         wrong["E5M2 operands"] = replace(instance, a="f8E5M2", b="f8E5M2")
@@ -150,6 +161,8 @@ def _check_moves(code: MachineCode, instance: Instance) -> Iterator[str]:
         "LDSM.U4x16P64TO8": unpacks and 4 in bits,  # codes into bytes
         "LDSM.U6x16P32TO8": unpacks and 6 in bits,
     }
+    codes = instance.quantized.element if instance.quantized else ""
+    expected |= {convert: name == codes for name, convert in _CONVERTS.items()}
     for prefix, wanted in expected.items():
         there = any(f"{name}.".startswith(f"{prefix}.") for name in code.opcodes)
         if there != wanted:

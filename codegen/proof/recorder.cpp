@@ -13,15 +13,19 @@
 #include <cstring>
 
 #include "kernel_abi.h"
+#include "quantize_abi.h"
 
 extern "C" int32_t fpc_gemm_run(const FpcGemmArguments*);
 
 namespace {
 
 // Addresses that are never read: each tensor gets 1 TB, so that an address tells which one it is.
-enum Tensor : uintptr_t { A = 1, A_SCALES, B, B_SCALES, D, RESIDUAL, VECTORS, WORKSPACE, TENSORS };
+enum Tensor : uintptr_t {
+  A = 1, A_SCALES, B, B_SCALES, D, RESIDUAL, VECTORS, WORKSPACE, D_SCALES, STATUS, TENSORS
+};
 constexpr const char* tensor_names[TENSORS] = {
-    "null", "a", "a_scales", "b", "b_scales", "d", "residual", "vectors", "workspace"};
+    "null", "a", "a_scales", "b", "b_scales", "d", "residual", "vectors", "workspace", "d_scales",
+    "status"};
 constexpr int tensor_shift = 40;
 
 void* address(Tensor tensor) { return reinterpret_cast<void*>(tensor << tensor_shift); }
@@ -157,7 +161,9 @@ int main(int count, char** values) {
   const auto [m, n, k, sms, workspace, scales, residual] = numbers;
   sm_count = static_cast<int>(sms);
 
-  FpcGemmArguments args{};
+  // Kernels that give their output itself look at the first part only.
+  FpcQuantizingArguments args{};
+  args.d_scales = address(D_SCALES), args.status = static_cast<int32_t*>(address(STATUS));
   args.a = address(A), args.b = address(B), args.d = address(D);
   if (scales) args.a_scales = address(A_SCALES), args.b_scales = address(B_SCALES);
   if (residual) args.residual = address(RESIDUAL);

@@ -81,14 +81,14 @@ def selftest(kernels: CudaKernels) -> Iterator[GemmResult]:
 def problems_for(gemm: Gemm) -> Sequence[GoldenProblem]:
     """Return the golden problems in the formats of a kernel, if it is one of CUTLASS's."""
     plain = gemm.activation == "none" and gemm.output in (torch.float32, torch.bfloat16)
-    plain = plain and gemm.mode is None
+    plain = plain and gemm.mode is None and gemm.quantizing is None
     return [problem for problem in GOLDEN if plain and _formats(problem) == _read_by(gemm)]
 
 
 def time_gemms(kernels: CudaKernels) -> Iterator[Timing]:
-    """Time every kernel on a CUDA device, with operands of random bytes."""
+    """Time every kernel that gives results on a CUDA device, with operands of random bytes."""
     for name, gemm in kernels.gemms.items():
-        for size in _TIMED:
+        for size in () if gemm.quantizing else _TIMED:
             yield Timing(name, size, _microseconds(gemm, size, kernels.machine))
 
 

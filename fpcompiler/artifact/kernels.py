@@ -24,6 +24,9 @@ VERSION: Final = 1
 DECODE_ROWS: Final = 128
 """The most rows that the kernels called ``decode`` are used for."""
 
+QUANTIZED_USES: Final = ("decode-quantized", "prefill-quantized")
+"""What kernels are for that quantize a layer's output: for few rows, and for many."""
+
 _LIMIT: Final = 64 << 20
 _FILES: Final = ("library", "source", "log", "sass", "proof")
 
@@ -61,7 +64,8 @@ class LayerKernels:
 
     Attributes:
         kernels: Names of instances by what they are for: ``decode`` (up to :data:`DECODE_ROWS`
-            rows), ``prefill`` (more) and ``quantize`` (the input).
+            rows), ``prefill`` (more), ``quantize`` (the input), and :data:`QUANTIZED_USES`, which
+            quantize the output for the layers behind.
         reason: Why there are none; the layer runs as the reference then.
     """
 

@@ -31,9 +31,17 @@ from fpcompiler.runtime.cuda.codes import CudaCodes, kind_of
 from fpcompiler.runtime.cuda.flags import Flags, is_capturing
 from fpcompiler.runtime.cuda.form import InputKind
 from fpcompiler.runtime.cuda.joined import CudaPart, join, joinable, parts_of
-from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine, input_kind
+from fpcompiler.runtime.cuda.layers import (
+    CudaLayer,
+    CudaLinear,
+    Gemm,
+    Machine,
+    QuantizingLayer,
+    input_kind,
+)
 from fpcompiler.runtime.cuda.operators import load_operators, open_library
-from fpcompiler.runtime.cuda.quantizers import CudaQuantizer, QuantizeKernels
+from fpcompiler.runtime.cuda.pairs import output_pairs, quantizing_of
+from fpcompiler.runtime.cuda.quantizers import CudaQuantizer, PassOn, QuantizeKernels
 from fpcompiler.runtime.cuda.select import capability_of, select
 from fpcompiler.runtime.layer_steps import (
     LayerArguments,
@@ -59,11 +67,13 @@ class Bound(NamedTuple):
 
     Attributes:
         functions: What runs each step.
+        single: The same where every step gives what the plan says, for whoever looks at results.
         flags: What quantizers set.
         check: Waits for the quantizers and raises if one met NaN or infinity.
     """
 
     functions: list[Function]
+    single: list[Function]
     flags: Flags
     check: Check
 
@@ -133,7 +143,8 @@ class CudaKernels:
             result[index] = CudaQuantizer.of(linear, self.quantizers, step, flags, place)
         for place, (index, kind) in enumerate(codes.items(), len(found)):
             result[index] = CudaCodes.of(kind, self.quantizers, functions[index], flags, place)
-        return Bound(result, flags, _check_of([plan.steps[i] for i in (*found, *codes)]))
+        check = _check_of([plan.steps[i] for i in (*found, *codes)])
+        return Bound(_paired(plan, result, found), result, flags, check)
 
     def _code_kinds(self, plan: Plan, others: Mapping[int, int]) -> dict[int, InputKind]:
         """Return what quantizers make whose codes something else reads, where kernels do."""
@@ -203,6 +214,22 @@ class CudaKernels:
 def _identity(step: Step) -> tuple[str, ...]:
     """Return what layers that are the same agree in."""
     return (*weight_names(step), *map(str, step.args[3:_RESIDUAL]))
+
+
+def _paired(plan: Plan, functions: Sequence[Function], found: Mapping[int, int]) -> list[Function]:
+    """Return the functions with layers that quantize their output where kernels do both."""
+    result = list(functions)
+    for index, quantizer in output_pairs(plan, found).items():
+        made, function = quantizing_of(plan.steps[quantizer]), functions[quantizer]
+        layer = functions[index]
+        if made is None or not isinstance(layer, CudaLayer):
+            continue
+        assert isinstance(function, CudaQuantizer)
+        kind = function.linear.kind
+        if layer.linear.quantizes(kind, made):
+            result[index] = QuantizingLayer(layer, kind, function.flags, function.place)
+            result[quantizer] = PassOn(function.scales)
+    return result
 
 
 def load_kernels(

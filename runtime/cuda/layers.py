@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from fpcompiler.artifact.kernels import DECODE_ROWS, Instance
+from fpcompiler.artifact.kernels import DECODE_ROWS, QUANTIZED_USES, Instance
 from fpcompiler.errors import ArtifactError, NumericsError, describe_layer
 from fpcompiler.formats import FORMATS
 from fpcompiler.operand import Operand
+from fpcompiler.runtime.cuda.flags import Flags
 from fpcompiler.runtime.cuda.form import (
     CudaInput,
     InputKind,
@@ -25,6 +26,7 @@ from fpcompiler.runtime.cuda.form import (
     input_of_values,
 )
 from fpcompiler.runtime.cuda.fragments import Mode, fragment_weights
+from fpcompiler.runtime.cuda.pairs import WHOLE_ROWS, Quantizing
 from fpcompiler.runtime.cuda.stored import STORED
 from fpcompiler.runtime.cuda.weights import KernelWeights, tiled_weights
 from fpcompiler.runtime.fused import ACTIVATIONS, add_residual, check_residual
@@ -51,6 +53,7 @@ class Gemm:
         activation: The function of its result; ``none`` without.
         mode: How weights that stay packed are multiplied; None for CUTLASS's kernels.
         residual: Whether it always adds a tensor to its result.
+        quantizing: What it makes of its result in place of giving it; None: it gives it.
     """
 
     library: int
@@ -61,6 +64,7 @@ class Gemm:
     activation: str
     mode: Mode | None = None
     residual: bool = False
+    quantizing: Quantizing | None = None
 
     @property
     def takes_residual(self) -> bool:
@@ -84,12 +88,16 @@ class Gemm:
         residual = problem.get("residual")
         runs = type(residual) is bool and activation in (_PLAIN, *ACTIVATIONS)
         runs = runs and not (residual and mode is not None)
+        quantizing = _quantizing(problem.get("quantized"))
         if instance.role != "gemm" or not known or output is None or not runs:
             raise ArtifactError(
                 f"the kernel {instance.name} of the artifact is none that this version runs; "
                 "compile the model again."
             )
-        return cls(library, str(a), str(b), str(scale), output, activation, mode, residual is True)
+        return cls(
+            library, str(a), str(b), str(scale), output, activation, mode, residual is True,
+            quantizing,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,10 @@ class CudaLinear:
             raise _unfit(layer, f"they do not compute {activation or 'it without an activation'}")
         self.layer = layer
         self.kind = InputKind(x_operand, k, self._decode.a)
+        self._quantizing = {use: gemms[use] for use in QUANTIZED_USES if use in gemms}
+        for gemm in self._quantizing.values():
+            if replace(gemm, library=self._decode.library, quantizing=None) != self._decode:
+                raise _unfit(layer, "those that quantize its output compute something else")
         self._machine, self._dtype = machine, dtype
         parts = [part.to(machine.device) for part in w]
         self._weights = _weights_of(self._decode, parts, w_operand, k, dtype)
@@ -189,11 +201,7 @@ class CudaLinear:
             NumericsError: If the input was prepared for another kind of layer, or the residual is
                 of another shape or type.
         """
-        if x.kind is not self.kind and x.kind != self.kind:
-            raise NumericsError(
-                f"{describe_layer(self.layer)}: its input was prepared as {x.kind}, but it is "
-                f"{self.kind}."
-            )
+        self._check_kind(x)
         weights = self._weights
         gemm = self._decode if x.rows <= DECODE_ROWS else self._prefill
         y: Tensor = torch.ops.fpc_cuda.gemm(
@@ -205,6 +213,13 @@ class CudaLinear:
             y = y[:, : self.outputs].contiguous()
         y = y.view(*x.shape, self.outputs)
         return y if gemm.takes_residual else add_residual(y, residual, self.layer)
+
+    def _check_kind(self, x: CudaInput) -> None:
+        if x.kind is not self.kind and x.kind != self.kind:
+            raise NumericsError(
+                f"{describe_layer(self.layer)}: its input was prepared as {x.kind}, but it is "
+                f"{self.kind}."
+            )
 
     def _added(self, gemm: Gemm, x: CudaInput, residual: Tensor | None) -> Tensor | None:
         """Return what a kernel adds to its result, ``[rows, padded N]``; None for nothing.
@@ -220,6 +235,45 @@ class CudaLinear:
         if padded != n:
             rows = torch.nn.functional.pad(rows, (0, padded - n))
         return at_boundary(rows.contiguous())
+
+    def quantizes(self, kind: InputKind, quantizing: Quantizing) -> bool:
+        """Return whether kernels make of the output what other layers read.
+
+        Args:
+            kind: What they read.
+            quantizing: The quantizer in between.
+        """
+        made = {gemm.quantizing for gemm in self._quantizing.values()}
+        whole = self.outputs == self._weights.padded == kind.k and self.outputs % WHOLE_ROWS == 0
+        same = kind.operand is not None and kind.operand == Operand.parse(quantizing.operand)
+        return (
+            len(self._quantizing) == len(QUANTIZED_USES)
+            and made == {quantizing}
+            and whole
+            and same
+            and kind.element == (kind.operand.format.name if kind.operand else "")
+        )
+
+    def multiply_quantized(self, x: CudaInput, kind: InputKind, status: Tensor) -> CudaInput:
+        """Return the output, quantized as other layers read it.
+
+        Args:
+            x: The input.
+            kind: What the other layers read; :meth:`quantizes` was true of it.
+            status: int32 ``[1]``; becomes 1 if a value is NaN or infinite.
+
+        Raises:
+            NumericsError: If the input was prepared for another kind of layer.
+        """
+        self._check_kind(x)
+        weights = self._weights
+        gemm = self._quantizing[QUANTIZED_USES[x.rows > DECODE_ROWS]]
+        codes, scales = torch.ops.fpc_cuda.gemm_quantize(
+            gemm.library, x.codes, x.block_scale, weights.codes, weights.scales, x.token_scale,
+            self._row_scale, self._bias, x.scalar, self._alpha, x.rows, weights.padded,
+            self.kind.padded_k, self._machine.sms, status,
+        )  # fmt: skip
+        return CudaInput(kind, x.shape, x.rows, codes, scales, None, None)
 
     @property
     def nbytes(self) -> int:
@@ -239,9 +293,10 @@ class CudaLayer:
     def __call__(self, *args: Any) -> Tensor:
         """Return what the operator returns."""
         given = LinearArguments(*args)
-        return self.linear.multiply(self._ready(given.x), given.residual)
+        return self.linear.multiply(self.ready(given.x), given.residual)
 
-    def _ready(self, x: Sequence[Any]) -> CudaInput:
+    def ready(self, x: Sequence[Any]) -> CudaInput:
+        """Return an input as the kernels read it."""
         if isinstance(x[0], CudaInput):
             return x[0]
         plain = self.linear.kind.operand is None
@@ -252,6 +307,35 @@ def input_kind(gemms: Mapping[str, Gemm], x: Operand | None, k: int) -> InputKin
     """Return what a layer reads; None without kernels."""
     element = next((gemm.a for gemm in gemms.values()), None)
     return None if element is None else InputKind(x, k, element)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizingLayer:
+    """A layer that gives its output as the layers behind it read it.
+
+    Attributes:
+        layer: The layer.
+        kind: What the others read.
+        flags: On the device; kernels set that of the quantizer to 1 for NaN and infinity.
+        place: Which of them that is.
+    """
+
+    layer: CudaLayer
+    kind: InputKind
+    flags: Flags
+    place: int
+
+    def __call__(self, *args: Any) -> CudaInput:
+        """Return what the quantizer of the output would return."""
+        x = self.layer.ready(LinearArguments(*args).x)
+        return self.layer.linear.multiply_quantized(x, self.kind, self.flags.part(self.place))
+
+
+def _quantizing(problem: object) -> Quantizing | None:
+    """Return what the index of an artifact says of it; anything else stays None or is unfit."""
+    if not isinstance(problem, dict):
+        return None
+    return Quantizing(str(problem.get("operand")), str(problem.get("producer")))
 
 
 def _weights_of(

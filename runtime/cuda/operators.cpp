@@ -23,6 +23,7 @@
 #include "arguments.h"   // codegen/cuda: kernels that quantize
 #include "attention.h"   // codegen/attention
 #include "kernel_abi.h"  // codegen/cutlass/templates: GEMMs
+#include "quantize_abi.h"
 
 namespace {
 
@@ -57,6 +58,7 @@ struct Library {
     int32_t (*quantize)(int32_t, const FpcQuantizeArguments*, void*);
     int32_t (*attend)(int32_t, const FpcAttendArguments*, void*);
     const char* (*error_text)(int32_t);  // of a cudaError_t; null in kernels of before
+    int32_t bits;  // of the codes that a GEMM makes of its output; 0 if it gives the output
 };
 
 // They stay loaded: a captured graph may hold their kernels for as long as the process lives.
@@ -102,6 +104,7 @@ Library load(const std::string& path) {
     Library found{};
     found.path = path, found.on_host = dlsym(handle, "fpc_on_host") != nullptr;
     int32_t (*abi)() = nullptr;
+    int32_t (*bits)() = nullptr;
     const char* (*description)() = nullptr;
     find(handle, "fpc_gemm_abi", abi);
     find(handle, "fpc_gemm_description", description);
@@ -112,6 +115,8 @@ Library load(const std::string& path) {
     find(handle, "fpc_quantize_rows", found.quantize);
     find(handle, "fpc_attend_run", found.attend);
     find(handle, "fpc_cuda_error_text", found.error_text);
+    find(handle, "fpc_gemm_quantized_bits", bits);
+    if (bits) found.bits = bits();
     const bool gemm = abi && description && found.run && found.workspace && found.scale_bytes_a &&
                       found.scale_bytes_b;
     require(gemm || found.quantize || found.attend, path, " holds no kernels of fpcompiler.");
@@ -232,16 +237,18 @@ std::string error_of(const Library& kernel, int32_t error) {
     return text ? " (CUDA error " + std::to_string(error) + ": " + text + ")" : "";
 }
 
-Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const Tensor& b,
-            const MaybeTensor& b_scales, const MaybeTensor& token_scale,
-            const MaybeTensor& row_scale, const MaybeTensor& bias, const MaybeTensor& residual,
-            const MaybeTensor& scalar, double alpha, int64_t m, int64_t n, int64_t k, int64_t sms,
-            ScalarType out) {
-    const Library& kernel = library_of(library);
+void check_sizes(const Library& kernel, int64_t m, int64_t n, int64_t k) {
     require(kernel.run != nullptr, kernel.path, " holds no GEMM.");
-    require(out == kernel.output, "the kernel of ", kernel.path, " gives results of another type.");
     require(m >= 0 && n > 0 && k > 0 && m <= kMost && n <= kMost && k <= kMost,
             "there is no GEMM of M = ", m, ", N = ", n, " and K = ", k, ".");
+}
+
+// Check operands and launch a kernel that writes to `args.d` and what else is set of `args`.
+void multiply(const Library& kernel, FpcGemmArguments& args, const Tensor& a,
+              const MaybeTensor& a_scales, const Tensor& b, const MaybeTensor& b_scales,
+              const MaybeTensor& token_scale, const MaybeTensor& row_scale, const MaybeTensor& bias,
+              const MaybeTensor& scalar, double alpha, int64_t m, int64_t n, int64_t k,
+              int64_t sms) {
     check_place(kernel, a);
     check_codes(a, a, m, k, kernel.bits_a, "A");
     check_codes(b, a, n, k, kernel.bits_b, "B");
@@ -250,16 +257,11 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
     const int64_t bytes_b = kernel.scale_bytes_b(sizes[0], sizes[1], sizes[2]);
     if (a_scales) check(*a_scales, a, ScalarType::Byte, bytes_a, "A's scales");
     if (b_scales) check(*b_scales, a, ScalarType::Byte, bytes_b, "B's scales");
-    if (residual) check(*residual, a, out, m * n, "the residual");
-    const Tensor d = empty(a, {m, n}, out);
-    if (m == 0) return d;
+    if (m == 0) return;
 
-    FpcGemmArguments args{};
     const Tensor codes = at_boundary(a);
-    const MaybeTensor added = residual ? MaybeTensor(at_boundary(*residual)) : std::nullopt;
     args.a = codes.const_data_ptr(), args.a_scales = address(a_scales);
     args.b = b.const_data_ptr(), args.b_scales = address(b_scales);
-    args.d = d.mutable_data_ptr(), args.residual = address(added);
     const int64_t token_numbers = m * kernel.token_numbers;
     args.token_scale = floats(token_scale, a, token_numbers, "the scales of tokens");
     args.row_scale = floats(row_scale, a, n, "the scales of rows");
@@ -279,7 +281,46 @@ Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const
     require(status == FPC_OK, "the kernel of ", kernel.path, " did not compute M = ", m, ", N = ",
             n, ", K = ", k, ": ", cause_of(status), " (status ", status, ")",
             (status & 0xFF) == FPC_LAUNCH ? error_of(kernel, status >> 8) : "");
+}
+
+Tensor gemm(int64_t library, const Tensor& a, const MaybeTensor& a_scales, const Tensor& b,
+            const MaybeTensor& b_scales, const MaybeTensor& token_scale,
+            const MaybeTensor& row_scale, const MaybeTensor& bias, const MaybeTensor& residual,
+            const MaybeTensor& scalar, double alpha, int64_t m, int64_t n, int64_t k, int64_t sms,
+            ScalarType out) {
+    const Library& kernel = library_of(library);
+    check_sizes(kernel, m, n, k);
+    require(!kernel.bits, "the kernel of ", kernel.path, " gives codes, not results.");
+    require(out == kernel.output, "the kernel of ", kernel.path, " gives results of another type.");
+    if (residual) check(*residual, a, out, m * n, "the residual");
+    const Tensor d = empty(a, {m, n}, out);
+    FpcGemmArguments args{};
+    const MaybeTensor added = residual ? MaybeTensor(at_boundary(*residual)) : std::nullopt;
+    args.d = d.mutable_data_ptr(), args.residual = address(added);
+    multiply(kernel, args, a, a_scales, b, b_scales, token_scale, row_scale, bias, scalar, alpha, m,
+             n, k, sms);
     return d;
+}
+
+// Codes of the output, and the scales of its blocks of 32 in atoms of 128 rows.
+std::tuple<Tensor, Tensor> gemm_quantize(
+    int64_t library, const Tensor& a, const MaybeTensor& a_scales, const Tensor& b,
+    const MaybeTensor& b_scales, const MaybeTensor& token_scale, const MaybeTensor& row_scale,
+    const MaybeTensor& bias, const MaybeTensor& scalar, double alpha, int64_t m, int64_t n,
+    int64_t k, int64_t sms, const Tensor& status) {
+    const Library& kernel = library_of(library);
+    check_sizes(kernel, m, n, k);
+    require(kernel.bits > 0, "the kernel of ", kernel.path, " gives results, not codes.");
+    require(n % 128 == 0, "there are no whole rows of scales of ", n, " outputs.");
+    check(status, a, ScalarType::Int, 1, "the status");
+    const Tensor codes = empty(a, {m, n * kernel.bits / 8}, ScalarType::Byte);
+    const Tensor scales = empty(a, {(m + 127) / 128 * 128 * (n / 32)}, ScalarType::Byte);
+    FpcQuantizingArguments args{};
+    args.d = codes.mutable_data_ptr(), args.d_scales = scales.mutable_data_ptr();
+    args.status = static_cast<int32_t*>(status.mutable_data_ptr());
+    multiply(kernel, args, a, a_scales, b, b_scales, token_scale, row_scale, bias, scalar, alpha, m,
+             n, k, sms);
+    return {codes, scales};
 }
 
 // --- quantizing ----------------------------------------------------------------------------------
@@ -411,6 +452,10 @@ STABLE_TORCH_LIBRARY(fpc_cuda, m) {
         "Tensor? token_scale, Tensor? row_scale, Tensor? bias, Tensor? residual, Tensor? scalar, "
         "float alpha, int m, int n, int k, int sms, ScalarType out) -> Tensor");
     m.def(
+        "gemm_quantize(int library, Tensor a, Tensor? a_scales, Tensor b, Tensor? b_scales, "
+        "Tensor? token_scale, Tensor? row_scale, Tensor? bias, Tensor? scalar, float alpha, int m, "
+        "int n, int k, int sms, Tensor(status!) status) -> (Tensor, Tensor)");
+    m.def(
         "quantize(int library, int problem, Tensor x, int m, int k, int stride, Tensor? weight, "
         "Tensor? bias, Tensor? scale, int scale_repeat, int scale_stride, Tensor? shift, "
         "int shift_repeat, int shift_stride, float eps, int pitch, int outer, int blocks, "
@@ -427,12 +472,14 @@ STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CPU, m) {
     m.impl("gemm", TORCH_BOX(&gemm));
+    m.impl("gemm_quantize", TORCH_BOX(&gemm_quantize));
     m.impl("quantize", TORCH_BOX(&quantize));
     m.impl("attend", TORCH_BOX(&attend));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpc_cuda, CUDA, m) {
     m.impl("gemm", TORCH_BOX(&gemm));
+    m.impl("gemm_quantize", TORCH_BOX(&gemm_quantize));
     m.impl("quantize", TORCH_BOX(&quantize));
     m.impl("attend", TORCH_BOX(&attend));
 }

@@ -3,6 +3,8 @@
 ===================  ============================================================================
 ``open(path)``       loads a library of kernels and returns its number
 ``gemm(..)``         ``[m, n]``: see ``FpcGemmArguments``; ``scalar`` is a scale of all of A
+``gemm_quantize(..)`` codes ``[m, bytes]`` of that, and the scales of its blocks: see
+                     ``FpcQuantizingArguments``; ``status`` as below
 ``quantize(..)``     codes ``[m, pitch]``, ``outer`` real scales and ``blocks`` scales of a byte:
                      see ``FpcQuantizeArguments``. ``status`` becomes 1 if a value is NaN or
                      infinite, and is left alone otherwise
@@ -46,6 +48,7 @@ def load_operators(path: Path) -> None:
         if not _are_there():
             raise ArtifactError(f"{path} holds no operators of fpcompiler.")
         torch.library.register_fake("fpc_cuda::gemm", _fake_gemm)
+        torch.library.register_fake("fpc_cuda::gemm_quantize", _fake_gemm_quantize)
         torch.library.register_fake("fpc_cuda::quantize", _fake_quantize)
         torch.library.register_fake("fpc_cuda::attend", _fake_attend)
     found = torch.ops.fpc_cuda.version()
@@ -96,6 +99,10 @@ def _fake_gemm(
     out: torch.dtype,
 ) -> Tensor:
     return a.new_empty((m, n), dtype=out)
+
+
+def _fake_gemm_quantize(library: int, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("torch.compile traces a layer and a quantizer one by one")
 
 
 def _fake_quantize(

@@ -211,6 +211,21 @@ class CudaQuantizer:
         return self.linear.prepare_codes(codes_and_scales)
 
 
+@dataclass(frozen=True)
+class PassOn:
+    """A quantizer whose work the layer before it has done.
+
+    Attributes:
+        scales: How many results the operator has besides the codes.
+    """
+
+    scales: int
+
+    def __call__(self, prepared: CudaInput, *args: Any) -> list[Any]:
+        """Return the prepared input in place of the codes, and nothing in place of the scales."""
+        return [prepared, *(None,) * self.scales]
+
+
 def type_names(tensors: Sequence[Tensor | None]) -> tuple[str, ...]:
     """Return the types of ``x`` and of a producer's tensors as problems have them: five texts."""
     names = ["" if t is None else _TYPES.get(t.dtype, "?") for t in tensors]

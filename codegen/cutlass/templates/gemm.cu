@@ -120,7 +120,7 @@ FPC_EXPORT int64_t fpc_gemm_workspace(int32_t m, int32_t n, int32_t k, int32_t s
   return static_cast<int64_t>(Gemm::get_workspace_size(args));
 }
 
-$scale_functions
+$scale_functions$quantized_bits
 // Launches on a stream; waits for nothing and allocates nothing, so that it can be captured.
 FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* args) {
   if (const int32_t status = check_pointers(*args)) return status;

@@ -67,6 +67,31 @@ static float of(const float* vector, int64_t i, float otherwise) {
     return vector ? vector[i] : otherwise;
 }
 
+#if FPC_QUANTIZED
+// A row of outputs as codes and scales of blocks, as quantizers give them.
+static void store_row(const FpcQuantizingArguments& args, int64_t m, const float* outputs) {
+    using P = fpc::Problem0;
+    constexpr int kBits = P::Element::kStorageBits;
+    uint8_t* row = static_cast<uint8_t*>(args.d) + m * args.n * kBits / 8;
+    memset(row, 0, args.n * kBits / 8);
+    for (int n = 0; n < args.n; n += P::kBlock) {
+        float values[P::kBlock];
+        for (int i = 0; i < P::kBlock; i++) values[i] = fpc::produced_of<P>(outputs[n + i]);
+        const fpc::ScaledBlock<P> block(values);
+        if (!block.finite) *args.status = 1;
+        const int64_t at = fpc::swizzled(m, n / P::kBlock, args.n / P::kBlock);
+        static_cast<uint8_t*>(args.d_scales)[at] = block.code;
+        for (int i = 0; i < P::kBlock; i++) {
+            const uint32_t code = fpc::signed_code<P::Element>(block.quotient(values[i]));
+            for (int bit = 0; bit < kBits; bit++)
+                row[((n + i) * kBits + bit) / 8] |= (code >> bit & 1) << ((n + i) * kBits + bit) % 8;
+        }
+    }
+}
+
+FPC_EXPORT int32_t fpc_gemm_quantized_bits() { return fpc::Problem0::Element::kStorageBits; }
+#endif
+
 FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* args) {
     calls++;
     if (!args->a || !args->b || !args->d) return FPC_NULL_POINTER;
@@ -77,7 +102,8 @@ FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* args) {
     if (args->k % 128 || args->n % (16 / kOutputBytes)) return FPC_UNSUPPORTED_SHAPE + 256 * 3;
     memset(args->workspace, 0xFF, kWorkspace);
     const int64_t k = args->k;
-    for (int64_t m = 0; m < args->m; m++)
+    float* outputs = new float[args->n];
+    for (int64_t m = 0; m < args->m; m++) {
         for (int64_t n = 0; n < args->n; n++) {
             double sum = 0;
             for (int64_t i = 0; i < k; i++)
@@ -87,7 +113,20 @@ FPC_EXPORT int32_t fpc_gemm_run(const FpcGemmArguments* args) {
             const float scaled = of(args->row_scale, n, 1) * (factor * (float)sum);
             const float own = of(args->token_scale, m, 1) * scaled + of(args->bias, n, 0);
             const float y = kResidual ? own + load(args->residual, m * args->n + n) : own;
-            store(args->d, m * args->n + n, y);
+            outputs[n] = y;
         }
+#if FPC_QUANTIZED
+        store_row(*static_cast<const FpcQuantizingArguments*>(args), m, outputs);
+#else
+        for (int64_t n = 0; n < args->n; n++) store(args->d, m * args->n + n, outputs[n]);
+#endif
+    }
+    delete[] outputs;
+#if FPC_QUANTIZED
+    const auto& own = *static_cast<const FpcQuantizingArguments*>(args);
+    for (int64_t m = args->m; m < up(args->m, 128); m++)
+        for (int n = 0; n < args->n / 32; n++)
+            static_cast<uint8_t*>(own.d_scales)[fpc::swizzled(m, n, args->n / 32)] = 0;
+#endif
     return FPC_OK;
 }

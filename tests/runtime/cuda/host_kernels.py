@@ -9,15 +9,22 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fpcompiler.artifact.kernels import Instance, LayerKernels, TargetKernels
-from fpcompiler.codegen.cuda.quantize import HEADERS, problem_text
+from fpcompiler.artifact.kernels import (
+    QUANTIZED_USES,
+    Instance,
+    LayerKernels,
+    TargetKernels,
+)
+from fpcompiler.codegen.cuda.quantize import HEADERS, problem_text, structure_text
 from fpcompiler.codegen.cutlass.instance import instances
+from fpcompiler.codegen.cutlass.quantized import QuantizedOutput, problem_of
 from fpcompiler.codegen.cutlass.record import describe
 from fpcompiler.codegen.legalize import legalize
 from fpcompiler.codegen.problem import Epilogue, OutputType, Rows
@@ -74,6 +81,7 @@ def host_gemm(description: Mapping[str, Any], path: Path, abi: int = 1) -> Path:
     text = f"""char name[] = "{path.stem}";
 static const char kDescription[] = R"json({said})json";
 {(templates / "kernel_abi.h").read_text("utf-8").replace("#pragma once", "")}
+{_quantizing(description)}
 #include <cmath>
 static const int kAbi = {abi}, kBlock = {block}, kOutputBytes = {output};
 static const bool kResidual = {str(description["residual"]).lower()};
@@ -83,6 +91,23 @@ static const float kValuesB[] = {{{_table(b.values)}}};
 static const float kScaleValues[] = {{{_table(FORMATS[scale].values) if scale else "1"}}};
 {(_HERE / "host_gemm.cpp").read_text("utf-8")}"""
     return _compile(text, path)
+
+
+def _quantizing(description: Mapping[str, Any]) -> str:
+    """Return what quantizes outputs, compiled for the CPU; nothing for outputs themselves."""
+    if "quantized" not in description:
+        return "#define FPC_QUANTIZED 0"
+    problem = problem_of(QuantizedOutput(**description["quantized"]), description["output"])
+    templates = resources.files("fpcompiler.codegen.cutlass") / "templates"
+    names = (*(name for name in HEADERS if name != "kernels.h"), "blocks.h")
+    sources = [
+        problems.HERE / "emulation.h" if name == "instructions.h" else problems.SOURCES / name
+        for name in names
+    ]
+    parts = [(templates / "quantize_abi.h").read_text("utf-8")]
+    parts += [source.read_text("utf-8") for source in sources]
+    parts.append(f"namespace fpc {{ {structure_text(0, problem, 0)} }}")
+    return "#define FPC_QUANTIZED 1\n#define FPC_CONVERTS 0\n" + "\n".join(parts)
 
 
 def host_quantizers(wanted: Sequence[QuantizeProblem], path: Path) -> Path:
@@ -112,6 +137,7 @@ class Kernels:
         output: The type of results.
         quantizers: What is quantized by kernels rather than by torch.
         residual: Whether the GEMMs add a tensor.
+        quantized: What further GEMMs make of their output; None for no such.
     """
 
     def __init__(
@@ -124,6 +150,7 @@ class Kernels:
         quantizers: Sequence[QuantizeProblem] = (),
         *,
         residual: bool = False,
+        quantized: QuantizedOutput | None = None,
     ) -> None:
         self.folder = folder
         self.libraries = {}
@@ -133,6 +160,12 @@ class Kernels:
             library = host_gemm(description, folder / f"{rows.value}.so")
             self.libraries[rows.value] = library
             found.append(instance(rows.value, "gemm", description, library))
+        for use, rows in zip(QUANTIZED_USES, Rows, strict=True) if quantized else ():
+            plain = describe_gemm(weight, activation, arch, output, rows)
+            description = {**plain, "quantized": asdict(quantized)}
+            library = host_gemm(description, folder / f"{use}.so")
+            self.libraries[use] = library
+            found.append(instance(use, "gemm", description, library))
         if quantizers:
             library = host_quantizers(quantizers, folder / "quantize.so")
             self.libraries["quantize"] = library
