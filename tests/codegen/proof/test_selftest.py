@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fpcompiler.artifact.kernels import TargetKernels
+from fpcompiler.codegen.cutlass.quantized import QuantizedOutput
 from fpcompiler.codegen.proof.packed_problem import packed_problems
 from fpcompiler.codegen.proof.selftest import problems_for, selftest, time_gemms
 from fpcompiler.formats import FORMATS
@@ -46,6 +47,15 @@ def test_kernels_that_add_a_residual_add_nothing(tmp_path) -> None:
     results = list(selftest(kernels))
     assert {result.kernel for result in results} == {"decode", "prefill"}
     assert all(result.verdict.passed for result in results)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_kernels_that_quantize_their_output_are_left_out(tmp_path) -> None:
+    quantized = QuantizedOutput("f6E2M3FN@block32:f8E8M0FNU")
+    made = Kernels(tmp_path, *PAIRS["mxf8f6f4"], "sm_120a", "bf16", quantized=quantized)
+    kernels = made.open("layer")
+    assert {"decode-quantized", "prefill-quantized"} <= {*kernels.gemms}
+    assert {result.kernel for result in selftest(kernels)} == {"decode", "prefill"}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
