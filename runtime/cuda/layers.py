@@ -273,7 +273,7 @@ class CudaLinear:
             self._row_scale, self._bias, x.scalar, self._alpha, x.rows, weights.padded,
             self.kind.padded_k, self._machine.sms, status,
         )  # fmt: skip
-        return CudaInput(kind, x.shape, x.rows, codes, scales, None, None)
+        return CudaInput(kind, x.shape, x.rows, codes, scales, None, None, {})
 
     @property
     def nbytes(self) -> int:
