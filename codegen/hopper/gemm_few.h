@@ -132,8 +132,8 @@ FPC_DEVICE void store_result(const FewParameters& p, int m, int n, float value) 
     if (P::kOutput == kBf16) ((uint16_t*)p.d)[at] = (uint16_t)(bits_of(rounded_to_bf16(value)) >> 16);
 }
 
-// What is added to a result, once that is rounded: as by a kernel of its own. It may be of the kernel
-// before this one, so it does not come from the first cache.
+// What is added to a result, once that is rounded: as by a kernel of its own. It may be of the
+// kernel before this one, so it does not come from the first cache.
 template <class P>
 FPC_DEVICE float residual_of(const FewParameters& p, int m, int n) {
     if (!p.residual) return 0;
