@@ -1,6 +1,7 @@
 // Nodes that quantize what the tree below them computes, for the next layer: the bytes that the
-// quantizer of codegen/cuda would make of the stored output. They store the scales and give quotients
-// by the scale of their block, for CUTLASS's conversions to the type of D: the same instructions.
+// quantizer of codegen/cuda would make of the stored output. They store the scales and give
+// quotients by the scale of their block, for CUTLASS's conversions to the type of D: the same
+// instructions.
 //
 // Tensors of coordinates count from a thread's first element; `rest` is M and N less where that is.
 namespace fpc {
@@ -50,7 +51,8 @@ struct QuantizedNode {
   }
 };
 
-// Data centre: a thread has whole blocks of a row. CUTLASS takes elements as shared memory has them.
+// Data centre: a thread has whole blocks of a row. CUTLASS takes elements as shared memory has
+// them.
 template <class P, class Stored>
 struct QuantizedRow100 : QuantizedNode<P> {
   using Base = QuantizedNode<P>;
@@ -103,8 +105,8 @@ struct QuantizedRow100 : QuantizedNode<P> {
   }
 };
 
-// RTX: a block's values are in eight threads of two warps, so they meet in shared memory, rounded to
-// the type of the output. One thread finds a block's scale, in the order of the quantizer.
+// RTX: a block's values are in eight threads of two warps, so they meet in shared memory, rounded
+// to the type of the output. One thread finds a block's scale, in the order of the quantizer.
 template <class P, class EpilogueTile>
 struct QuantizedRow120 : QuantizedNode<P> {
   using Base = QuantizedNode<P>;
