@@ -1,4 +1,4 @@
-"""GPU kernels for a compiled model: which are needed, compiled, and put together as files.
+"""GPU kernels for a compiled model, compiled and put together as files.
 
 Layers that differ in sizes only share kernels, so a model needs a few for each target. A layer
 that a target has no kernel for is no error here: the reason stands in the index, and the runtime
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -23,23 +23,21 @@ from fpcompiler.artifact.kernels import (
     LayerKernels,
     TargetKernels,
 )
-from fpcompiler.codegen import cutlass, hopper
-from fpcompiler.codegen.arch import Arch, arch
+from fpcompiler.codegen import cutlass
 from fpcompiler.codegen.attention import ARCHS as ATTEND_ARCHS
 from fpcompiler.codegen.attention import attend_kernels, attend_problems
 from fpcompiler.codegen.build import KernelCache
-from fpcompiler.codegen.cutlass import heuristics
-from fpcompiler.codegen.gemms import Gemm, gemms_of
+from fpcompiler.codegen.gemms import gemms_of
 from fpcompiler.codegen.hopper import packed_gemm
 from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
-from fpcompiler.codegen.legalize import legalize
-from fpcompiler.codegen.problem import Epilogue, GemmProblem, OutputType, Rows
+from fpcompiler.codegen.kernel_plan import GemmInstance, KernelPlan, describe, emit, plan_kernels
+from fpcompiler.codegen.problem import OutputType, Rows
 from fpcompiler.codegen.proof.stored import recorded_proof
 from fpcompiler.codegen.quantize_problems import quantize_problems
 from fpcompiler.codegen.quantized_outputs import quantized_outputs
 from fpcompiler.codegen.rebuild import quantize_kernels
 from fpcompiler.codegen.torch_operators import OPERATORS, build_operators
-from fpcompiler.errors import TargetError, describe_layer
+from fpcompiler.errors import TargetError
 from fpcompiler.options import Options
 from fpcompiler.plan import Plan
 from fpcompiler.runtime.cuda.attention import ATTENTION
@@ -47,36 +45,9 @@ from fpcompiler.runtime.cuda.problem import QuantizeProblem
 from fpcompiler.runtime.executor import Executor
 from fpcompiler.scheme import LayerScheme, Scheme
 
-__all__ = ["KernelPlan", "require_tools", "plan_kernels", "build_sources", "package"]
+__all__ = ["require_tools", "build_sources", "package"]
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
-GemmInstance = cutlass.Instance | hopper.PackedGemm
-
-
-@dataclass(frozen=True)
-class KernelPlan:
-    """The kernels that some GEMMs need on an architecture, before anything is compiled.
-
-    Attributes:
-        arch: The architecture.
-        layers: For each layer the instance by range of rows, or the reason why there are none.
-        quantized: Those that quantize outputs for the next layers, where there are some.
-    """
-
-    arch: Arch
-    layers: Mapping[str, Mapping[Rows, GemmInstance] | str]
-    quantized: Mapping[str, Mapping[Rows, cutlass.Instance]] = field(default_factory=dict)
-
-    @property
-    def instances(self) -> tuple[GemmInstance, ...]:
-        """The kernels to compile, each once."""
-        found = {
-            instance: None
-            for kernels in (*self.layers.values(), *self.quantized.values())
-            if not isinstance(kernels, str)
-            for instance in kernels.values()
-        }
-        return tuple(found)
 
 
 def require_tools(options: Options, scheme: Scheme, archs: Sequence[str]) -> None:
@@ -96,31 +67,6 @@ def require_tools(options: Options, scheme: Scheme, archs: Sequence[str]) -> Non
     layers = (scheme.base, *(rule.layer for rule in scheme.rules))
     if any(_takes_cutlass(layer, name) for layer in layers for name in archs):
         cutlass.find_cutlass()
-
-
-def plan_kernels(gemms: Sequence[Gemm], name: str) -> KernelPlan:
-    """Return which kernels some GEMMs need.
-
-    Args:
-        gemms: The layers.
-        name: The architecture, such as ``sm_100a``.
-
-    Raises:
-        TargetError: If kernels cannot be compiled for it at all.
-    """
-    machine = arch(name)
-    packed = {gemm.layer: _packed(gemm, machine) for gemm in gemms}
-    problems = {g.layer: _problems(g, machine) for g in gemms if packed[g.layer] is None}
-    known = [p for rows in problems.values() if not isinstance(rows, str) for p in rows.values()]
-    chosen = cutlass.choose(known, heuristics.load())
-    layers: dict[str, Mapping[Rows, GemmInstance] | str] = {}
-    for layer, instance in packed.items():
-        if instance is not None:
-            layers[layer] = dict.fromkeys(Rows, instance)
-            continue
-        rows = problems[layer]
-        layers[layer] = rows if isinstance(rows, str) else {r: chosen[p] for r, p in rows.items()}
-    return KernelPlan(machine, layers)
 
 
 def build_sources(
@@ -229,72 +175,11 @@ def _attention(
     return {name: attend_kernels(problems, name) for name in archs}
 
 
-def emit(instance: GemmInstance) -> KernelSource:
-    """Return the source of a kernel, whoever generates it.
-
-    Raises:
-        DependencyError: If it takes CUTLASS, and that is not installed.
-    """
-    return (
-        hopper.emit(instance) if isinstance(instance, hopper.PackedGemm) else cutlass.emit(instance)
-    )
-
-
-def describe(instance: GemmInstance) -> dict[str, Any]:
-    """Return an instance as JSON values, from which it can be generated again."""
-    if isinstance(instance, hopper.PackedGemm):
-        return hopper.describe(instance)
-    return cutlass.describe(instance)
-
-
 def _takes_cutlass(layer: LayerScheme, arch_name: str) -> bool:
     """Return whether the kernels of such a layer are generated with CUTLASS, if it gets any."""
     if layer.weight is None:
         return False
     return packed_gemm(layer.weight, layer.activation, arch_name, OutputType.BF16) is None
-
-
-def _packed(gemm: Gemm, machine: Arch) -> hopper.PackedGemm | None:
-    """Return the kernels that keep the weights of a layer in four bits, if there are some."""
-    found = _packed_of_any_length(gemm, machine)
-    return found if gemm.k <= hopper.MOST_K else None
-
-
-def _packed_of_any_length(gemm: Gemm, machine: Arch) -> hopper.PackedGemm | None:
-    return packed_gemm(gemm.weight, gemm.activation, machine.name, gemm.output, gemm.function)
-
-
-def _problems(gemm: Gemm, machine: Arch) -> dict[Rows, GemmProblem] | str:
-    """Return the problem of a layer for each range of rows, or why there is none."""
-    as_bf16 = packed_gemm(gemm.weight, gemm.activation, machine.name, OutputType.BF16)
-    if as_bf16 is not None and gemm.activation is None and gemm.output is not OutputType.BF16:
-        return (
-            f"{describe_layer(gemm.layer)}: its kernel on {machine.name} multiplies activations "
-            f"that are not quantized in bf16, and this model has {gemm.output.value}. Convert it "
-            "to bfloat16 before it is compiled."
-        )
-    if gemm.k > hopper.MOST_K and _packed_of_any_length(gemm, machine) is not None:
-        return (
-            f"{describe_layer(gemm.layer)}: a row of its weights has {gemm.k} numbers, and kernels "
-            f"of packed weights take up to {hopper.MOST_K}."
-        )
-    epilogue = Epilogue(bias=gemm.bias, activation=gemm.function, residual=gemm.residual)
-    try:
-        return {
-            rows: legalize(
-                gemm.layer,
-                gemm.weight,
-                gemm.activation,
-                (gemm.n, gemm.k),
-                machine.name,
-                rows=rows,
-                epilogue=epilogue,
-                output=gemm.output,
-            )
-            for rows in Rows
-        }
-    except TargetError as error:
-        return str(error)
 
 
 def _require_some(plan: KernelPlan) -> None:

@@ -34,8 +34,9 @@ from examples.benchmarks.memory import machine
 from fpcompiler.codegen import cutlass
 from fpcompiler.codegen.build import KernelCache
 from fpcompiler.codegen.gemms import Gemm, gemms_of
+from fpcompiler.codegen.kernel_plan import plan_kernels
 from fpcompiler.codegen.nvcc import find_nvcc
-from fpcompiler.codegen.package import build_sources, plan_kernels
+from fpcompiler.codegen.package import build_sources
 from fpcompiler.codegen.problem import Activation, OutputType
 from fpcompiler.errors import DependencyError
 from fpcompiler.options import Options

@@ -22,7 +22,8 @@ from fpcompiler.codegen import build
 from fpcompiler.codegen import package as packaging
 from fpcompiler.codegen.gemms import gemms_of
 from fpcompiler.codegen.kernel import BuiltKernel, KernelSource
-from fpcompiler.codegen.package import package, plan_kernels
+from fpcompiler.codegen.kernel_plan import plan_kernels
+from fpcompiler.codegen.package import package
 from fpcompiler.codegen.problem import Activation, OutputType
 from fpcompiler.errors import DependencyError, OptionError, TargetError
 from fpcompiler.options import Options

@@ -19,7 +19,7 @@ from fpcompiler.codegen.cutlass.quantized import (
 )
 from fpcompiler.codegen.cutlass.record import describe, parse_instance
 from fpcompiler.codegen.gemms import gemms_of
-from fpcompiler.codegen.package import plan_kernels
+from fpcompiler.codegen.kernel_plan import plan_kernels
 from fpcompiler.codegen.problem import Rows
 from fpcompiler.codegen.proof.contract import check_launch
 from fpcompiler.codegen.proof.launch import MapType
