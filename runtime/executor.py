@@ -171,11 +171,24 @@ class Executor:
         """Check what quantizers met, store the new state, and return the outputs."""
         if self._kernels:
             *results, flags = results
-            self._kernels.check(self._kernels.flags.traced if flags is None else flags)
+            results = self._checked(results, flags)
         count = len(self.plan.outputs)
         for (_, name), update in zip(self._stores, results[count:], strict=True):
             self._state[name].copy_(update)
         return results[:count]
+
+    def _checked(self, results: list[Any], flags: Tensor | None) -> list[Any]:
+        assert self._kernels is not None
+        check, traced = self._kernels.check, self._kernels.flags
+        if not torch.compiler.is_compiling():
+            check(traced.traced if flags is None else flags)
+            return results
+        if not check.layers:
+            return results
+        first = next((i for i, x in enumerate(results) if isinstance(x, Tensor)), None)
+        if first is not None:
+            results[first] = check.traced(results[first], traced)
+        return results
 
     def program(self, leaves: Sequence[Tensor]) -> Program | None:
         """Return what runs in place of the steps for tensors of these sizes, if there is one now.

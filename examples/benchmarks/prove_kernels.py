@@ -1,6 +1,7 @@
 """Kernels of every kind and target, compiled and checked without a GPU.
 
     python examples/benchmarks/prove_kernels.py
+    python examples/benchmarks/prove_kernels.py --add      # those that are not in the record yet
 
 It needs nvcc and the extra ``cuda``, and with the extra ``dsl`` it compares with CuTe DSL. Kernels
 stay in the cache, so that only the first run takes a minute of processor time for each. It prints
@@ -9,9 +10,12 @@ a table and writes ``results/prove_kernels.json``.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fpcompiler.cli.output import markdown_table
 from fpcompiler.codegen.build import KernelCache
-from fpcompiler.codegen.cutlass import choose, emit
+from fpcompiler.codegen.cutlass import Instance, choose, emit
+from fpcompiler.codegen.cutlass.quantized import QuantizedOutput
 from fpcompiler.codegen.kernel import BuiltKernel
 from fpcompiler.codegen.legalize import legalize
-from fpcompiler.codegen.problem import Rows
+from fpcompiler.codegen.problem import Epilogue, Rows
 from fpcompiler.codegen.proof.prove import LEVELS, prove
 from fpcompiler.codegen.proof.record import Outcome, ProofRecord
 from fpcompiler.operand import Operand
@@ -35,7 +40,50 @@ W4A8 = ("e2m1@row:f32/block32:e8m0", "e4m3@block32:e8m0")
 W4A6_ROW = ("e2m1@row:f32", "e2m3@token:f32")
 E3M0 = ("e3m0@block32:e8m0", "e3m2@block32:e8m0")
 
-KERNELS = (
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel by what its layer is.
+
+    Attributes:
+        pair: Operands of weights and activations.
+        arch: The architecture.
+        rows: The range of M.
+        residual: Whether the layer adds one.
+        producer: If the layer quantizes its output as its input is: the activation before that.
+    """
+
+    pair: tuple[str, str]
+    arch: str
+    rows: Rows
+    residual: bool = False
+    producer: str | None = None
+
+    def instance(self) -> Instance:
+        """Return the instance to compile."""
+        weight, activation = map(Operand.parse, self.pair)
+        epilogue = Epilogue(residual=self.residual)
+        problem = legalize(
+            "", weight, activation, (4096, 4096), self.arch, rows=self.rows, epilogue=epilogue
+        )
+        instance = choose([problem])[problem]
+        if self.producer is None:
+            return instance
+        return replace(instance, quantized=QuantizedOutput(str(activation), self.producer))
+
+
+def kernels() -> Iterator[Kernel]:
+    """Yield one kernel of each kind."""
+    for pair, arch, rows in PLAIN:
+        yield Kernel(pair, arch, rows)
+    yield Kernel(NVFP4, "sm_100a", Rows.PREFILL, residual=True)
+    yield Kernel(W4A6, "sm_120a", Rows.PREFILL, residual=True)
+    yield Kernel(MXFP4, "sm_100a", Rows.PREFILL, producer="gelu_tanh")
+    yield Kernel(W4A8, "sm_100a", Rows.DECODE, producer="")
+    yield Kernel(W4A6, "sm_120a", Rows.PREFILL, producer="gelu_tanh")
+
+
+PLAIN = (
     (W4A6_ROW, "sm_90a", Rows.DECODE), (W4A6_ROW, "sm_90a", Rows.PREFILL),
     (W4A6, "sm_100a", Rows.DECODE), (MXFP4, "sm_100a", Rows.DECODE),
     (NVFP4, "sm_100a", Rows.PREFILL), (W4A6_ROW, "sm_100a", Rows.PREFILL),
@@ -50,13 +98,18 @@ RESULTS = Path(__file__).resolve().parent / "results" / "prove_kernels.json"
 
 
 def main() -> None:
-    """Compile and check all kernels, print the table and write the record."""
+    """Compile and check kernels, print the table and write the record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--add", action="store_true", help="only those that are not recorded yet")
+    added = parser.parse_args().add
     options = Options.from_env()
     cache = KernelCache.from_options(options)
-    rows = []
-    for pair, arch, m in KERNELS:
-        problem = legalize("", *map(Operand.parse, pair), (4096, 4096), arch, rows=m)
-        built = cache.build(emit(choose([problem])[problem]))
+    rows = json.loads(RESULTS.read_text("utf-8"))["kernels"] if added else []
+    known = {row["kernel"] for row in rows}
+    for instance in (kernel.instance() for kernel in kernels()):
+        if instance.name in known:
+            continue
+        built = cache.build(emit(instance))
         rows.append(summary(prove(built, options=options), built))
         print(rows[-1]["kernel"], "passed" if rows[-1]["passed"] else "FAILED", file=sys.stderr)
     record = {

@@ -5,10 +5,10 @@ A layer without kernels runs as on any device, by the reference; so does everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from torch import Tensor
 from fpcompiler.artifact.container import Buffer
 from fpcompiler.artifact.kernels import Instance, KernelIndex, TargetKernels
 from fpcompiler.errors import ArtifactError, describe_layer
-from fpcompiler.numerics.scaling import not_finite
-from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime.cuda.attention import (
     ATTENTION,
@@ -27,8 +25,9 @@ from fpcompiler.runtime.cuda.attention import (
     CudaAttention,
 )
 from fpcompiler.runtime.cuda.cached import caches_of, functions_of
+from fpcompiler.runtime.cuda.checks import Check
 from fpcompiler.runtime.cuda.codes import CudaCodes, kind_of
-from fpcompiler.runtime.cuda.flags import Flags, is_capturing
+from fpcompiler.runtime.cuda.flags import Flags
 from fpcompiler.runtime.cuda.form import InputKind
 from fpcompiler.runtime.cuda.joined import CudaPart, join, joinable, parts_of
 from fpcompiler.runtime.cuda.layers import (
@@ -58,9 +57,6 @@ OPERATORS: Final = "operators"
 
 _RESIDUAL: Final = LinearArguments._fields.index("residual")
 
-Check: TypeAlias = Callable[[Tensor], None]
-"""Called after a run with its flags; raises if a quantizer met NaN or infinity."""
-
 
 class Bound(NamedTuple):
     """A plan whose layers run on kernels.
@@ -69,7 +65,7 @@ class Bound(NamedTuple):
         functions: What runs each step.
         single: The same where every step gives what the plan says, for whoever looks at results.
         flags: What quantizers set.
-        check: Waits for the quantizers and raises if one met NaN or infinity.
+        check: Raises if a quantizer met NaN or infinity.
     """
 
     functions: list[Function]
@@ -143,7 +139,7 @@ class CudaKernels:
             result[index] = CudaQuantizer.of(linear, self.quantizers, step, flags, place)
         for place, (index, kind) in enumerate(codes.items(), len(found)):
             result[index] = CudaCodes.of(kind, self.quantizers, functions[index], flags, place)
-        check = _check_of([plan.steps[i] for i in (*found, *codes)])
+        check = Check.of([plan.steps[i] for i in (*found, *codes)])
         return Bound(_paired(plan, result, found), result, flags, check)
 
     def _code_kinds(self, plan: Plan, others: Mapping[int, int]) -> dict[int, InputKind]:
@@ -304,17 +300,3 @@ def _settle(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _check_of(steps: Sequence[Step]) -> Check:
-    def check(flags: Tensor) -> None:
-        # In a graph that is captured nothing has run yet, and nothing may be waited for.
-        if not steps or torch.compiler.is_compiling() or is_capturing(flags.device):
-            return
-        found = flags.tolist()
-        if any(found):
-            flags.zero_()
-            step = steps[found.index(1)]
-            raise not_finite(Operand.parse(step.args[-2]), step.args[-1])
-
-    return check

@@ -235,6 +235,21 @@ def test_torch_compile_traces_kernels(tmp_path: Path) -> None:
     assert not {torch.ops.fpc.quantize.default, torch.ops.fpc.linear.default} & {*targets}
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_nan_is_found_inside_of_a_traced_model(backend: str, tmp_path: Path) -> None:
+    executor = compilable(tmp_path)
+    run = torch.compile(own_code(executor.run_leaves), backend=backend, fullgraph=True)
+    x = input_of(4)
+    expected = executor.run_leaves([x])
+    bad = x.clone()
+    bad[2, 1] = torch.nan
+    for _ in range(2):
+        assert_near(expected, run([x]))
+        with pytest.raises(NumericsError, match="layer 'up': input holds NaN"):
+            run([bad])
+    assert_near(expected, run([x]))
+
+
 def test_what_torch_compile_made_is_recorded_and_its_steps_are_watched(tmp_path: Path) -> None:
     recorder = FakeRecorder()
     executor = compilable(tmp_path, GraphCache(GraphOptions(), recorder))
