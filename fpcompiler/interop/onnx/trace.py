@@ -100,9 +100,9 @@ def _name_sizes(model: ir.Model, plan: Plan) -> None:
 
     results = (value for node in model.graph for value in node.outputs)
     for value in [*model.graph.inputs, *results]:
-        for axis, dim in enumerate(value.shape or ()):
-            if value.shape is not None and isinstance(dim, ir.SymbolicDim) and dim.value:
-                value.shape[axis] = ir.SymbolicDim(renamed(dim.value))
+        if value.shape is not None:
+            sizes = (dim.value if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape)
+            value.shape = ir.Shape(renamed(s) if isinstance(s, str) else s for s in sizes)
 
 
 def _refusal(plan: Plan, error: Exception) -> ExportError:
