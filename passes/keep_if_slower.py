@@ -217,8 +217,10 @@ def _report(found: Mapping[tuple[str, str], int], gpus: Sequence[str]) -> str:
     """Return a table of the layers that are kept, those with the same sizes in one row."""
     rows = [f"| {count} | {size} | {speeds} |" for (size, speeds), count in found.items()]
     sources = [f"{gpu}: {source_of(gpu)}." for gpu in gpus]
+    count = sum(found.values())
+    who, they = ("1 layer stays", "it") if count == 1 else (f"{count} layers stay", "they")
     lines = [
-        f"{sum(found.values())} layers stay in 16 bits, because they would be slower quantized:",
+        f"{who} in 16 bits, because {they} would be slower quantized:",
         "",
         "| layers | size | times as fast as in bf16 |",
         "| ---: | --- | --- |",
