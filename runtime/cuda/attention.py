@@ -6,9 +6,8 @@ GPU; none has run on one. So they are used only where a user asks for it.
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -16,8 +15,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fpcompiler.errors import ArtifactError, FormatError
-from fpcompiler.runtime.cuda.operators import open_library
+from fpcompiler.errors import FormatError
+from fpcompiler.runtime.cuda.operators import open_library, problem_texts
 from fpcompiler.runtime.operators import Function
 
 ATTENTION: Final = "attention"
@@ -184,8 +183,8 @@ class AttendKernels:
         places: dict[tuple[str, int, str], tuple[int, int]] = {}
         for path in paths:
             number = open_library(path)
-            for index, problem in enumerate(_problems_of(path)):
-                places.setdefault(problem.key, (number, index))
+            for index, text in enumerate(problem_texts(path, "attend")):
+                places.setdefault(_problem_of(text).key, (number, index))
         return cls(places)
 
 
@@ -229,15 +228,6 @@ def _parts(rows: Rows) -> tuple[Tensor, Tensor | None]:
     return (rows.codes, rows.scale) if isinstance(rows, CachedRows) else (rows, None)
 
 
-def _problems_of(path: Path) -> Iterator[AttendProblem]:
-    """Yield what the kernels of a library compute, in order."""
-    try:
-        name = ctypes.CDLL(str(path)).fpc_attend_problem
-    except (OSError, AttributeError) as error:
-        raise ArtifactError(f"{path} is no library of attention: {error}.") from error
-    name.restype, name.argtypes = ctypes.c_char_p, (ctypes.c_int32,)
-    index = 0
-    while (text := name(index)) is not None:
-        _, kind, width, *cache = text.decode().split()
-        yield AttendProblem(kind, int(width), *cache)
-        index += 1
+def _problem_of(text: str) -> AttendProblem:
+    _, kind, width, *cache = text.split()
+    return AttendProblem(kind, int(width), *cache)

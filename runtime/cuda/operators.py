@@ -19,6 +19,8 @@ the current stream; nothing is waited for.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,6 +76,27 @@ def open_library(path: Path) -> int:
     except RuntimeError as error:
         raise ArtifactError(str(error).splitlines()[0]) from error
     return number
+
+
+def problem_texts(path: Path, kind: str) -> Iterator[str]:
+    """Yield what the kernels of a library compute, as texts in their order.
+
+    Args:
+        path: The library. Loading it runs its code: the caller vouches for it.
+        kind: What its functions are named after: ``quantize`` or ``attend``.
+
+    Raises:
+        ArtifactError: If it is no such library.
+    """
+    try:
+        name = getattr(ctypes.CDLL(str(path)), f"fpc_{kind}_problem")
+    except (OSError, AttributeError) as error:
+        raise ArtifactError(f"{path} holds no kernels named {kind}: {error}.") from error
+    name.restype, name.argtypes = ctypes.c_char_p, (ctypes.c_int32,)
+    index = 0
+    while (text := name(index)) is not None:
+        yield text.decode()
+        index += 1
 
 
 def _are_there() -> bool:

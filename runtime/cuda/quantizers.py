@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +11,13 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from fpcompiler.errors import ArtifactError, FormatError
+from fpcompiler.errors import FormatError
 from fpcompiler.plan import Step
 from fpcompiler.runtime import fused
 from fpcompiler.runtime.cuda.flags import Flags
 from fpcompiler.runtime.cuda.form import CudaInput, InputKind, with_scales
 from fpcompiler.runtime.cuda.layers import CudaLinear
-from fpcompiler.runtime.cuda.operators import open_library
+from fpcompiler.runtime.cuda.operators import open_library, problem_texts
 from fpcompiler.runtime.cuda.problem import TYPES, QuantizeProblem
 from fpcompiler.runtime.cuda.stored import STORED
 from fpcompiler.runtime.fused import HEADS, PRODUCERS, SLOTS, TAILS
@@ -63,7 +62,7 @@ class QuantizeKernels:
         places: dict[str, Place] = {}
         for path in paths:
             number = open_library(path)
-            for index, text in enumerate(_problems_of(path)):
+            for index, text in enumerate(problem_texts(path, "quantize")):
                 places.setdefault(text, (number, index))
         return cls(places)
 
@@ -269,19 +268,6 @@ def _types_of(producer: str) -> Iterator[tuple[str, ...]]:
 
 def _text_of(kind: InputKind, producer: str, types: tuple[str, ...]) -> str:
     return str(problem_of(kind, producer, types) or "")
-
-
-def _problems_of(path: Path) -> Iterator[str]:
-    """Yield what the kernels of a library compute, in order."""
-    try:
-        name = ctypes.CDLL(str(path)).fpc_quantize_problem
-    except (OSError, AttributeError) as error:
-        raise ArtifactError(f"{path} is no library of quantizers: {error}.") from error
-    name.restype, name.argtypes = ctypes.c_char_p, (ctypes.c_int32,)
-    index = 0
-    while (text := name(index)) is not None:
-        yield text.decode()
-        index += 1
 
 
 def _form(tensor: Tensor) -> Form:

@@ -123,7 +123,7 @@ def test_torch_compile_traces_it(kernels: AttendKernels) -> None:
 
 def test_libraries_of_others_are_refused(tmp_path: Path) -> None:
     operators()
-    with pytest.raises(ArtifactError, match="no library of attention"):
+    with pytest.raises(ArtifactError, match="holds no kernels named attend"):
         AttendKernels.of([host_quantizers([], tmp_path / "quantize.so")])
 
 
