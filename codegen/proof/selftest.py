@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fpcompiler.codegen.proof.golden import GOLDEN, GoldenProblem, GoldenVerdict
+from fpcompiler.codegen.proof.output_problem import output_problems
 from fpcompiler.codegen.proof.packed_problem import packed_problems
 from fpcompiler.formats import FORMATS
 from fpcompiler.numerics.kernel_layout import scale_bytes
@@ -66,6 +67,7 @@ def selftest(kernels: CudaKernels) -> Iterator[GemmResult]:
     """Run the golden problems on the kernels that multiply their formats.
 
     Kernels of packed weights read them in an order of their own, and get problems of their own.
+    Those that quantize their output are compared with those that give it, byte by byte.
     Kernels with an activation function are left out: what is on record are plain products.
 
     Args:
@@ -76,6 +78,8 @@ def selftest(kernels: CudaKernels) -> Iterator[GemmResult]:
             yield GemmResult(name, problem.judge(_run(gemm, problem, kernels.machine)))
         for packed in packed_problems(gemm):
             yield GemmResult(name, packed.judge(packed.call(gemm, kernels.machine)()))
+    for output in output_problems(kernels):
+        yield GemmResult(output.name, output.judge(kernels.machine))
 
 
 def problems_for(gemm: Gemm) -> Sequence[GoldenProblem]:

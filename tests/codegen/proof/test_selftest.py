@@ -50,12 +50,30 @@ def test_kernels_that_add_a_residual_add_nothing(tmp_path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-def test_kernels_that_quantize_their_output_are_left_out(tmp_path) -> None:
-    quantized = QuantizedOutput("f6E2M3FN@block32:f8E8M0FNU")
+@pytest.mark.parametrize("producer", ["", "gelu_tanh"])
+def test_kernels_that_quantize_their_output_are_compared_with_two_steps(
+    producer: str, tmp_path
+) -> None:
+    quantized = QuantizedOutput("f6E2M3FN@block32:f8E8M0FNU:mse", producer)
     made = Kernels(tmp_path, *PAIRS["mxf8f6f4"], "sm_120a", "bf16", quantized=quantized)
     kernels = made.open("layer")
-    assert {"decode-quantized", "prefill-quantized"} <= {*kernels.gemms}
-    assert {result.kernel for result in selftest(kernels)} == {"decode", "prefill"}
+    results = list(selftest(kernels))
+    assert all(result.verdict.passed for result in results)
+    compared = [r for r in results if r.verdict.problem.startswith("output to f6E2M3FN")]
+    assert [r.kernel for r in compared] == ["decode-quantized"] * 2 + ["prefill-quantized"] * 2
+
+    # Kernels that quantize something else than the plain one gives fail.
+    other = QuantizedOutput("f6E2M3FN@block32:f8E8M0FNU:mse", "relu")
+    (tmp_path / "wrong").mkdir()
+    wrong = Kernels(
+        tmp_path / "wrong", *PAIRS["mxf8f6f4"], "sm_120a", "bf16", quantized=other
+    ).open("layer")
+    gemms = {
+        name: replace(gemm, library=wrong.gemms[name].library) if gemm.quantizing else gemm
+        for name, gemm in kernels.gemms.items()
+    }
+    found = [r.verdict for r in selftest(replace(kernels, gemms=gemms))]
+    assert not any(v.passed for v in found if v.problem.startswith("output to"))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
