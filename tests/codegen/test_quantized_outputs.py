@@ -187,6 +187,7 @@ def test_codes_are_made_by_the_conversion_to_their_format(name: str) -> None:
 
 
 @pytest.mark.nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "pair", "operand"),
     [("sm_100a", MXFP4, "f4E2M1FN@block32:f8E8M0FNU"), ("sm_120a", W4A6, A6)],
