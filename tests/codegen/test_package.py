@@ -309,6 +309,7 @@ def test_keeping_can_be_asked_for_beside_a_cpu(fake) -> None:
 
 
 @pytest.mark.nvcc
+@pytest.mark.slow
 def test_a_real_model_for_a_real_target(tmp_path) -> None:
     artifact = compiled("nvfp4; gate: w4a16", torch.bfloat16, target="cpu,sm_120a").artifact
     call = artifact.golden[0].inputs
