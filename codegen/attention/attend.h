@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kAttendThreads)
 attend(const __grid_constant__ FpcAttendArguments a) {
     using Work = Attention<P>;
     constexpr int kWidth = P::kWidth;
-    float* const memory = block_memory<(kAttendWarps + 1) * Work::kFloats>();
+    float* const memory = block_memory<float, (kAttendWarps + 1) * Work::kFloats>();
     follow();
     const Work work(a);
     const int rank = (int)blockIdx.x, split = (int)gridDim.x, stride = split * kAttendWarps;
@@ -333,7 +333,7 @@ int32_t launch_attend(const FpcAttendArguments& a, void* stream) {
         return FPC_ATTEND_REFUSED;
     if (P::kCodes && !(a.k_scales && a.v_scales)) return FPC_ATTEND_REFUSED;
     const dim3 grid((unsigned)split_of(a), (unsigned)(a.batch * a.groups));
-    return launch_clusters(attend<P>, grid, dim3(kAttendThreads), a, stream);
+    return launch(attend<P>, grid, dim3(kAttendThreads), a, stream, true, grid.x);
 }
 
 }  // namespace fpc

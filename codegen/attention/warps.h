@@ -64,46 +64,4 @@ FPC_DEVICE bool any_lane(bool value) { return __any_sync(~0u, value); }
 FPC_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 FPC_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// The block's memory for `kFloats` numbers.
-template <int kFloats>
-FPC_DEVICE float* block_memory() {
-    __shared__ float memory[kFloats];
-    return memory;
-}
-
-// --- blocks of a cluster, along x ----------------------------------------------------------------
-
-FPC_DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// A number in another block's memory, where this block has `own`.
-FPC_DEVICE float load_remote(const float* own, int rank) {
-    const uint32_t address = (uint32_t)__cvta_generic_to_shared(own);
-    float value;
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\n"
-        "ld.shared::cluster.f32 %0, [there]; }"
-        : "=f"(value)
-        : "r"(address), "r"(rank)
-        : "memory");
-    return value;
-}
-
-// Launch blocks along x in clusters of gridDim.x, behind the kernel before.
-template <class Arguments>
-int32_t launch_clusters(void (*kernel)(Arguments), dim3 grid, dim3 block,
-                        const Arguments& arguments, void* stream) {
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = grid.x;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = block, config.stream = (cudaStream_t)stream;
-    config.attrs = attributes, config.numAttrs = grid.x > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, kernel, arguments);
-}
-
 }  // namespace fpc

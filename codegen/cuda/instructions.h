@@ -5,6 +5,7 @@
 // depends on its flags for division. Only -ftz=true would change results.
 
 #include <stdint.h>
+#include <string.h>
 
 #define FPC_DEVICE __device__ __forceinline__
 
@@ -138,27 +139,76 @@ FPC_DEVICE int32_t exchange(int32_t value, int mask) { return __shfl_xor_sync(~0
 FPC_DEVICE double exchange(double value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 
 FPC_DEVICE void barrier() { __syncthreads(); }
+
+// Memory of the block for `kCount` numbers.
+template <class T, int kCount>
+FPC_DEVICE T* block_memory() {
+    __shared__ T memory[kCount];
+    return memory;
+}
+
+// All threads of all blocks of a cluster take part: from Hopper on.
+FPC_DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// A number in the memory of another block of the cluster, where this block has `own`.
+template <class T>
+FPC_DEVICE T load_remote(const T* own, int rank) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "");
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(own);
+    T value;
+    if constexpr (sizeof(T) == 4) {
+        uint32_t bits;
+        asm volatile(
+            "{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\n"
+            "ld.shared::cluster.u32 %0, [there]; }"
+            : "=r"(bits)
+            : "r"(address), "r"(rank)
+            : "memory");
+        memcpy(&value, &bits, sizeof value);
+    } else {
+        uint64_t bits;
+        asm volatile(
+            "{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\n"
+            "ld.shared::cluster.u64 %0, [there]; }"
+            : "=l"(bits)
+            : "r"(address), "r"(rank)
+            : "memory");
+        memcpy(&value, &bits, sizeof value);
+    }
+    return value;
+}
 FPC_DEVICE void store_larger(int32_t* to, int32_t value) { atomicMax(to, value); }
 
 // --- launches, on the CPU ----------------------------------------------------------------------
 
-// Launch a kernel that follows others. Its blocks may begin while those of the last one end, unless
-// that was no kernel.
 // The error of a call that failed, taken off the thread: whoever looks next would think it theirs.
 inline cudaError_t taken(cudaError_t error) {
     if (error) cudaGetLastError();
     return error;
 }
 
+// Launch a kernel that follows others: its blocks may begin while those of the last one end, unless
+// that was no kernel. `cluster`: blocks along x that can read each other's memory.
 template <class Arguments>
 int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments& arguments,
-               void* stream, bool behind_kernel = true) {
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+               void* stream, bool behind_kernel = true, unsigned cluster = 1) {
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (FPC_FOLLOWS && behind_kernel) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count].val.clusterDim.x = cluster;
+        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+        count++;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = block, config.stream = (cudaStream_t)stream;
-    config.attrs = &early, config.numAttrs = FPC_FOLLOWS && behind_kernel;
+    config.attrs = attributes, config.numAttrs = count;
     return taken(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 

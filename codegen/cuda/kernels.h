@@ -4,7 +4,8 @@
 // threads as it takes. Otherwise a row has one warp or one block of threads, which hold it in
 // registers, a chunk or two each. Longer rows are read again for each step, from the cache: with
 // more chunks in its registers a block would have a multiprocessor to itself, and none would load
-// meanwhile.
+// meanwhile. A few long rows leave most multiprocessors idle, and one takes its time to compute a row:
+// blocks of a cluster share it then.
 
 namespace fpc {
 
@@ -33,13 +34,13 @@ __host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
 }
 
 // The largest magnitude of a row, in all of its threads.
-template <class P, int kHeld>
-FPC_DEVICE float amax_of_row(Row<P, kHeld>& row) {
+template <class P, int kHeld, bool kSpread>
+FPC_DEVICE float amax_of_row(Row<P, kHeld, kSpread>& row) {
     float amax = 0;
     row.each_chunk([&](int, float (&values)[kChunk]) {
         amax = larger_magnitude(amax, largest_of(values));
     });
-    return over_row(amax, [](float x, float y) { return larger_magnitude(x, y); });
+    return over_row<kSpread>(amax, [](float x, float y) { return larger_magnitude(x, y); });
 }
 
 // That of a tensor of a few rows, which every block finds for itself.
@@ -54,11 +55,12 @@ FPC_DEVICE float amax_of_rows(const FpcQuantizeArguments& a, int chunks) {
     return amax;
 }
 
-template <class P, int kHeld>
+template <class P, int kHeld, bool kSpread = false>
 __global__ void __launch_bounds__(kMost<kHeld>, 2)
 quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
     follow();
-    const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    const int64_t m =
+        kSpread ? (int64_t)blockIdx.y : (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     const int chunks = chunks_of<P>(a);
     if (m >= a.m) {
         if constexpr (P::kSwizzled) {
@@ -70,11 +72,11 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
         }
         return;
     }
-    Row<P, kHeld> row(a, m, chunks);
+    Row<P, kHeld, kSpread> row(a, m, chunks);
     float outer = 1;
     if constexpr (P::kOuter == kPerRow) {
         outer = real_scale<P>(amax_of_row(row));
-        if (threadIdx.x == 0) a.outer_scale[m] = outer;
+        if (row.first == 0) a.outer_scale[m] = outer;
     } else if constexpr (P::kOuter == kPerTensor) {
         if constexpr (P::kGiven)
             outer = *a.outer_scale;
@@ -90,8 +92,8 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
         sum += encoder.encode(chunk, values);
     });
     if constexpr (P::kStored == kIntegers) {
-        sum = over_row(sum, [](int32_t x, int32_t y) { return x + y; });
-        if (threadIdx.x == 0) ((int32_t*)a.outer_scale)[a.m + m] = sum;
+        sum = over_row<kSpread>(sum, [](int32_t x, int32_t y) { return x + y; });
+        if (row.first == 0) ((int32_t*)a.outer_scale)[a.m + m] = sum;
     }
 }
 
@@ -118,6 +120,15 @@ struct Shape {
         const int together = threads == 32 ? 4 : 1;
         return {dim3((unsigned)((rows + together - 1) / together)),
                 dim3((unsigned)threads, (unsigned)together)};
+    }
+
+    // A cluster of blocks for a row.
+    static Shape spread(int64_t rows, int chunks) {
+        constexpr int kBlocks = 8, kThreads = 128;  // at most; at least, but for the last ones
+        const int wanted = (chunks + kThreads - 1) / kThreads;
+        const int blocks = wanted < kBlocks ? wanted : kBlocks;
+        const int threads = ((chunks + blocks - 1) / blocks + 31) / 32 * 32;
+        return {dim3((unsigned)blocks, (unsigned)rows), dim3((unsigned)threads)};
     }
 
     static Shape tiles(int64_t rows, int chunks) {
@@ -151,8 +162,24 @@ bool is_small(const FpcQuantizeArguments& a, int chunks) {
     return a.m <= kMostRows && a.m * chunks <= kMostChunks;
 }
 
+// Whether clusters quantize rows: few ones, each of them long.
+template <class P>
+constexpr bool kSpreads =
+    FPC_FOLLOWS && kNeedsRow<P> && !P::kSwizzled && P::kOuter != kPerTensor;
+
+inline bool is_spread(int64_t rows, int chunks) {
+    constexpr int kMostRows = 16, kShort = 256, kLong = 8 * kMost<1>;  // of chunks
+    return rows <= kMostRows && chunks > kShort && chunks <= kLong;
+}
+
 template <class P>
 int32_t launch_rows(const FpcQuantizeArguments& a, int64_t rows, int chunks, void* stream) {
+    if constexpr (kSpreads<P>) {
+        const Shape shape = Shape::spread(rows, chunks);
+        if (is_spread(rows, chunks))
+            return launch(quantize_rows<P, 1, true>, shape.grid, shape.block, a, stream, true,
+                          shape.grid.x);
+    }
     const Shape shape = Shape::whole_rows(rows, chunks);
     const auto start = [&](auto kernel) {
         return launch(kernel, shape.grid, shape.block, a, stream);

@@ -4,29 +4,40 @@ namespace fpc {
 
 constexpr int kMostThreads = 512;
 
-// Join a value of each thread of a row, in the same order for each. A row has one warp, or all
-// warps of the block.
-template <class T, class Join>
+// Join a value of each thread of a row, in the same order for each. A row has one warp, all warps
+// of a block, or all blocks of a cluster.
+template <bool kSpread, class T, class Join>
 FPC_DEVICE T over_row(T value, const Join& join) {
+    constexpr int kWarps = kMostThreads / 32;
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) value = join(value, exchange(value, mask));
-    if (blockDim.x == 32) return value;
-    __shared__ T parts[kMostThreads / 32];
+    if (!kSpread && blockDim.x == 32) return value;
+    T* const parts = block_memory<T, kWarps + 1>();
     barrier();  // what is there may be in use
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     barrier();
     T result = parts[0];
     for (unsigned i = 1; i < blockDim.x / 32; i++) result = join(result, parts[i]);
+    if constexpr (kSpread) {
+        if (threadIdx.x == 0) parts[kWarps] = result;
+        cluster_barrier();
+        result = load_remote(parts + kWarps, 0);
+        for (unsigned i = 1; i < gridDim.x; i++)
+            result = join(result, load_remote(parts + kWarps, (int)i));
+        cluster_barrier();  // other blocks may still read
+    }
     return result;
 }
 
+template <bool kSpread>
 FPC_DEVICE double sum_over_row(double value) {
-    return over_row(value, [](double a, double b) { return add(a, b); });
+    return over_row<kSpread>(value, [](double a, double b) { return add(a, b); });
 }
 
 // A thread holds kHeld chunks in its registers, or none: the row is too long for that, and chunks
 // are read and computed again each time. Two of them are packed, if their type has 16 bits.
-template <class P, int kHeld>
+// kSpread: the row's threads are those of the blocks along x.
+template <class P, int kHeld, bool kSpread = false>
 struct Row {
     typedef Held<P::kInput, kHeld> Read;
     typedef Held<Producer<P>::kType, kHeld> Produced;
@@ -46,7 +57,7 @@ struct Row {
           producer(arguments, m),
           m(m),
           chunks(chunks),
-          first((int)(blockIdx.y * blockDim.x + threadIdx.x)) {
+          first((int)((kSpread ? blockIdx.x : blockIdx.y) * blockDim.x + threadIdx.x)) {
 #pragma unroll
         for (int i = 0; i < kHeld; i++) {
             float values[kChunk];
@@ -121,7 +132,7 @@ struct Row {
             const auto masked = [&](float x, int i) { return i < count ? term(x) : 0.0f; };
             sum = add(sum, (double)sum_of(values, masked));
         });
-        return divide((float)sum_over_row(sum), (float)a.k);
+        return divide((float)sum_over_row<kSpread>(sum), (float)a.k);
     }
 
     FPC_DEVICE void normalize() {

@@ -43,15 +43,6 @@ FPC_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-FPC_DEVICE void store_remote(uint32_t address, uint32_t rank, uint32_t word) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "st.shared::cluster.u32 [there], %2; }" ::"r"(address),
-        "r"(rank), "r"(word)
-        : "memory");
-}
-
-
 // --- steps --------------------------------------------------------------------------------------
 
 template <class P, Mode kMode = P::kMode>

@@ -124,22 +124,56 @@ FPC_DEVICE void stage_x(const FewParameters& p, uint8_t* to, int first_unit, int
             *(Quad*)(to + p.m * p.pitch + i * 16) = Quad{{0, 0, 0, 0}};
 }
 
-template <class P>
-FPC_DEVICE void store_result(const FewParameters& p, int m, int n, float value) {
-    const int64_t at = (int64_t)m * p.n + n;
-    if (P::kOutput == kF32) ((float*)p.d)[at] = value;
-    if (P::kOutput == kF16) ((uint16_t*)p.d)[at] = bits_of_f16(value);
-    if (P::kOutput == kBf16) ((uint16_t*)p.d)[at] = (uint16_t)(bits_of(rounded_to_bf16(value)) >> 16);
-}
+// Sums, or other numbers, of four rows of a tile.
+template <class T>
+struct alignas(16) Four {
+    T rows[4];
+};
 
 // What is added to a result, once that is rounded: as by a kernel of its own. It may be of the
 // kernel before this one, so it does not come from the first cache.
 template <class P>
-FPC_DEVICE float residual_of(const FewParameters& p, int m, int n) {
-    if (!p.residual) return 0;
-    const int64_t at = (int64_t)m * p.n + n;
+FPC_DEVICE float residual_of(const FewParameters& p, int64_t at) {
     if constexpr (P::kOutput == kF32) return __ldcg((const float*)p.residual + at);
     return widened<P::kOutput>(__ldcg((const uint16_t*)p.residual + at));
+}
+
+template <class P>
+FPC_DEVICE uint16_t half_of(float value) {
+    if constexpr (P::kOutput == kF16) return bits_of_f16(value);
+    return (uint16_t)(bits_of(rounded_to_bf16(value)) >> 16);
+}
+
+// Store the results of rows n to n + 3 for a token, as far as there are such rows.
+template <class P>
+FPC_DEVICE void store_results(const FewParameters& p, int m, int n, Four<float> results) {
+    const int64_t at = (int64_t)m * p.n + n;
+    const int count = min(p.n - n, 4);
+    if (p.residual) {
+        Four<float> others;
+#pragma unroll
+        for (int i = 0; i < 4; i++) others.rows[i] = i < count ? residual_of<P>(p, at + i) : 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            results.rows[i] = add(rounded<P::kOutput>(results.rows[i]), others.rows[i]);
+    }
+    if constexpr (P::kOutput == kF32) {
+        float* d = (float*)p.d + at;
+        if (p.n % 4 == 0) *(Four<float>*)d = results;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (p.n % 4 && i < count) d[i] = results.rows[i];
+    } else {
+        uint16_t halves[4], *d = (uint16_t*)p.d + at;
+#pragma unroll
+        for (int i = 0; i < 4; i++) halves[i] = half_of<P>(results.rows[i]);
+        if (p.n % 4 == 0)
+            *(Twin*)d = Twin{{halves[0] | (uint32_t)halves[1] << 16,
+                              halves[2] | (uint32_t)halves[3] << 16}};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (p.n % 4 && i < count) d[i] = halves[i];
+    }
 }
 
 // kTiles: tiles of 8 tokens; kCluster: blocks that share the K of their tiles.
@@ -174,8 +208,14 @@ __global__ void __launch_bounds__(kFewThreads, 1) gemm_few(const __grid_constant
     uint8_t* x = (uint8_t*)(parts + (kCluster > 1 ? kCluster * most * kTokens * 16 : 0));
     for (int i = thread; i < tiles * 16; i += kFewThreads) {
         const int n = first_tile * 16 + i;
-        row_scales[i] = p.row_scale && n < p.n ? p.row_scale[n] : 1.0f;
-        biases[i] = p.bias && n < p.n ? p.bias[n] : 0.0f;
+        if (p.row_scale && n < p.n)
+            copy_word(shared_address(row_scales + i), p.row_scale + n);
+        else
+            row_scales[i] = 1;
+        if (p.bias && n < p.n)
+            copy_word(shared_address(biases + i), p.bias + n);
+        else
+            biases[i] = 0;
     }
 
     wait_for_inputs();
@@ -189,6 +229,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) gemm_few(const __grid_constant
         if (T::kIntegers) x_sums[thread] = ((const int32_t*)p.token_scale)[p.m + thread];
     }
     stage_x<P>(p, x, rank * p.part, kTokens);
+    wait_copies();
     if (kCluster > 1) cluster_barrier();  // all blocks run, and may be written to
     __syncthreads();
 
@@ -234,43 +275,71 @@ __global__ void __launch_bounds__(kFewThreads, 1) gemm_few(const __grid_constant
     }
     __syncthreads();
 
-    const float warps_per_tile = (float)kFewWarps / (float)tiles;
-    const auto sum_of = [&](int t, int m, int row) {
-        int w = max((int)((float)t * warps_per_tile) - 1, 0);
-        while (total * (w + 1) / kFewWarps <= t * p.part) w++;
-        Sum sum = 0;
-        for (; w < kFewWarps && total * w / kFewWarps < (t + 1) * p.part; w++)
-            if (total * (w + 1) / kFewWarps > total * w / kFewWarps)
-                sum += sums[(w + t) * kSums + m * kSumPitch + row];
-        return sum;
+    // The first warp whose units end behind unit `at` of the block, or begin there or behind it;
+    // found from a guess that is not too high.
+    const float warps_per_unit = (float)kFewWarps / (float)total;
+    const auto first_warp = [&](int at, int ahead) {
+        int w = max((int)((float)at * warps_per_unit) - 1, 0);
+        while (w < kFewWarps && total * (w + ahead) / kFewWarps < at + ahead) w++;
+        return w;
     };
-    const int outputs = p.m * 16;
+    // Every warp's sums of four rows of tile t, in the warps' order.
+    const auto sums_of = [&](int t, int m, int row) {
+        constexpr int kTogether = 4;  // loads that wait for no other
+        const int last = first_warp((t + 1) * p.part, 0);
+        Four<Sum> found = {};
+        for (int w = first_warp(t * p.part, 1); w < last; w += kTogether) {
+            Four<Sum> some[kTogether] = {};
+#pragma unroll
+            for (int j = 0; j < kTogether; j++) {
+                const int v = w + j;
+                if (v < last && total * (v + 1) / kFewWarps > total * v / kFewWarps)
+                    some[j] = *(const Four<Sum>*)(sums + (v + t) * kSums + m * kSumPitch + row);
+            }
+#pragma unroll
+            for (int j = 0; j < kTogether; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) found.rows[i] += some[j].rows[i];
+        }
+        return found;
+    };
+    const int fours = p.m * 4;  // of a tile
     if (kCluster > 1) {
-        for (int i = thread; i < outputs * tiles; i += kFewThreads) {
-            const int t = divide_by(i >> 4, p.over_m), within = i - t * outputs;
-            const Sum sum = sum_of(t, within >> 4, within & 15);
-            Sum* at = parts + (rank * most + t) * kTokens * 16 + within;
-            store_remote(shared_address(at), t % kCluster, bits_of_sum(sum));
+        for (int i = thread; i < fours * tiles; i += kFewThreads) {
+            const int t = divide_by(i >> 2, p.over_m), within = i - t * fours;
+            const auto found = sums_of(t, within >> 2, (within & 3) * 4);
+            const Sum* at = parts + (rank * most + t) * kTokens * 16 + within * 4;
+            store_cluster(shared_address(at), t % kCluster,
+                          {bits_of_sum(found.rows[0]), bits_of_sum(found.rows[1]),
+                           bits_of_sum(found.rows[2]), bits_of_sum(found.rows[3])});
         }
         cluster_barrier();
     }
-    for (int i = thread; i < outputs * tiles; i += kFewThreads) {
-        const int t = divide_by(i >> 4, p.over_m), within = i - t * outputs;
-        const int row = within & 15, m = within >> 4, n = (first_tile + t) * 16 + row;
+    for (int i = thread; i < fours * tiles; i += kFewThreads) {
+        const int t = divide_by(i >> 2, p.over_m), within = i - t * fours;
+        const int row = (within & 3) * 4, m = within >> 2, n = (first_tile + t) * 16 + row;
         if (n >= p.n || (kCluster > 1 && t % kCluster != rank)) continue;
-        const float other = residual_of<P>(p, m, n);
-        Sum sum = 0;
+        Four<Sum> found = {};
         if (kCluster > 1) {
-            for (int r = 0; r < kCluster; r++)
-                sum += parts[(r * most + t) * kTokens * 16 + within];
+            for (int r = 0; r < kCluster; r++) {
+                const Sum* at = parts + (r * most + t) * kTokens * 16 + within * 4;
+                for (int j = 0; j < 4; j++) found.rows[j] += at[j];
+            }
         } else {
-            sum = sum_of(t, m, row);
+            found = sums_of(t, m, row);
         }
-        if constexpr (T::kIntegers) sum -= (int32_t)Decoder<P>::kOffset * x_sums[m];
-        const float scale = multiply(token_scales[m], row_scales[t * 16 + row]);
-        const float value = fused((float)sum, scale, biases[t * 16 + row]);
-        const float result = activated<P::kActivation>(value);
-        store_result<P>(p, m, n, p.residual ? add(rounded<P::kOutput>(result), other) : result);
+        const auto scales = *(const Four<float>*)(row_scales + t * 16 + row);
+        const auto added = *(const Four<float>*)(biases + t * 16 + row);
+        Four<float> results;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            Sum sum = found.rows[j];
+            if constexpr (T::kIntegers) sum -= (int32_t)Decoder<P>::kOffset * x_sums[m];
+            const float scale = multiply(token_scales[m], scales.rows[j]);
+            const float value = fused((float)sum, scale, added.rows[j]);
+            results.rows[j] = activated<P::kActivation>(value);
+        }
+        store_results<P>(p, m, n, results);
     }
 }
 

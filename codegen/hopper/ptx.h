@@ -74,14 +74,6 @@ FPC_DEVICE uint32_t cluster_rank() {
     return rank;
 }
 
-// All threads of all blocks of the cluster take part.
-FPC_DEVICE void cluster_barrier() {
-    asm volatile(
-        "barrier.cluster.arrive.release;\n"
-        "barrier.cluster.wait.acquire;" ::
-            : "memory");
-}
-
 FPC_DEVICE void store_cluster(uint32_t address, uint32_t rank, const uint32_t (&words)[4]) {
     asm volatile(
         "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
@@ -148,6 +140,15 @@ FPC_DEVICE Quad load_past_first_cache(const void* from) {
                  : "l"(from));
     return q;
 }
+
+// A copy to shared memory that goes on beside other work, until `wait_copies`. (For whole rows of X,
+// loads and stores were faster on an H200, from eight rows on.)
+FPC_DEVICE void copy_word(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+// Wait for the copies of this thread.
+FPC_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // --- shared memory -------------------------------------------------------------------------------
 

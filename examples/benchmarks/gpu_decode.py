@@ -183,7 +183,7 @@ def main() -> None:
         runtimes["fpcompiler-rest"] = of_artifact(options.artifact, True, rest=True)[0]
     artifact = model.artifact
     fields = llama_fields(artifact.plan, artifact.tensors)
-    batch = int(artifact.plan.placeholders[0].shape[0])
+    batch = next(artifact.tensors[key].shape[0] for key in artifact.plan.state.values())
     if not fields or importlib.util.find_spec("transformers") is None:
         print("transformers is left out: not installed, or the model is not like Llama")
     else:

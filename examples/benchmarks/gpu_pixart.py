@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--mode", default="max-autotune", help="of torch.compile")
     parser.add_argument("--compile-only", action="store_true", help="needs no GPU")
+    parser.add_argument("--artifact", type=Path, help="keep it here; taken from here if it exists")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if not options.compile_only and not torch.cuda.is_available():
@@ -134,11 +135,13 @@ def main() -> None:
     begin = time.perf_counter()
     model = Transformer(build(options.layers))
     call = call_of(options.batch, options.pixels)
-    # Embeddings of positions fix the size of pictures, so it is captured as it runs.
-    compiled = fpcompiler.compile(model, options.scheme, example_inputs=call, target=options.target)
     with tempfile.TemporaryDirectory() as folder:
-        artifact = Path(folder) / "pixart.fpc"
-        compiled.save(artifact)
+        artifact = options.artifact or Path(folder) / "pixart.fpc"
+        if not artifact.exists():
+            # Embeddings of positions fix the size of pictures, so it is captured as it runs.
+            fpcompiler.compile(
+                model, options.scheme, example_inputs=call, target=options.target
+            ).save(artifact)
         size = artifact.stat().st_size
         print(f"compiled in {time.perf_counter() - begin:.0f} s: {size / 1e6:.0f} MB")
         if options.compile_only:

@@ -69,31 +69,4 @@ static uint32_t multiply_bf16(uint32_t a, uint32_t b) {
 static Twin load_twin(const void* from) { return *(const Twin*)from; }
 static float load_number(const float* from) { return *from; }
 
-static float* memories[8];
-
-// Poisoned for each cluster that runs: what is read was written.
-template <int kFloats>
-static float* block_memory() {
-    static float memory[8][kFloats];
-    memories[rank] = memory[rank];
-    if (threadIdx.x == 0) memset(memory[rank], 0xFF, sizeof memory[rank]);
-    barrier();
-    return memory[rank];
-}
-
-static void cluster_barrier() { wait_at_barrier(0, of_block() * cluster); }
-
-static float load_remote(const float* own, int other) {
-    return memories[other][own - memories[rank]];
-}
-
-template <class Arguments>
-static int32_t launch_clusters(void (*kernel)(Arguments), dim3 grid, dim3 block,
-                               const Arguments& arguments, void* stream) {
-    cluster = grid.x;
-    const int32_t status = launch(kernel, grid, block, arguments, stream);
-    cluster = 1;
-    return status;
-}
-
 }  // namespace fpc

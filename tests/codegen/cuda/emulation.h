@@ -44,6 +44,7 @@ static std::vector<Thread> threads;
 static Thread* current;
 static unsigned cluster = 1;  // blocks along x that run together
 static unsigned rank;         // of the block of this thread
+static long launched;         // clusters so far
 static void (*body)(const void*);
 static const void* body_arguments;
 
@@ -61,6 +62,7 @@ static unsigned thread_index() { return rank * of_block() + threadIdx.y * blockD
 // Run the blocks of a cluster; blockIdx is that of the first one.
 static void run_blocks() {
     const unsigned count = of_block() * cluster, first = blockIdx.x;
+    launched++;
     if (threads.size() < count) threads.resize(count);
     for (unsigned i = 0; i < count; i++) {
         Thread& thread = threads[i];
@@ -113,17 +115,41 @@ static T exchange(T value, int mask) {
 
 static void follow() {}
 static void barrier() { wait_at_barrier(rank * of_block(), of_block()); }
+
+// What one block of a cluster has where this one has `own`; set where memory is given out.
+static const char* memories[8];
+
+// Poisoned for each cluster that runs: what is read was written. Not for each call: some of it is
+// kept from one call to the next.
+template <class T, int kCount>
+static T* block_memory() {
+    static T memory[8][kCount];
+    static long poisoned[8];
+    if (poisoned[rank] != launched) memset(memory[rank], 0xFF, sizeof memory[rank]);
+    poisoned[rank] = launched;
+    for (unsigned i = 0; i < cluster; i++) memories[i] = (const char*)memory[i];
+    return memory[rank];
+}
+
+static void cluster_barrier() { wait_at_barrier(0, of_block() * cluster); }
+
+template <class T>
+static T load_remote(const T* own, int other) {
+    return *(const T*)(memories[other] + ((const char*)own - memories[rank]));
+}
+
 static void store_larger(int32_t* to, int32_t value) { *to = value > *to ? value : *to; }
 
 template <class Arguments>
 static int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments& arguments,
-                      void*, bool = true) {
+                      void*, bool = true, unsigned blocks = 1) {
     static void (*function)(Arguments);
     function = kernel;
     body = [](const void* a) { function(*(const Arguments*)a); };
     body_arguments = &arguments;
     gridDim = grid;
     blockDim = block;
+    cluster = blocks;
     for (unsigned y = 0; y < grid.y; y++)
         for (unsigned x = 0; x < grid.x; x += cluster) {
             blockIdx = dim3(x, y);

@@ -87,14 +87,21 @@ def test_codes_and_scales_are_those_of_numerics(library, index: int) -> None:
 def test_long_rows(library, k: int) -> None:
     """Rows that are held in registers, a chunk or two a thread, and rows that are read again."""
     for index in indices([FORMATS[len(UNSCALED)], SCALES[2], INTEGERS[0]]):
-        checks.check_rows(RUN, library, index, 6, k)
+        checks.check_rows(RUN, library, index, 17, k)
 
 
-@pytest.mark.parametrize("k", [8200, 16400])
-def test_long_rows_of_producers(library, k: int) -> None:
+@pytest.mark.parametrize("k", [4097, 8200, 14336, 65536, 65552])
+def test_a_few_long_rows(library, k: int) -> None:
+    """Rows that two to eight blocks of a cluster share, up to the longest one."""
+    for index in indices([FORMATS[len(UNSCALED)], SCALES[2], INTEGERS[0]]):
+        checks.check_rows(RUN, library, index, 3, k)
+
+
+@pytest.mark.parametrize(("m", "k"), [(2, 4100), (2, 8200), (1, 14336), (17, 8200), (17, 16400)])
+def test_long_rows_of_producers(library, m: int, k: int) -> None:
     silu = next(problem for problem in STORED_PRODUCED if problem.producer == "silu_mul")
     for index in indices([*PRODUCED[:3], *problems.mixed(), silu]):
-        checks.check_produced(RUN, library, index, 2, k)
+        checks.check_produced(RUN, library, index, m, k)
 
 
 def test_rows_of_swizzled_scales_are_filled_up(library) -> None:

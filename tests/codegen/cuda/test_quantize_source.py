@@ -40,8 +40,9 @@ def test_kernels_compile_without_spills_and_convert_by_ptx(arch: str, tmp_path) 
     file.write_text(source.text)
     report = build_library(file, (*source.flags, "--keep", f"--keep-dir={tmp_path}"), arch)
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
-    # One kernel for each problem, and where rows are reduced others for long rows: one for norms.
-    assert len(stacks) == 2 + 2 * 2 + 2 * 3
+    # One kernel for each problem, and where rows are reduced others for long rows: one for norms. A
+    # few long rows have clusters, where scales are not swizzled.
+    assert len(stacks) == 2 + 2 * 2 + 2 * 3 + 3
     assert set(stacks) == {("0", "0")}
     ptx = next(tmp_path.glob("*.ptx")).read_text()
     number = int(re.findall(r"\d+", arch)[0])

@@ -267,7 +267,7 @@ def test_a_capture_that_fails_leaves_torch_as_it_was(
     def run(leaves: Sequence[Tensor]) -> list[Any]:
         return [breaks(leaves[0])]
 
-    found = [cache.run([x], run, list)[0] for _ in range(4)]
+    found = [cache.run([x], run, list, run)[0] for _ in range(4)]
     assert all(torch.equal(found[0], other) for other in found)
     (row,) = cache.rows()
     assert row.reason
@@ -277,6 +277,10 @@ def test_a_capture_that_fails_leaves_torch_as_it_was(
     assert torch.randn(1 << 20, device=CUDA).isfinite().all()
     torch.cuda.empty_cache()
     assert not torch.cuda.is_current_stream_capturing()
-    good = [cache.run([x[:2]], lambda leaves: [leaves[0] + 1], list)[0] for _ in range(4)]
+
+    def plus_one(leaves: Sequence[Tensor]) -> list[Any]:
+        return [leaves[0] + 1]
+
+    good = [cache.run([x[:2]], plus_one, list, plus_one)[0] for _ in range(4)]
     assert all(torch.equal(result, x[:2] + 1) for result in good)
     assert cache.rows()[-1].replays == 2
