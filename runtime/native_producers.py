@@ -6,8 +6,9 @@ take is left to :func:`fpcompiler.runtime.fused.produce`, and so is everything t
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Final, NamedTuple, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from fpcompiler.runtime.fused import HEADS, PRODUCERS, SLOTS, TAILS
 
 _HEADS: Final = tuple(HEADS)
 _TAILS: Final = tuple(TAILS)
+_Given = TypeVarTuple("_Given")
+_Found = TypeVar("_Found")
 
 
 class Produced(NamedTuple):
@@ -106,7 +109,30 @@ def describe(
     return Produced(x, stride, own, *rows)
 
 
-@lru_cache(maxsize=4096)
+def remembered(
+    most: int,
+) -> Callable[[Callable[[*_Given], _Found]], Callable[[*_Given], _Found]]:
+    """Remember results of a function, but not while torch.compile traces calls of it.
+
+    It looks through caches, as it should here, and warns of each.
+
+    Args:
+        most: How many results.
+    """
+
+    def decorated(function: Callable[[*_Given], _Found]) -> Callable[[*_Given], _Found]:
+        cached = lru_cache(maxsize=most)(function)
+
+        @wraps(function)
+        def call(*args: *_Given) -> _Found:
+            return function(*args) if torch.compiler.is_compiling() else cached(*args)
+
+        return call
+
+    return decorated
+
+
+@remembered(4096)
 def form_of_rows(
     producer: str,
     x: Form | None,
@@ -221,7 +247,7 @@ def _place(
     return max(repeat, 1), stride
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def _is_known(name: str, slots: tuple[bool, ...]) -> bool:
     given = frozenset(slot for slot, there in zip(SLOTS, slots, strict=True) if there)
     return name in PRODUCERS and not PRODUCERS[name].problem(given)

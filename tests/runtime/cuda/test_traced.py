@@ -27,7 +27,10 @@ def compilable(tmp_path: Path, graphs: GraphCache | None = None) -> Executor:
     return Executor(artifact.plan, artifact.tensors, kernels=kernels, graphs=graphs)
 
 
-def test_torch_compile_traces_kernels(tmp_path: Path) -> None:
+def test_torch_compile_traces_kernels(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.utils, "warn_once_cache", set())
     executor = compilable(tmp_path)
     targets: list[object] = []
 
@@ -41,6 +44,7 @@ def test_torch_compile_traces_kernels(tmp_path: Path) -> None:
         assert all(map(torch.equal, executor.run_leaves([x]), run([x])))
     assert targets.count(torch.ops.fpc_cuda.quantize) == targets.count(torch.ops.fpc_cuda.gemm) > 0
     assert not {torch.ops.fpc.quantize.default, torch.ops.fpc.linear.default} & {*targets}
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
