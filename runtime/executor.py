@@ -21,7 +21,7 @@ from fpcompiler.runtime.devices import parse_device
 from fpcompiler.runtime.instructions import STEP_ERRORS, Instruction, last_uses, step_error
 from fpcompiler.runtime.ops import LINEAR_STEP, without_residual
 from fpcompiler.runtime.program import Program, ProgramCache
-from fpcompiler.runtime.state import in_place_updates, write_rows
+from fpcompiler.runtime.state import Initial, in_place_updates, write_rows
 from fpcompiler.tree import unflatten
 
 Observer: TypeAlias = Callable[[Step, Tensor], None]
@@ -64,8 +64,10 @@ class Executor:
             name: _aligned(_tensor(tensors, key).to("cpu" if name in stay else self.device))
             for name, key in plan.constants.items()
         }
-        self._initial = {name: _tensor(tensors, key) for name, key in plan.state.items()}
-        self._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
+        self._initial = {
+            name: Initial(_tensor(tensors, key), self.device) for name, key in plan.state.items()
+        }
+        self._state = {name: initial.new() for name, initial in self._initial.items()}
         here = {name: t for name, t in self._constants.items() if name not in stay}
         functions = single = backends.bind_plan(plan, here, release)
         self._kernels = kernels.bind(plan, functions, self._constants) if kernels else None
@@ -200,7 +202,7 @@ class Executor:
     def fresh(self) -> Executor:
         """Return an executor of the same program that has a state of its own, the initial one."""
         other = copy.copy(self)
-        other._state = {n: t.to(self.device, copy=True) for n, t in self._initial.items()}
+        other._state = {name: initial.new() for name, initial in self._initial.items()}
         other._programs = other._new_programs()
         other.graphs = None if self.graphs is None else self.graphs.fresh()
         other._compiled = None
@@ -209,7 +211,7 @@ class Executor:
     def reset(self) -> None:
         """Bring the state (KV caches) back to what the artifact holds."""
         for name, initial in self._initial.items():
-            self._state[name].copy_(initial)
+            initial.restore(self._state[name])
 
     def _new_programs(self) -> ProgramCache | None:
         native = library() if self.device.type == "cpu" else None

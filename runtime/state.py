@@ -1,12 +1,47 @@
-"""State that is written in place: keys and values of new tokens, at their positions."""
+"""State: what it begins as, and values of new tokens that are written in place."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
+import torch
 from torch import Tensor
 
+from fpcompiler.artifact.tensors import is_zeros
 from fpcompiler.plan import Plan
 
 _INDEX_COPY = "aten.index_copy.default"
+
+
+@dataclass(frozen=True)
+class Initial:
+    """What a tensor of the state begins as. Zeros, as of caches, are not copied to the device.
+
+    Attributes:
+        value: The tensor, on the CPU.
+        device: Where the state is.
+    """
+
+    value: Tensor
+    device: torch.device
+    zeros: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """See whether it is large and all zeros."""
+        object.__setattr__(self, "zeros", is_zeros(self.value))
+
+    def new(self) -> Tensor:
+        """Return a tensor of the state's own."""
+        if self.zeros:
+            return torch.zeros_like(self.value, device=self.device)
+        return self.value.to(self.device, copy=True)
+
+    def restore(self, state: Tensor) -> None:
+        """Bring it back to what it began as."""
+        if self.zeros:
+            state.zero_()
+        else:
+            state.copy_(self.value)
 
 
 def write_rows(state: Tensor, axis: int, index: Tensor, values: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 import io
+import json
 import mmap
 import struct
 import zipfile
@@ -110,6 +111,49 @@ def test_every_dtype_and_shape_survives(dtype, shape):
         assert found["a"].shape == shape
         assert torch.equal(found["a"], value)
         assert torch.equal(found["b"], other.expand(2, 3).t())
+
+
+def mapped(raw: bytes) -> mmap.mmap:
+    buffer = mmap.mmap(-1, len(raw))
+    buffer[:] = raw
+    return buffer
+
+
+def test_large_zeros_take_no_bytes():
+    cache, other = torch.zeros(2, 1024, 1024, dtype=torch.bfloat16), torch.zeros(1024, 1024)
+    other[1023, 1023] = -0.0
+    raw = b"".join(tensors.pieces({"cache": cache, "small": torch.zeros(5), "other": other}))
+    assert len(raw) < other.nbytes + 2000
+    found = tensors.views(mapped(raw), 0, len(raw), "it")
+    assert {*found} == {"cache", "small", "other"}
+    assert found["cache"].dtype == torch.bfloat16
+    assert found["cache"].shape == cache.shape
+    assert not found["cache"].any()
+    assert torch.equal(found["other"].view(torch.int32), other.view(torch.int32))
+    assert {*safetensors.torch.load(raw)} >= {"small", "other"}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "cause"),
+    [
+        ({"other": "{}"}, "metadata that no artifact has"),
+        ({"zeros": 3}, "metadata that no artifact has"),
+        ("zeros", "metadata that no artifact has"),
+        ({"zeros": "["}, "the zeros of it"),
+        ({"zeros": '{"z": []}'}, "needs a dtype and a shape"),
+        ({"zeros": '{"z": {"dtype": "F99", "shape": [1]}}'}, "unknown dtype or name"),
+        ({"zeros": '{"__padding__.1": {"dtype": "U8", "shape": [1]}}'}, "unknown dtype or name"),
+        ({"zeros": '{"z": {"dtype": "U8", "shape": [-1]}}'}, "not a list of sizes"),
+        ({"zeros": '{"z": {"dtype": "F32", "shape": [1099511627777]}}'}, "would take"),
+        ({"zeros": '{"a": {"dtype": "U8", "shape": [1]}}'}, "there twice"),
+    ],
+)
+def test_zeros_of_damaged_headers_are_refused(metadata, cause):
+    header = {"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "__metadata__": metadata}
+    text = json.dumps(header).encode()
+    raw = len(text).to_bytes(8, "little") + text + b"ab"
+    with pytest.raises(ArtifactError, match=cause):
+        tensors.views(mapped(raw), 0, len(raw), "it")
 
 
 # Saving

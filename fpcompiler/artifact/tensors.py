@@ -5,7 +5,10 @@ each tensor), and the tensors' bytes. The format allows no gaps, so that small t
 fill up every tensor to a multiple of 64 bytes: a matrix product of torch may differ in the last bit
 when its operands are aligned otherwise, and a loaded model has to give the bits of the saved one.
 
-The safetensors library reads what is written here. It is not
+Large tensors of nothing but zeros, as caches begin, are named in the header's metadata and take no
+bytes.
+
+The safetensors library reads what is written here, but for those. It is not
 used itself, because it wants all tensors as bytes in memory to write them, and cannot read them in
 place from inside of another file.
 """
@@ -48,6 +51,16 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
 _NAMES: Final = MappingProxyType({dtype: name for name, dtype in _DTYPES.items()})
 _MAX_DIMENSIONS: Final = 16
 _PADDING: Final = "__padding__."
+_METADATA: Final = "__metadata__"
+_ZEROS: Final = "zeros"
+_LARGE: Final = 1 << 20
+"""Bytes from which on a tensor of zeros is left out."""
+
+_MOST_ZEROS: Final = 1 << 42
+"""Bytes that those of a file may take in memory, together."""
+
+_LOOK: Final = 4096
+"""Bytes that tell of most tensors that they are not all zeros."""
 
 
 def pieces(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
@@ -56,24 +69,40 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
     Raises:
         ArtifactError: If a tensor's dtype cannot be stored.
     """
-    header, position = {}, 0
+    header: dict[str, Any] = {}
+    position = 0
+    zeros: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
             raise ArtifactError(
                 f"tensor {name!r}: {tensor.dtype} {tensor.layout} cannot be stored."
             )
+        if is_zeros(tensor):
+            zeros[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
+            continue
         header[name] = _entry(_NAMES[tensor.dtype], tensor.shape, position, tensor.nbytes)
         position += tensor.nbytes
         gap = -position % ALIGNMENT
         if gap:
             header[f"{_PADDING}{len(header)}"] = _entry("U8", (gap,), position, gap)
         position += gap
+    if zeros:  # of which the format wants to be text
+        header[_METADATA] = {_ZEROS: jsonfile.dump(zeros).decode()}
     text = jsonfile.dump(header)
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield _bytes(tensor)
-        yield bytes(-tensor.nbytes % ALIGNMENT)
+    for name, tensor in tensors.items():
+        if name not in zeros:
+            yield _bytes(tensor)
+            yield bytes(-tensor.nbytes % ALIGNMENT)
+
+
+def is_zeros(tensor: Tensor) -> bool:
+    """Return whether a tensor is large, and every byte of it is zero."""
+    if tensor.nbytes < _LARGE:
+        return False
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return not bool(flat[:_LOOK].any()) and not bool(flat.any())
 
 
 def _entry(dtype: str, shape: Sequence[int], begin: int, size: int) -> dict[str, Any]:
@@ -120,10 +149,38 @@ def views(buffer: mmap.mmap, offset: int, size: int, what: str) -> dict[str, Ten
             )
         header = jsonfile.parse(view[offset + 8 : offset + 8 + length], what, HEADER_LIMIT)
     start = offset + 8 + length
-    places = [_place(name, entry, what) for name, entry in header.items() if name != "__metadata__"]
+    zeros = _zeros(header.pop(_METADATA, None), what)
+    places = [_place(name, entry, what) for name, entry in header.items()]
     _check_places(places, size - 8 - length, what)
     kept = (place for place in places if not place.name.startswith(_PADDING))
-    return {place.name: _view(buffer, start, place) for place in kept}
+    found = {place.name: _view(buffer, start, place) for place in kept}
+    if both := {*found} & {*zeros}:
+        raise DamagedFileError(f"{what}, tensor {min(both)[:80]!r}: it is there twice.")
+    return {**found, **zeros}
+
+
+def _zeros(metadata: Any, what: str) -> dict[str, Tensor]:
+    """Return the tensors of zeros that a header's metadata names."""
+    if metadata is None:
+        return {}
+    text = metadata.get(_ZEROS) if isinstance(metadata, dict) and len(metadata) == 1 else None
+    if not isinstance(text, str):
+        raise DamagedFileError(f"{what}: its header has metadata that no artifact has.")
+    where, total = f"the zeros of {what}", 0
+    found = {}
+    for name, entry in jsonfile.parse(text.encode(), where, HEADER_LIMIT).items():
+        if not isinstance(entry, dict) or {*entry} != {"dtype", "shape"}:
+            raise DamagedFileError(f"{where}, tensor {name[:80]!r}: it needs a dtype and a shape.")
+        dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if dtype is None or name.startswith(_PADDING):
+            raise DamagedFileError(f"{where}, tensor {name[:80]!r}: unknown dtype or name.")
+        shape = _sizes(entry["shape"], f"{where}, tensor {name[:80]!r}: shape")
+        total += math.prod(shape) * dtype.itemsize
+        if total > _MOST_ZEROS or len(shape) > _MAX_DIMENSIONS:
+            raise DamagedFileError(f"{where} would take {total} bytes; that is no artifact.")
+        # Memory that nobody writes to is the system's one page of zeros.
+        found[name] = torch.zeros(shape, dtype=dtype)
+    return found
 
 
 def _place(name: str, entry: Any, what: str) -> _Place:

@@ -112,7 +112,9 @@ def test_a_decoder_as_a_program(decoder: Executor) -> None:
     require_consistent(found)
     require_spans_in_order(found)
     assert found.timeline.program
-    assert all(torch.equal(s[n], decoder._initial[n]) for s in first for n in decoder._initial)
+    assert all(
+        torch.equal(s[n], decoder._initial[n].value) for s in first for n in decoder._initial
+    )
     kernels = {(row.operator, row.kernel) for row in found.rows}
     assert ("fpc.fused_quantize", "native") in kernels
     assert ("aten.index_copy.default", "native") in kernels

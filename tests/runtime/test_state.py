@@ -1,4 +1,4 @@
-"""Which writes to a cache may happen in place."""
+"""What states begin as, and which writes to a cache may happen in place."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 
 from fpcompiler.plan import Parameter, Placeholder, Plan, Signature, Step
 from fpcompiler.runtime.executor import Executor
-from fpcompiler.runtime.state import in_place_updates
+from fpcompiler.runtime.state import Initial, in_place_updates
 from fpcompiler.tree import LEAF
 from tests.plans import aten, value
 
 WRITE = aten("index_copy.default", value("cache"), 0, value("index"), value("x"), out="new")
 READ = aten("mul.Scalar", value("new"), 2.0, out="y")
+
+LARGE = 1 << 19
 
 
 def plan(
@@ -67,3 +69,25 @@ def test_a_result_that_is_the_state_is_a_copy() -> None:
     result = one.run(torch.ones(1, 3), torch.tensor([1]))
     one.run(2 * torch.ones(1, 3), torch.tensor([1]))
     assert result[1].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("initial_value", "zeros"),
+    [
+        (torch.zeros(LARGE), True),
+        (torch.zeros(2, LARGE, dtype=torch.uint8), True),
+        (torch.full((LARGE,), -0.0), False),
+        (torch.arange(LARGE), False),
+        (torch.zeros(3), False),  # copied as it is
+    ],
+)
+def test_states_are_their_own_and_come_back(initial_value: torch.Tensor, zeros: bool) -> None:
+    initial = Initial(initial_value.clone(), torch.device("cpu"))
+    assert initial.zeros is zeros
+    first, second = initial.new(), initial.new()
+    first.add_(1)
+    for state in (second, initial.value):
+        assert torch.equal(state.view(torch.uint8), initial_value.view(torch.uint8))
+    initial.restore(first)
+    assert first.dtype == initial_value.dtype
+    assert torch.equal(first.view(torch.uint8), initial_value.view(torch.uint8))
