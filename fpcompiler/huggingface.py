@@ -128,6 +128,11 @@ class CachedDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
         """Return the logits of tokens [max_batch, length] at positions [length]."""
+        batch = next(self.buffers(recurse=False)).shape[0]
+        torch._check(
+            input_ids.shape[0] == batch,
+            lambda: f"input_ids has {input_ids.shape[0]} texts, and the cache is for {batch}.",
+        )
         masks = _masks(self.model, position, self.max_seq)
         cache = _BufferCache(self, position)
         return _logits(self.model, input_ids, position, masks, cache, self.last_logits)

@@ -85,6 +85,15 @@ def test_reset_and_a_second_text() -> None:
     assert not any(buffer.any() for buffer in decoder.buffers(recurse=False))
 
 
+def test_another_batch_than_the_cache_has_is_an_error() -> None:
+    decoder = CachedDecoder(hf_model("hf-llama"), max_batch=2, max_seq=32)
+    for batch in (1, 3):
+        with pytest.raises(
+            RuntimeError, match=f"input_ids has {batch} texts, and the cache is for 2"
+        ):
+            decoder(token_ids(batch, 4), torch.arange(4))
+
+
 def test_a_longer_text_than_the_cache_is_an_error() -> None:
     decoder = CachedDecoder(hf_model("hf-gpt2"), max_seq=4)
     with pytest.raises((IndexError, RuntimeError), match="index"):
