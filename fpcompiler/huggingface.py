@@ -129,7 +129,7 @@ class CachedDecoder(nn.Module):
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
         """Return the logits of tokens [max_batch, length] at positions [length]."""
         batch = next(self.buffers(recurse=False)).shape[0]
-        torch._check(
+        torch._check(  # type: ignore[no-untyped-call]
             input_ids.shape[0] == batch,
             lambda: f"input_ids has {input_ids.shape[0]} texts, and the cache is for {batch}.",
         )
