@@ -134,7 +134,13 @@ def measure(
         try:
             for _ in range(2):  # compiles, records
                 runtime.generate(prompt, count)
-            print(f"{name} is ready after {time.perf_counter() - begin:.0f} s", flush=True)
+            ready = time.perf_counter() - begin
+            _, first, rest = runtime.generate(prompt, count)
+            print(
+                f"{name} is ready after {ready:.0f} s; at first its prompt takes "
+                f"{first * 1e3:.2f} ms, a token {rest / count * 1e3:.3f} ms",
+                flush=True,
+            )
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             print(f"{name} is left out: {str(error).splitlines()[:1]}", flush=True)
             found[name] = {"error": str(error)[:500]}

@@ -105,7 +105,14 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
         for _ in range(4):  # compiles, records
             step()
         torch.cuda.synchronize()
-        print(f"{name} is ready after {time.perf_counter() - begin:.0f} s", flush=True)
+        ready, begin = time.perf_counter() - begin, time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        first = time.perf_counter() - begin
+        print(
+            f"{name} is ready after {ready:.0f} s; at first a step takes {first * 1e3:.2f} ms",
+            flush=True,
+        )
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -1,7 +1,7 @@
 """Attention of a few queries on a GPU: which kernels there can be, and the step that runs one.
 
-The kernels were tested on the CPU so far, where each thread is a coroutine, and compiled for the
-GPU; none has run on one. So they are used only where a user asks for it.
+The results of the kernels were checked on a GPU, but not yet whether they are faster. So they are
+used only where a user asks for it.
 """
 
 from __future__ import annotations
