@@ -13,8 +13,8 @@ FPC_NATIVE_LIBRARY   A file to load in place of the native library that was buil
 FPC_GRAPHS           ``0`` records no calls as CUDA graphs; by default it is done where kernels of a
                      GPU are used.
 FPC_PROGRESS         ``1`` always shows progress bars, ``0`` never; by default on a terminal only.
-FPC_ATTENTION        ``1`` uses the kernels of attention that artifacts for Hopper have. Their results
-                     were checked on an H200; whether they are faster was not measured yet.
+FPC_ATTENTION        ``1`` uses the kernels of attention that artifacts for Hopper have. Their
+                     results were checked on an H200; whether they are faster is not known yet.
 CUDA_HOME            The folder of the CUDA toolkit whose nvcc compiles kernels; by default the
                      first nvcc on ``PATH``, then that of ``/usr/local/cuda``.
 ===================  ==============================================================================

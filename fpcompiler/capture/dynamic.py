@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.export import Dim
 
 from fpcompiler.capture.call import Leaf
+from fpcompiler.capture.guards import always_held
 
 Axis: TypeAlias = tuple[int, int]
 """Number of a leaf, and one of its dimensions."""
@@ -31,12 +32,15 @@ class Sizes:
         groups: Dimensions by the name of their group.
         ranges: Least and largest size of a group, where they are not 1 and unbounded.
         fixed: Why a dimension that was first in a group no longer is.
+        free: Groups whose range torch.export finds itself: it makes guards of them that always
+            hold, and does not see that they do.
     """
 
     leaves: tuple[Leaf, ...]
     groups: Mapping[str, tuple[Axis, ...]]
     ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     fixed: Mapping[Axis, str] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
 
     def size(self, axis: Axis) -> int:
         """Return the size of a dimension in the example inputs."""
@@ -62,12 +66,12 @@ class Sizes:
                 tensors[leaf] = torch.cat([tensors[leaf]] * size, axis)
         return tensors
 
-    def dims(self) -> list[dict[int, Dim] | None]:
+    def dims(self) -> list[dict[int, Any] | None]:
         """Return the ``dynamic_shapes`` entry of each leaf."""
-        entries: list[dict[int, Dim]] = [{} for _ in self.leaves]
+        entries: list[dict[int, Any]] = [{} for _ in self.leaves]
         for name, axes in self.groups.items():
             least, most = self.ranges.get(name, (1, None))
-            dim = Dim(name, min=least, max=most)
+            dim = Dim.AUTO if name in self.free else Dim(name, min=least, max=most)
             for leaf, axis in axes:
                 entries[leaf][axis] = dim
         return [entry or None for entry in entries]
@@ -148,6 +152,9 @@ def refine(sizes: Sizes, message: str) -> Sizes | None:
         refined = _apply(refined, name, value.strip()) if name in refined.groups else refined
     if refined is not sizes:
         return refined
+    free = sizes.free | ({*always_held(before)} & {*sizes.groups})
+    if free != sizes.free:
+        return replace(sizes, free=free)
     named = [
         name
         for names in re.findall(r"\(([\w, ]+)\)!", before)

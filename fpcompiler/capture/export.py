@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from fpcompiler.capture.call import Call, bind
 from fpcompiler.capture.dynamic import Axis, Sizes, propose, refine
 from fpcompiler.capture.failures import about_sizes, diagnose, side_effect
 from fpcompiler.capture.functional import functional
-from fpcompiler.capture.model_state import preserved, quiet, use_eval
+from fpcompiler.capture.model_state import preserved, quiet, same_buffers, use_eval
 from fpcompiler.capture.program import CapturedProgram, describe
 from fpcompiler.capture.size_names import names_of_dims
 from fpcompiler.capture.size_one import restrict_to_proven
@@ -25,9 +25,6 @@ from fpcompiler.capture.source import first_line
 from fpcompiler.errors import CaptureError, OptionError
 
 Dynamic: TypeAlias = Literal["auto"] | bool | Mapping[str, Any] | tuple[Any, ...] | list[Any] | None
-
-_Exported: TypeAlias = tuple[ExportedProgram, list[str], dict[Axis, str]]
-"""The graph, notes on its sizes, and the names of dimensions that vary."""
 
 TRIES: Final = 6
 """How often sizes are refined before all of them are fixed."""
@@ -37,6 +34,22 @@ _NO_MORE: Final = f"no set of varying sizes that the model allows was found in {
 _ASSIGNED: Final = "was assigned during export"
 
 _log = logging.getLogger(__name__)
+
+
+class _Exported(NamedTuple):
+    """What torch.export made.
+
+    Attributes:
+        program: The graph.
+        notes: On its sizes.
+        names: Of dimensions that vary.
+        free: Those whose range torch.export found itself.
+    """
+
+    program: ExportedProgram
+    notes: list[str]
+    names: dict[Axis, str]
+    free: frozenset[Axis] = frozenset()
 
 
 def capture(
@@ -76,14 +89,14 @@ def capture(
             # A constant that travelled as an input would need a place in dynamic_shapes, and
             # torch.export loses track of those for arguments in **kwargs.
             model.forward = partial(model.forward, **call.constants)
-        exported, size_notes, names = _export(model, call, dynamic)
+        found = _export(model, call, dynamic)
         with quiet():
-            exported, graph_notes = functional(exported)
-            proven = restrict_to_proven(model, call, exported)
-    notes += [*size_notes, *graph_notes, *proven]
+            exported, graph_notes = functional(found.program)
+            proven = restrict_to_proven(model, call, exported, found.free)
+    notes += [*found.notes, *graph_notes, *proven]
     for text in notes:
         _log.info("%s: %s", type(model).__name__, text)
-    return describe(exported, call.parameters, call.fixed, notes, names)
+    return describe(exported, call.parameters, call.fixed, notes, found.names)
 
 
 def _check_model(model: object) -> None:
@@ -115,7 +128,7 @@ def _export(model: nn.Module, call: Call, dynamic: Dynamic) -> _Exported:
     shapes = _by_name(bound, dynamic) if dynamic else None
     result = _try(model, call, tensors, shapes)
     if isinstance(result, ExportedProgram):
-        return result, [], names_of_dims(bound, shapes or {})
+        return _Exported(result, [], names_of_dims(bound, shapes or {}))
     raise diagnose(result, model, call) from result
 
 
@@ -125,15 +138,40 @@ def _export_auto(model: nn.Module, call: Call) -> _Exported:
         reason = f"torch.export cannot vary sizes when **kwargs holds tensors ({call.extra[0]})"
         sizes = sizes.without(sizes.groups, reason)
     while True:
-        result = _try(model, call, sizes.trace_tensors(), _shapes(model, call, sizes))
+        tensors = sizes.trace_tensors()
+        result = _try(model, call, tensors, _shapes(model, call, sizes))
+        if isinstance(result, ExportedProgram) and sizes.stretched():
+            result = _failure_with_buffers(model, call, tensors, result) or result
         if isinstance(result, ExportedProgram):
             names = {axis: name for name, axes in sizes.groups.items() for axis in axes}
-            return result, sizes.notes(), names
+            free = frozenset(axis for name in sizes.free for axis in sizes.groups.get(name, ()))
+            return _Exported(result, sizes.notes(), names, free)
         if not sizes.groups or not about_sizes(result):
             raise diagnose(result, model, call) from result
         tries += 1
         _log.debug("export with %s failed: %s", sizes.groups, result)
         sizes = _next(sizes, result) if tries < TRIES else sizes.without(sizes.groups, _NO_MORE)
+
+
+def _failure_with_buffers(
+    model: nn.Module, call: Call, tensors: Sequence[torch.Tensor], program: ExportedProgram
+) -> Exception | None:
+    """Return how a model that writes to its buffers fails on the tensors it was traced with.
+
+    A buffer has a size of its own, such as a cache's batch, and torch before 2.13 does not compare
+    it with what is written when it traces ``index_copy``.
+    """
+    operators = [getattr(node.target, "_schema", None) for node in program.graph.nodes]
+    writes = any(schema is not None and schema.is_mutable for schema in operators)
+    if not (writes or program.graph_signature.buffers_to_mutate):
+        return None
+    args, kwargs = call.with_tensors([tensor.clone() for tensor in tensors])
+    try:
+        with same_buffers(model), torch.random.fork_rng(), quiet():
+            model(*args, **kwargs)
+    except RuntimeError as error:
+        return error
+    return None
 
 
 def _next(sizes: Sizes, error: Exception) -> Sizes:

@@ -7,7 +7,7 @@ tested: the model and the graph run once with each size at 1, and all of them at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -27,14 +27,23 @@ _TOLERANCE: Final = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 their last bits, while another path through the model's code differs in the first."""
 
 
-def restrict_to_proven(model: nn.Module, call: Call, exported: ExportedProgram) -> list[str]:
+def restrict_to_proven(
+    model: nn.Module, call: Call, exported: ExportedProgram, free: Collection[Axis] = ()
+) -> list[str]:
     """Make 1 the least size of each symbol, or 2 where model and graph differ at 1.
 
     Changes ``exported.range_constraints``; returns a note for each symbol that needed it.
+
+    Args:
+        model: What was captured.
+        call: With what.
+        exported: The graph.
+        free: Dimensions whose range torch.export found: it says 2 where 1 was not looked at.
     """
     axes = _plain_axes(exported)
     ranges = exported.range_constraints
-    candidates = [s for s in axes if ranges[s].lower <= 1]
+    least = {symbol: 2 if {*axes[symbol]} & {*free} else 1 for symbol in axes}
+    candidates = [symbol for symbol in axes if ranges[symbol].lower <= least[symbol]]
     for symbol in candidates:
         ranges[symbol] = type(ranges[symbol])(1, ranges[symbol].upper)
     trials = [[symbol] for symbol in candidates]

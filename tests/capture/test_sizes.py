@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fpcompiler.capture import CapturedProgram, capture
+from fpcompiler.capture import CapturedProgram, capture, export
 from fpcompiler.capture.call import Leaf
-from fpcompiler.capture.dynamic import propose, refine
+from fpcompiler.capture.dynamic import Sizes, propose, refine
 from fpcompiler.errors import CaptureError, OptionError
 from fpcompiler.plan import Symbol
 from tests.models import Llama, TiedLanguageModel, normal, token_ids
@@ -103,6 +104,55 @@ def test_a_constraint_without_a_suggestion_fixes_the_sizes_it_names() -> None:
     refined = refine(sizes, "Constraints violated (length)! Not all values satisfy the guard.")
     assert refined is not None
     assert list(refined.groups) == ["batch"]
+
+
+SIZE = "L['ids'].size()[1]"
+DOUBT = (
+    f"Constraints violated (length)!\n  - Not all values of length = {SIZE} in the specified range "
+)
+
+
+@pytest.mark.parametrize(
+    ("guard", "holds"),
+    [
+        (f"min(16*{SIZE}, 32*{SIZE}) == (16*{SIZE})", True),
+        (f"max(1, {SIZE}) == {SIZE}", True),
+        (f"({SIZE} + 3) // 4 * 4 >= {SIZE}", True),
+        (f"{SIZE} % 4 == 0", False),
+        (f"{SIZE} <= 128", False),
+        (f"16*{SIZE}", False),
+        (f"{SIZE} // 0 == 1", False),
+        (f"log({SIZE}) == 1", False),
+        (f"not {SIZE}", False),
+        ("a torch of the future ==", False),
+    ],
+)
+def test_guards_that_always_hold_fix_no_size(guard: str, holds: bool) -> None:
+    sizes = propose([Leaf("ids", token_ids(2, 5))])
+    refined = refine(sizes, f"{DOUBT}satisfy the generated guard {guard}.")
+    assert refined is not None
+    assert refined.free == ({"length"} if holds else frozenset())
+    assert list(refined.groups) == (["batch", "length"] if holds else ["batch"])
+    if holds:  # the same error again is no reason to try the same again
+        again = refine(refined, f"{DOUBT}satisfy the generated guard {guard}.")
+        assert again is not None
+        assert list(again.groups) == ["batch"]
+
+
+def test_a_size_whose_range_torch_finds_may_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def freely(leaves: Sequence[Leaf]) -> Sizes:
+        return replace(propose(leaves), free=frozenset({"length"}))
+
+    monkeypatch.setattr(export, "propose", freely)
+    ids = token_ids(2, 5)
+    program = capture(Llama().eval(), (ids,))
+    assert program.placeholders[0].shape == ("batch", "length")
+    assert {name: symbol.min for name, symbol in program.symbols.items()} == {
+        "batch": 1,
+        "length": 1,
+    }
+    pairs = capture(Function(lambda x: x[:, 0] + x[:, 1], 8), (normal(2, 3, 8),))
+    assert pairs.symbols["length"].min == 2
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 4), (2, 1), (2, 2)])
