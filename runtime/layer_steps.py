@@ -12,9 +12,10 @@ from fpcompiler.operand import Operand
 from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import fused
 from fpcompiler.runtime.operators import QUANTIZERS
-from fpcompiler.runtime.ops import LinearArguments
+from fpcompiler.runtime.ops import LINEAR_STEP, LinearArguments
 
 _OUTSIDE: Final = -1
+_SEVERAL: Final = 2
 
 
 class LayerArguments(NamedTuple):
@@ -92,6 +93,29 @@ def shared_quantizers(plan: Plan, kinds: Mapping[int, Hashable]) -> dict[int, in
     return found
 
 
+def shared_values(plan: Plan, kinds: Mapping[int, Hashable]) -> dict[int, int]:
+    """Return the steps whose one result only known layers read, two or more, not quantized.
+
+    Such a step can give its result as the layers read it.
+
+    Args:
+        plan: The plan.
+        kinds: The form in which a layer reads its input, by the index of its step.
+
+    Returns:
+        The index of one of the layers by that of the step.
+    """
+    found = {}
+    for index, readers in enumerate(readers_of(plan)):
+        step = plan.steps[index]
+        if step.op in (*QUANTIZERS, LINEAR_STEP) or len(step.outs) != 1 or len(readers) < _SEVERAL:
+            continue
+        plain = all(i in kinds and _reads_plain(plan.steps[i], step.outs[0]) for i in readers)
+        if plain and len({kinds[i] for i in readers}) == 1:
+            found[index] = readers[0]
+    return found
+
+
 def readers_of(plan: Plan) -> list[list[int]]:
     """Return the steps that read results of each step; -1 for the results of the plan itself."""
     makers = {out: index for index, step in enumerate(plan.steps) for out in step.outs}
@@ -104,6 +128,12 @@ def readers_of(plan: Plan) -> list[list[int]]:
         if name in makers:
             readers[makers[name]].append(_OUTSIDE)
     return readers
+
+
+def _reads_plain(step: Step, name: str) -> bool:
+    """Return whether a layer reads a value as its input, as it is, and as nothing else."""
+    given = LinearArguments(*step.args)
+    return list(given.x) == [{"v": name}] and not given.x_operand and given.residual != {"v": name}
 
 
 def _reads_whole(step: Step, quantizer: Step) -> bool:

@@ -1,8 +1,9 @@
-"""Layers that read the same quantized input, multiplied as one: q, k and v, or gate and up.
+"""Layers that read the same input, multiplied as one: q, k and v, or gate and up.
 
 A kernel for few tokens takes hardly longer for all their rows than for those of one, since starting
 and ending it is most of its time. Weights are put together when a model is loaded, so nothing is
-held twice; the first layer of a call computes the results of all, and each takes its columns.
+held twice; the first layer of a call computes the results of all, and each takes its columns. An
+input that is not quantized is brought into the kernels' form where it is made, for all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime.cuda.form import CudaInput
 from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm
 from fpcompiler.runtime.layer_steps import LayerArguments, arguments_of
+from fpcompiler.runtime.operators import Function
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +48,26 @@ class CudaPart:
         return products[self.number][..., self.first : self.first + self.outputs]
 
 
+@dataclass(frozen=True, eq=False)
+class CudaValues:
+    """A step whose result only layers read, all in the same form.
+
+    Attributes:
+        function: What computes it.
+        linear: One of the layers.
+    """
+
+    function: Function
+    linear: CudaLinear
+
+    def __call__(self, *args: Any, **kwargs: Any) -> CudaInput:
+        """Return the result as the kernels read it."""
+        return self.linear.prepare_values(self.function(*args, **kwargs))
+
+
 def joinable(
     plan: Plan,
-    quantizers: Mapping[int, int],
+    sources: Mapping[int, int],
     layers: Mapping[int, LayerArguments],
     kernels: Mapping[int, Mapping[str, Gemm]],
 ) -> Iterator[tuple[int, ...]]:
@@ -56,12 +75,13 @@ def joinable(
 
     Args:
         plan: The plan.
-        quantizers: What :func:`~fpcompiler.runtime.layer_steps.shared_quantizers` found, whose
-            results are prepared inputs.
+        sources: What :func:`~fpcompiler.runtime.layer_steps.shared_quantizers` and
+            :func:`~fpcompiler.runtime.layer_steps.shared_values` found: steps whose results are
+            prepared inputs.
         layers: The layers that have kernels, by the index of their step.
         kernels: The kernels of each.
     """
-    own = {name for index in quantizers for name in plan.steps[index].outs}
+    own = {name for index in sources for name in plan.steps[index].outs}
     outside = {out for out in plan.outputs if isinstance(out, str)}
     groups: dict[object, list[int]] = {}
     for index, layer in layers.items():

@@ -29,7 +29,7 @@ from fpcompiler.runtime.cuda.checks import Check
 from fpcompiler.runtime.cuda.codes import CudaCodes, kind_of
 from fpcompiler.runtime.cuda.flags import Flags
 from fpcompiler.runtime.cuda.form import InputKind
-from fpcompiler.runtime.cuda.joined import CudaPart, join, joinable, parts_of
+from fpcompiler.runtime.cuda.joined import CudaPart, CudaValues, join, joinable, parts_of
 from fpcompiler.runtime.cuda.layers import (
     CudaLayer,
     CudaLinear,
@@ -46,6 +46,7 @@ from fpcompiler.runtime.layer_steps import (
     LayerArguments,
     read_layer,
     shared_quantizers,
+    shared_values,
     weight_names,
 )
 from fpcompiler.runtime.operators import Function
@@ -127,13 +128,16 @@ class CudaKernels:
         kernels = {index: self._kernels_of(plan.steps[index]) for index in layers}
         kinds = {i: input_kind(kernels[i], layer.x_operand, layer.k) for i, layer in layers.items()}
         found = shared_quantizers(plan, kinds)
-        groups = joinable(plan, found, layers, kernels)
+        plain = shared_values(plan, kinds)
+        groups = joinable(plan, {**found, **plain}, layers, kernels)
         runs = self._run_layers(plan, layers, kernels, {group[0]: group for group in groups})
         _settle(self.machine.device)
         codes = self._code_kinds(plan, found)
         flags = Flags(len(found) + len(codes), self.machine.device)
         for index, function in runs.items():
             result[index] = function
+        for index, reader in plain.items():
+            result[index] = CudaValues(result[index], runs[reader].linear)
         for place, (index, reader) in enumerate(found.items()):
             step, linear = plan.steps[index], runs[reader].linear
             result[index] = CudaQuantizer.of(linear, self.quantizers, step, flags, place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,11 +12,16 @@ from torch import Tensor, nn
 
 import fpcompiler
 from fpcompiler.artifact import Artifact
+from fpcompiler.artifact.kernels import LayerKernels, TargetKernels
+from fpcompiler.numerics import dequantize, unpack
 from fpcompiler.runtime.compiled_rest import own_code
 from fpcompiler.runtime.cuda import kernels as module
+from fpcompiler.runtime.cuda.form import CudaInput
+from fpcompiler.runtime.cuda.fragments import Mode
 from fpcompiler.runtime.cuda.joined import CudaPart
 from fpcompiler.runtime.cuda.kernels import CudaKernels
-from fpcompiler.runtime.cuda.layers import CudaLayer
+from fpcompiler.runtime.cuda.layers import CudaLayer, CudaLinear, Gemm, Machine
+from fpcompiler.runtime.cuda.quantizers import QuantizeKernels
 from fpcompiler.runtime.executor import Executor
 from tests.runtime.cuda.host_kernels import Kernels
 
@@ -121,6 +127,68 @@ def test_outputs_of_the_model_are_whole_tensors(tmp_path: Path) -> None:
     executor = executor_of(artifact, Kernels(tmp_path, *OPERANDS, "sm_90a").open("q", "k"))
     assert all(isinstance(f, CudaLayer) for f in functions(executor).values())
     assert all(y.is_contiguous() for y in executor.run_leaves([torch.randn(5, 64)]))
+
+
+class Weights(CudaLinear):
+    """A layer of packed weights that computes on the CPU, from the weights it was given."""
+
+    calls: ClassVar[list[str]] = []
+
+    def __init__(self, gemms: Any, machine: Machine, w: Any, bias: Any, *rest: Any) -> None:
+        super().__init__(gemms, machine, w, bias, *rest)
+        _, w_operand, k, *_ = rest
+        values = dequantize(unpack(w[0], 4, k), w[1:], w_operand, torch.float32)
+        self.given = values, bias
+
+    def multiply(self, x: CudaInput, residual: Tensor | None = None) -> Tensor:
+        self.calls.append(self.layer)
+        values, bias = self.given
+        rows = x.codes.view(torch.bfloat16)[:, : values.shape[1]].float()
+        y = rows @ values.T + (0 if bias is None else bias.float())
+        return y.bfloat16().view(*x.shape, -1)
+
+
+class Unquantized(Block):
+    """Three layers read the result of one operation; two that of another one, with a residual."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 0.5
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        y = torch.tanh(self.o(q * k[..., 5:6] + v[..., 8:9]))
+        return y + 1, self.gate(y) * self.up(y)
+
+
+@pytest.mark.parametrize("biases", [(True, True, True), (False, True, True)])
+def test_inputs_that_are_not_quantized_are_shared_where_they_are_made(
+    biases: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = Unquantized(biases).bfloat16().eval(), torch.randn(5, 64).bfloat16()
+    weight = "f4E2M1FN@block32:f8E8M0FNU"
+    artifact = fpcompiler.compile(model, f"w={weight}", example_inputs=(x,)).artifact
+    gemm = Gemm(0, "bf16", "f4E2M1FN", "block32:f8E8M0FNU", torch.bfloat16, "none", Mode.BF16)
+    rows = {layer: LayerKernels({"decode": "gemm"}) for layer in LAYERS}
+    target = TargetKernels("sm_90a", ("9.0",), {}, {}, rows)
+    machine = Machine(torch.device("cpu"), 132)
+    monkeypatch.setattr(module, "CudaLinear", Weights)
+    monkeypatch.setattr(Weights, "calls", [])
+    kernels = CudaKernels(target, {"gemm": gemm}, QuantizeKernels.of([]), machine)
+    joined = executor_of(artifact, kernels)
+    found = functions(joined)
+    first = ["q", "k", "v"] if all(biases) else ["k", "v"]
+    # Somebody else reads what gate and up read.
+    assert [name for name in LAYERS if isinstance(found[name], CudaPart)] == first
+    y = joined.run_leaves([x])
+    others = [name for name in LAYERS if name not in first]
+    assert sorted(Weights.calls) == sorted([*others, ", ".join(first)])
+    monkeypatch.setattr(module, "joinable", lambda *_: ())
+    for a, b in zip(y, executor_of(artifact, kernels).run_leaves([x]), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(y, Executor(artifact.plan, artifact.tensors).run_leaves([x]), strict=True):
+        assert (a - b).norm() <= 0.02 * b.norm()
+    seen: dict[str, int] = {}
+    joined.observed(lambda step, y: seen.update({step.layer: y.shape[-1]}), x)
+    assert [seen[name] for name in LAYERS] == [40, 24, 9, 64, 33, 33]
 
 
 @pytest.mark.parametrize("same", [True, False])
