@@ -155,30 +155,23 @@ FPC_DEVICE void cluster_barrier() {
 // A number in the memory of another block of the cluster, where this block has `own`.
 template <class T>
 FPC_DEVICE T load_remote(const T* own, int rank) {
-    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "");
+    constexpr int kWords = sizeof(T) / 4;
+    static_assert(sizeof(T) == 4 * kWords, "");
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(own);
-    T value;
-    if constexpr (sizeof(T) == 4) {
-        uint32_t bits;
+    uint32_t words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; i++)
         asm volatile(
             "{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\n"
             "ld.shared::cluster.u32 %0, [there]; }"
-            : "=r"(bits)
-            : "r"(address), "r"(rank)
+            : "=r"(words[i])
+            : "r"(address + 4 * i), "r"(rank)
             : "memory");
-        memcpy(&value, &bits, sizeof value);
-    } else {
-        uint64_t bits;
-        asm volatile(
-            "{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\n"
-            "ld.shared::cluster.u64 %0, [there]; }"
-            : "=l"(bits)
-            : "r"(address), "r"(rank)
-            : "memory");
-        memcpy(&value, &bits, sizeof value);
-    }
+    T value;
+    memcpy(&value, words, sizeof value);
     return value;
 }
+
 FPC_DEVICE void store_larger(int32_t* to, int32_t value) { atomicMax(to, value); }
 
 // --- launches, on the CPU ----------------------------------------------------------------------
