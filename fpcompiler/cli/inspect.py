@@ -109,6 +109,8 @@ def _print(file: str, facts: Mapping[str, Any], program: Plan, plan: PlanTable) 
 
 
 def _facts(artifact: Artifact, size: int) -> dict[str, Any]:
+    state = {*artifact.plan.state.values()}
+    sizes = {name: tensor.nbytes for name, tensor in artifact.tensors.items()}
     return {
         "scheme": artifact.scheme,
         "method": artifact.recipe.get("method"),
@@ -118,7 +120,8 @@ def _facts(artifact: Artifact, size: int) -> dict[str, Any]:
         "pipeline": artifact.pipeline,
         "packages": dict(artifact.packages),
         "bytes": size,
-        "weight_bytes": sum(tensor.nbytes for tensor in artifact.tensors.values()),
+        "weight_bytes": sum(nbytes for name, nbytes in sizes.items() if name not in state),
+        "state_bytes": sum(nbytes for name, nbytes in sizes.items() if name in state),
         "steps": len(artifact.plan.steps),
         "recorded_calls": len(artifact.golden),
     }

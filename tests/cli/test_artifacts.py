@@ -12,8 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from fpcompiler.artifact import Artifact
+from fpcompiler.cli import inspect
 from fpcompiler.cli.main import main
 from fpcompiler.runtime.loading import load
+from tests.runtime.test_state import READ, WRITE, plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,10 +86,18 @@ def test_compile_warns_of_a_mistyped_rule(capsys) -> None:
     assert capsys.readouterr().err == "warning: no layer matches the rule for 'dwon'\n"
 
 
+def test_caches_are_no_weights() -> None:
+    tensors = {"cache": torch.zeros(4, 3), "w": torch.ones(5)}
+    facts = inspect._facts(Artifact(plan(WRITE, READ), tensors), 100)
+    assert (facts["weight_bytes"], facts["state_bytes"]) == (20, 48)
+
+
 def test_inspect_shows_scheme_plan_and_sizes(capsys) -> None:
     assert main(["inspect", "m.fpc", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["bytes"] == Path("m.fpc").stat().st_size
+    assert data["weight_bytes"] > 0
+    assert data["state_bytes"] == 0
     assert data["targets"] == ["cpu"]
     assert (data["method"], data["attention"]) == ("rtn", None)
     assert [name for name, _, _ in data["inputs"]] == ["x", "mask"]
