@@ -59,9 +59,6 @@ _LARGE: Final = 1 << 20
 _MOST_ZEROS: Final = 1 << 42
 """Bytes that those of a file may take in memory, together."""
 
-_LOOK: Final = 4096
-"""Bytes that tell of most tensors that they are not all zeros."""
-
 
 def pieces(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
     """Yield the bytes of a safetensors file, one tensor at a time.
@@ -101,8 +98,15 @@ def is_zeros(tensor: Tensor) -> bool:
     """Return whether a tensor is large, and every byte of it is zero."""
     if tensor.nbytes < _LARGE:
         return False
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return not bool(flat[:_LOOK].any()) and not bool(flat.any())
+    row = tensor.detach()
+    while row.ndim > 1:
+        row = row[0]
+    # One row tells of most tensors that they are none, and needs no copy of the others.
+    return _is_zero(row) and _is_zero(tensor.detach())
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return not bool(tensor.contiguous().reshape(-1).view(torch.uint8).any())
 
 
 def _entry(dtype: str, shape: Sequence[int], begin: int, size: int) -> dict[str, Any]:
@@ -169,17 +173,22 @@ def _zeros(metadata: Any, what: str) -> dict[str, Tensor]:
     where, total = f"the zeros of {what}", 0
     found = {}
     for name, entry in jsonfile.parse(text.encode(), where, HEADER_LIMIT).items():
+        tensor = f"{where}, tensor {name[:80]!r}"
         if not isinstance(entry, dict) or {*entry} != {"dtype", "shape"}:
-            raise DamagedFileError(f"{where}, tensor {name[:80]!r}: it needs a dtype and a shape.")
-        dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-        if dtype is None or name.startswith(_PADDING):
-            raise DamagedFileError(f"{where}, tensor {name[:80]!r}: unknown dtype or name.")
-        shape = _sizes(entry["shape"], f"{where}, tensor {name[:80]!r}: shape")
+            raise DamagedFileError(f"{tensor}: it needs a dtype and a shape.")
+        if name.startswith(_PADDING):
+            raise DamagedFileError(f"{tensor}: padding is no zeros.")
+        dtype, shape = _type_and_shape(entry, tensor)
         total += math.prod(shape) * dtype.itemsize
-        if total > _MOST_ZEROS or len(shape) > _MAX_DIMENSIONS:
+        if total > _MOST_ZEROS or _too_large(shape):
             raise DamagedFileError(f"{where} would take {total} bytes; that is no artifact.")
-        # Memory that nobody writes to is the system's one page of zeros.
-        found[name] = torch.zeros(shape, dtype=dtype)
+        try:
+            # Memory that nobody writes to is the system's one page of zeros.
+            found[name] = torch.zeros(shape, dtype=dtype)
+        except RuntimeError as error:
+            raise DamagedFileError(
+                f"{tensor}: there is no memory for {dtype} {list(shape)}. Use a machine with more."
+            ) from error
     return found
 
 
@@ -187,24 +196,33 @@ def _place(name: str, entry: Any, what: str) -> _Place:
     where = f"{what}, tensor {name[:80]!r}"
     if not isinstance(entry, dict) or {*entry} != {"dtype", "shape", "data_offsets"}:
         raise DamagedFileError(f"{where}: its header should have dtype, shape and data_offsets.")
-    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise DamagedFileError(f"{where}: unknown dtype {str(entry['dtype'])[:40]!r}.")
-    shape = _sizes(entry["shape"], f"{where}: shape")
+    dtype, shape = _type_and_shape(entry, where)
     offsets = _sizes(entry["data_offsets"], f"{where}: data_offsets")
-    if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS:
-        raise DamagedFileError(f"{where}: shape or data_offsets have too many entries.")
+    if len(offsets) != 2:
+        raise DamagedFileError(f"{where}: data_offsets have too many entries.")
     begin, end = offsets
-    if (
-        math.prod(n for n in shape if n) >= 2**62
-        or math.prod(shape) * dtype.itemsize != end - begin
-    ):
+    if _too_large(shape) or math.prod(shape) * dtype.itemsize != end - begin:
         raise DamagedFileError(
             f"{where}: {end - begin} bytes do not hold {entry['dtype']} {list(shape)}."
         )
     if begin % dtype.itemsize:
         raise DamagedFileError(f"{where}: it is not aligned to its dtype.")
     return _Place(name, dtype, shape, begin, end)
+
+
+def _type_and_shape(entry: Mapping[str, Any], where: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise DamagedFileError(f"{where}: unknown dtype {str(entry['dtype'])[:40]!r}.")
+    shape = _sizes(entry["shape"], f"{where}: shape")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise DamagedFileError(f"{where}: shape has too many entries.")
+    return dtype, shape
+
+
+def _too_large(shape: Sequence[int]) -> bool:
+    """Whether torch could not count the elements, also where one size is 0."""
+    return math.prod(n for n in shape if n) >= 2**62
 
 
 def _sizes(value: Any, where: str) -> tuple[int, ...]:
