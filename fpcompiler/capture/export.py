@@ -169,7 +169,7 @@ def _failure_with_buffers(
     try:
         with same_buffers(model), torch.random.fork_rng(), quiet():
             model(*args, **kwargs)
-    except RuntimeError as error:
+    except Exception as error:  # The model's own code runs here.
         return error
     return None
 

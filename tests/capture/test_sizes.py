@@ -321,3 +321,25 @@ def test_capture_takes_one_export_when_the_guess_is_right(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.export, "export", counting)
     capture(Llama(layers=1), (token_ids(2, 5),))
     assert len(exports) == 1
+
+
+class OneText(nn.Module):
+    """Writes to a buffer for one text; tracing does not see that it refuses others."""
+
+    cache: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and len(x) > 1:
+            raise ValueError("one text at a time")
+        self.cache.add_(1)
+        return x + self.cache
+
+
+def test_a_model_that_writes_to_buffers_runs_with_the_sizes_it_was_traced_with() -> None:
+    program = capture(OneText(), (normal(1, 4, 8),))
+    assert program.placeholders[0].shape == (1, 4, 8)
+    assert any("one text at a time" in note for note in program.notes)
