@@ -141,8 +141,7 @@ FPC_DEVICE Quad load_past_first_cache(const void* from) {
     return q;
 }
 
-// A copy to shared memory that goes on beside other work, until `wait_copies`. (For whole rows of X,
-// loads and stores were faster on an H200, from eight rows on.)
+// A copy to shared memory that goes on beside other work, until `wait_copies`.
 FPC_DEVICE void copy_word(uint32_t to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
