@@ -14,6 +14,9 @@ struct Encoder {
     // A quotient by a power of two is the product with its inverse.
     static constexpr bool kPower = P::kBlockScale == kE8M0Scale && P::kOuter == kNoOuter;
     typedef typename P::Element Element;
+    typedef fpc::Codes<Element, P::kStored, P::kCodeBits> Codes;
+    // Quotients are made with it.
+    static constexpr float kFactor = Codes::kFactor;
 
     const FpcQuantizeArguments& a;
     const int64_t m;
@@ -22,11 +25,14 @@ struct Encoder {
     // Store a chunk, and return the sum of its integers if they are stored as such. All lanes of a
     // warp take part. Values may change.
     FPC_DEVICE int32_t encode(int chunk, float (&values)[kChunk]) const {
-        float amax = largest_of(values);
+        float amax = 0;
+        if constexpr (P::kBlockScale != kNoBlockScale || P::kOuter != kPerRow) {  // else it was seen
+            amax = largest_of(values);
 #pragma unroll
-        for (int lanes = 1; lanes < kLanes; lanes *= 2)
-            amax = larger_magnitude(amax, exchange(amax, lanes));
-        if (bits_of(amax) >= kExponentMask) *a.status = 1;
+            for (int lanes = 1; lanes < kLanes; lanes *= 2)
+                amax = larger_magnitude(amax, exchange(amax, lanes));
+            if (bits_of(amax) >= kExponentMask) *a.status = 1;
+        }
         if constexpr (P::kBlockScale == kE8M0Scale && P::kRounding == kLeastError) {
             return encode_better_power(chunk, amax, values);
         } else if constexpr (P::kBlockScale != kNoBlockScale) {
@@ -35,7 +41,7 @@ struct Encoder {
             return store(chunk, values, scale);
         } else {
             if constexpr (P::kOuter != kNoOuter)
-                divide_all<kPower, P::kGiven, P::kStored == kIntegers>(values, outer);
+                divide_all<kPower, P::kGiven, P::kStored == kIntegers>(values, outer, kFactor);
             return store(chunk, values, 1);
         }
     }
@@ -101,9 +107,10 @@ struct Encoder {
         if constexpr (P::kStored == kProducts)
             each(values, [=](float x, int) { return multiply(nearest<Element>(x), scale); });
         else if constexpr (P::kBlockScale != kNoBlockScale) store_scale(chunk, scale);
-        Codes<Element, P::kStored, P::kCodeBits> codes;
+        Codes codes;
 #pragma unroll
         for (int i = 0; i < kChunk / 2; i++) codes.set(i, values[2 * i], values[2 * i + 1]);
+        codes.finish();
         const int64_t begin = (int64_t)chunk * kChunk * P::kCodeBits / 8;
         store_words(a.codes + m * a.pitch + begin, codes.words, a.pitch - begin);
         return P::kStored == kIntegers ? codes.sum() : 0;

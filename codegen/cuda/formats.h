@@ -80,19 +80,42 @@ constexpr float kUnits = (float)(1u << (E::kMantissaBits - E::kMinExponent));
 // The form in which values are stored: fpcompiler/runtime/cuda/stored.py.
 enum Stored { kPacked, kE4M3Bytes, kIntegers, kProducts };
 
+// The codes of four numbers of E4M3, the magnitudes of which are below 32, as those of E2M3: what
+// they count, in eighths, as signed bytes. From code 16 on it is two at a time, from 24 on four.
+FPC_DEVICE uint32_t eighths_of(uint32_t codes) {
+    const uint32_t sizes = codes & 0x1F1F1F1F, beyond_16 = sizes >> 4 & 0x01010101;
+    const uint32_t beyond_24 = beyond_16 & sizes >> 3;
+    const uint32_t counts =
+        sizes + (sizes & beyond_16 * 15) + 2 * (sizes & beyond_24 * 7);  // 60 at most
+    const uint32_t negative = counts & (codes >> 7 & 0x01010101) * 255;
+    return (0x80808080u + counts - 2 * negative) ^ 0x80808080u;
+}
+
 // The values of a chunk as they lie in memory, kBits each.
 template <class E, Stored kStored, int kBits>
 struct Codes {
     static constexpr int kWords = kChunk * kBits / 32;
+    // E4M3 has the numbers of E2M3 times 2**-6, with the same codes, and is converted to at once.
+    static constexpr bool kByE4M3 = kStored == kIntegers && E4M3::kConvert != kSoftware &&
+                                    E::kMantissaBits == 3 && E::kMinExponent == 0;
+    static constexpr float kFactor = kByE4M3 ? 0x1p-6f : 1.0f;  // of the values that are set
     uint32_t words[kWords] = {};
 
     FPC_DEVICE void set(int pair, float first, float second) {
         if constexpr (kStored == kE4M3Bytes)
             put(pair, pair_of<E4M3>(nearest<E>(first), nearest<E>(second)));
+        else if constexpr (kByE4M3) put(pair, pair_of<E4M3>(first, second));
         else if constexpr (kStored == kIntegers)
             put(pair, integer_of(first) | integer_of(second) << 8);
         else if constexpr (kStored == kProducts) put(pair, bf16_pair(first, second));
         else put(pair, pair_of<E>(first, second));
+    }
+
+    // After all have been set.
+    FPC_DEVICE void finish() {
+        if constexpr (kByE4M3)
+#pragma unroll
+            for (int i = 0; i < kWords; i++) words[i] = eighths_of(words[i]);
     }
 
     // The sum of the chunk's integers.

@@ -121,6 +121,11 @@ FPC_DEVICE Quad load_quad(const void* from) {
     return q;
 }
 
+// Have memory that no kernel writes in the second cache when it is read.
+FPC_DEVICE void prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(from));
+}
+
 // Wait until earlier kernels are through and what they wrote is there, and let the next one begin:
 // it does the same before it touches memory. Where a kernel is not launched early, and before
 // Hopper, this is nothing.
@@ -152,24 +157,26 @@ FPC_DEVICE void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// A number in the memory of another block of the cluster, where this block has `own`.
+// The same in two halves: what comes between them does not wait.
+FPC_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+FPC_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Leave a number in the memory of another block of the cluster, where this block has `own`. It is
+// there behind a barrier of the cluster; the other block must have begun.
 template <class T>
-FPC_DEVICE T load_remote(const T* own, int rank) {
+FPC_DEVICE void store_remote(T* own, int rank, T value) {
     constexpr int kWords = sizeof(T) / 4;
     static_assert(sizeof(T) == 4 * kWords, "");
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(own);
     uint32_t words[kWords];
+    memcpy(words, &value, sizeof value);
 #pragma unroll
     for (int i = 0; i < kWords; i++)
         asm volatile(
-            "{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\n"
-            "ld.shared::cluster.u32 %0, [there]; }"
-            : "=r"(words[i])
-            : "r"(address + 4 * i), "r"(rank)
+            "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+            "st.shared::cluster.u32 [there], %2; }"
+            :: "r"(address + 4 * i), "r"(rank), "r"(words[i])
             : "memory");
-    T value;
-    memcpy(&value, words, sizeof value);
-    return value;
 }
 
 FPC_DEVICE void store_larger(int32_t* to, int32_t value) { atomicMax(to, value); }
@@ -203,6 +210,23 @@ int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments
     config.gridDim = grid, config.blockDim = block, config.stream = (cudaStream_t)stream;
     config.attrs = attributes, config.numAttrs = count;
     return taken(cudaLaunchKernelEx(&config, kernel, arguments));
+}
+
+// How many clusters of so many blocks run at once. More than 8 blocks have to be allowed first, and
+// not every GPU has the room.
+template <class Arguments>
+int most_clusters(void (*kernel)(Arguments), dim3 block, unsigned cluster) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(cluster), config.blockDim = block;
+    config.attrs = &attribute, config.numAttrs = 1;
+    int count = 0;
+    const auto allowed = cudaFuncAttributeNonPortableClusterSizeAllowed;
+    if (taken(cudaFuncSetAttribute(kernel, allowed, 1))) return 0;
+    return taken(cudaOccupancyMaxActiveClusters(&count, kernel, &config)) ? 0 : count;
 }
 
 inline const char* error_text(int32_t error) { return cudaGetErrorString((cudaError_t)error); }

@@ -13,6 +13,9 @@ namespace fpc {
 template <class P>
 constexpr bool kHoldsTwo = !kIsNorm<P::kHead>;
 
+// With so many rows or fewer, time goes by in waiting for memory.
+constexpr int kFewRows = 16;
+
 // Threads of a block: fewer have more registers.
 template <int kHeld>
 constexpr int kMost = kHeld == 2 ? 448 : kMostThreads;
@@ -58,7 +61,10 @@ FPC_DEVICE float amax_of_rows(const FpcQuantizeArguments& a, int chunks) {
 template <class P, int kHeld, bool kSpread = false>
 __global__ void __launch_bounds__(kMost<kHeld>, 2)
 quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
+    if (a.m <= kFewRows) Row<P, kHeld, kSpread>::fetch_weights(a);
+    if (kSpread) cluster_arrive();
     follow();
+    if (kSpread) cluster_wait();  // all blocks run, and may be written to
     const int64_t m =
         kSpread ? (int64_t)blockIdx.y : (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     const int chunks = chunks_of<P>(a);
@@ -75,8 +81,10 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
     Row<P, kHeld, kSpread> row(a, m, chunks);
     float outer = 1;
     if constexpr (P::kOuter == kPerRow) {
-        outer = real_scale<P>(amax_of_row(row));
+        const float amax = amax_of_row(row);
+        outer = real_scale<P>(amax);
         if (row.first == 0) a.outer_scale[m] = outer;
+        if (row.first == 0 && bits_of(amax) >= kExponentMask) *a.status = 1;
     } else if constexpr (P::kOuter == kPerTensor) {
         if constexpr (P::kGiven)
             outer = *a.outer_scale;
@@ -124,7 +132,7 @@ struct Shape {
 
     // A cluster of blocks for a row.
     static Shape spread(int64_t rows, int chunks) {
-        constexpr int kBlocks = 8, kThreads = 128;  // at most; at least, but for the last ones
+        constexpr int kBlocks = kMostBlocks, kThreads = 128;  // at most; at least, but for the last
         const int wanted = (chunks + kThreads - 1) / kThreads;
         const int blocks = wanted < kBlocks ? wanted : kBlocks;
         const int threads = ((chunks + blocks - 1) / blocks + 31) / 32 * 32;
@@ -158,8 +166,8 @@ int32_t launch_amax(const FpcQuantizeArguments& a, int chunks, void* stream) {
 // quantizing all rows; launches that clear and find it take longer up to here.
 template <class P>
 bool is_small(const FpcQuantizeArguments& a, int chunks) {
-    constexpr int kMostRows = 16, kMostChunks = (1 << 16) / kChunk;
-    return a.m <= kMostRows && a.m * chunks <= kMostChunks;
+    constexpr int kMostChunks = (1 << 16) / kChunk;
+    return a.m <= kFewRows && a.m * chunks <= kMostChunks;
 }
 
 // Whether clusters quantize rows: few ones, each of them long.
@@ -168,8 +176,8 @@ constexpr bool kSpreads =
     FPC_FOLLOWS && kNeedsRow<P> && !P::kSwizzled && P::kOuter != kPerTensor;
 
 inline bool is_spread(int64_t rows, int chunks) {
-    constexpr int kMostRows = 16, kShort = 256, kLong = 8 * kMost<1>;  // of chunks
-    return rows <= kMostRows && chunks > kShort && chunks <= kLong;
+    constexpr int kShort = 256, kLong = 8 * kMost<1>;  // of chunks
+    return rows <= kFewRows && chunks > kShort && chunks <= kLong;
 }
 
 template <class P>

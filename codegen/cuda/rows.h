@@ -3,35 +3,46 @@
 namespace fpc {
 
 constexpr int kMostThreads = 512;
+constexpr int kMostBlocks = 8;  // of a cluster
+
+// Join what is in memory, by all lanes of a warp, in the same order for each. Behind `count` values
+// there are others that change nothing: zeros. kMost: a power of two.
+template <int kMost, class T, class Join>
+FPC_DEVICE T all_of(const T* parts, unsigned count, const Join& join) {
+    const unsigned lane = threadIdx.x % kMost;
+    T value = lane < count ? parts[lane] : T{};
+#pragma unroll
+    for (int mask = kMost / 2; mask; mask /= 2) value = join(value, exchange(value, mask));
+    return value;
+}
 
 // Join a value of each thread of a row, in the same order for each. A row has one warp, all warps
-// of a block, or all blocks of a cluster.
-template <bool kSpread, class T, class Join>
+// of a block, or all blocks of a cluster. kTurn: 0 and 1 take turns, as other blocks may still read
+// what they got last time.
+template <bool kSpread, int kTurn = 0, class T, class Join>
 FPC_DEVICE T over_row(T value, const Join& join) {
     constexpr int kWarps = kMostThreads / 32;
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) value = join(value, exchange(value, mask));
     if (!kSpread && blockDim.x == 32) return value;
-    T* const parts = block_memory<T, kWarps + 1>();
+    T* const parts = block_memory<T, kWarps + 2 * kMostBlocks>();
     barrier();  // what is there may be in use
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     barrier();
-    T result = parts[0];
-    for (unsigned i = 1; i < blockDim.x / 32; i++) result = join(result, parts[i]);
+    value = all_of<kWarps>(parts, blockDim.x / 32, join);
     if constexpr (kSpread) {
-        if (threadIdx.x == 0) parts[kWarps] = result;
+        T* const of_blocks = parts + kWarps + kTurn * kMostBlocks;
+        // A thread for each block that gets it.
+        if (threadIdx.x < gridDim.x) store_remote(of_blocks + blockIdx.x, (int)threadIdx.x, value);
         cluster_barrier();
-        result = load_remote(parts + kWarps, 0);
-        for (unsigned i = 1; i < gridDim.x; i++)
-            result = join(result, load_remote(parts + kWarps, (int)i));
-        cluster_barrier();  // other blocks may still read
+        value = all_of<kMostBlocks>(of_blocks, gridDim.x, join);
     }
-    return result;
+    return value;
 }
 
-template <bool kSpread>
+template <bool kSpread, int kTurn>
 FPC_DEVICE double sum_over_row(double value) {
-    return over_row<kSpread>(value, [](double a, double b) { return add(a, b); });
+    return over_row<kSpread, kTurn>(value, [](double a, double b) { return add(a, b); });
 }
 
 // A thread holds kHeld chunks in its registers, or none: the row is too long for that, and chunks
@@ -66,6 +77,15 @@ struct Row {
         }
         if constexpr (kIsNorm<P::kHead>) normalize();
         if constexpr (!kPlain) produce();
+    }
+
+    // Have what a norm multiplies with in the second cache. It is read when statistics are known, and
+    // no kernel writes it: this may come before earlier ones are through.
+    FPC_DEVICE static void fetch_weights(const FpcQuantizeArguments& a) {
+        if constexpr (kIsNorm<P::kHead> && P::kWeight != kNoType) {
+            const int begin = (int)(blockIdx.y * blockDim.x + threadIdx.x) * kChunk;
+            if (begin < a.k) prefetch((const uint8_t*)a.weight + begin * kSizeOf<P::kWeight>);
+        }
     }
 
     // Call `work(chunk, values)` for the values that are quantized: as often in all threads.
@@ -124,7 +144,7 @@ struct Row {
     }
 
     // Sums of sixteen are fp32, and sums of those fp64.
-    template <class Term>
+    template <int kTurn, class Term>
     FPC_DEVICE float mean_of(const Term& term) {
         double sum = 0;
         each_loaded([&](int chunk, float (&values)[kChunk]) {
@@ -132,13 +152,13 @@ struct Row {
             const auto masked = [&](float x, int i) { return i < count ? term(x) : 0.0f; };
             sum = add(sum, (double)sum_of(values, masked));
         });
-        return divide((float)sum_over_row<kSpread>(sum), (float)a.k);
+        return divide((float)sum_over_row<kSpread, kTurn>(sum), (float)a.k);
     }
 
     FPC_DEVICE void normalize() {
-        if constexpr (P::kHead == kLayerNorm) known.mean = mean_of([](float x) { return x; });
+        if constexpr (P::kHead == kLayerNorm) known.mean = mean_of<0>([](float x) { return x; });
         const float mean = known.mean;
-        const float square = mean_of([=](float x) {
+        const float square = mean_of<1>([=](float x) {
             const float centred = P::kHead == kLayerNorm ? subtract(x, mean) : x;
             return multiply(centred, centred);
         });

@@ -105,20 +105,24 @@ FPC_DEVICE float corrected_quotient(float value, float total, float inverse) {
 }
 
 // Divide values by one total. By a power of two it is the product with the inverse; if the scale is
-// given, quotients may be beyond fp32, and then are its largest number. Integers need no -0.
+// given, quotients may be beyond fp32, and then are its largest number. Integers need no -0, and can
+// have their quotients times a factor, a power of two.
 template <bool kPower, bool kGiven, bool kInteger = false>
-FPC_DEVICE void divide_all(float (&values)[kChunk], float total) {
+FPC_DEVICE void divide_all(float (&values)[kChunk], float total, float factor = 1) {
     const float inverse = reciprocal(total);
     if constexpr (kPower) {
         each(values, [=](float x, int) { return multiply(x, inverse); });
     } else if (total > 0x1p-60f && total < 0x1p60f) {
+        const float other = multiply(total, 1.0f / factor), inverse_of_it = multiply(inverse, factor);
         each(values, [=](float x, int) {
-            if constexpr (kInteger) return corrected_quotient(x, total, inverse);
+            if constexpr (kInteger) return corrected_quotient(x, other, inverse_of_it);
             const float size = corrected_quotient(magnitude(x), total, inverse);
             return with_sign_of(magnitude(kGiven ? smaller(size, 0x1.FFFFFEp127f) : size), x);
         });
     } else {
-        each(values, [=](float x, int) { return divide(x, total); });
+        each(values, [=](float x, int) {
+            return kInteger ? multiply(divide(x, total), factor) : divide(x, total);
+        });
     }
 }
 

@@ -113,29 +113,33 @@ static T exchange(T value, int mask) {
     return value;
 }
 
+static void prefetch(const void*) {}
 static void follow() {}
 static void barrier() { wait_at_barrier(rank * of_block(), of_block()); }
 
 // What one block of a cluster has where this one has `own`; set where memory is given out.
-static const char* memories[8];
+static char* memories[16];
 
 // Poisoned for each cluster that runs: what is read was written. Not for each call: some of it is
 // kept from one call to the next.
 template <class T, int kCount>
 static T* block_memory() {
-    static T memory[8][kCount];
-    static long poisoned[8];
+    static T memory[16][kCount];
+    static long poisoned[16];
     if (poisoned[rank] != launched) memset(memory[rank], 0xFF, sizeof memory[rank]);
     poisoned[rank] = launched;
-    for (unsigned i = 0; i < cluster; i++) memories[i] = (const char*)memory[i];
+    for (unsigned i = 0; i < cluster; i++) memories[i] = (char*)memory[i];
     return memory[rank];
 }
 
 static void cluster_barrier() { wait_at_barrier(0, of_block() * cluster); }
 
+static void cluster_arrive() {}
+static void cluster_wait() { cluster_barrier(); }
+
 template <class T>
-static T load_remote(const T* own, int other) {
-    return *(const T*)(memories[other] + ((const char*)own - memories[rank]));
+static void store_remote(T* own, int other, T value) {
+    *(T*)(memories[other] + ((const char*)own - memories[rank])) = value;
 }
 
 static void store_larger(int32_t* to, int32_t value) { *to = value > *to ? value : *to; }
@@ -156,6 +160,11 @@ static int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Ar
             run_blocks();
         }
     return 0;
+}
+
+template <class Arguments>
+static int most_clusters(void (*)(Arguments), dim3, unsigned) {
+    return 16;
 }
 
 static const char* error_text(int32_t) { return "an error of CUDA"; }
@@ -228,7 +237,25 @@ static inline int32_t plus_bytes(uint32_t word, int32_t sum) {
     return sum;
 }
 
-static inline uint32_t e4m3_pair(float, float) { abort(); }  // sources are made with level 0
+// E4M3, by the nearest of its 127 magnitudes; the even one in the middle of two.
+static inline uint32_t e4m3_of(float value) {
+    const auto number = [](int code) {
+        return code < 8 ? ldexp(code, -9) : ldexp(8 + code % 8, code / 8 - 10);
+    };
+    const double size = fabs((double)value);
+    int code = 0;
+    for (int step = 64; step; step /= 2)
+        if (code + step < 127 && number(code + step) <= size) code += step;
+    if (code < 126) {
+        const double low = size - number(code), high = number(code + 1) - size;
+        code += high < low || (high == low && code % 2);
+    }
+    return (uint32_t)code | (uint32_t)signbit(value) << 7;
+}
+
+static inline uint32_t e4m3_pair(float first, float second) {
+    return e4m3_of(first) | e4m3_of(second) << 8;
+}
 
 struct alignas(16) Quad {
     uint32_t words[4];

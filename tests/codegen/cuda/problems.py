@@ -21,8 +21,8 @@ from fpcompiler.runtime.cuda.problem import TYPES
 from fpcompiler.runtime.cuda.stored import BF16, I8, why_not
 from fpcompiler.runtime.fused import HEADS, PRODUCERS, SLOTS, TAILS
 
-LEVELS = "#define FPC_CONVERTS 0\n#define FPC_FOLLOWS 1\n"
-"""What emulated kernels are told: no conversions of PTX, but Hopper's clusters."""
+LEVELS = "#define FPC_CONVERTS 1\n#define FPC_FOLLOWS 1\n"
+"""What emulated kernels are told: they are on Hopper."""
 
 HERE = Path(__file__).parent
 SOURCES = Path(__file__).parents[3] / "codegen" / "cuda"
@@ -161,7 +161,7 @@ def emulated(problems: Sequence[QuantizeProblem], folder: Path) -> QuantizeLibra
     files += [HERE / name for name in ("values.h", "hard_quotients.h", "exponentials.h")]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     source, library = folder / "emulated.cpp", folder / "emulated.so"
-    source.write_text(f"{LEVELS}{text}\n{problem_text(problems, 0)}{_values(len(problems))}")
+    source.write_text(f"{LEVELS}{text}\n{problem_text(problems, 1)}{_values(len(problems))}")
     command = [
         "g++", "-std=c++17", "-O0", "-ffp-contract=off", "-Wall", "-Werror", "-fPIC", "-shared",
         "-Wno-unknown-pragmas", "-Wno-psabi", str(source), "-o", str(library),
