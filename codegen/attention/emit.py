@@ -18,7 +18,7 @@ ARCHS: Final = ("sm_90a",)
 
 HEADERS: Final = (
     ("attention", "attention.h"), ("cuda", "instructions.h"), ("cuda", "types.h"),
-    ("attention", "warps.h"), ("attention", "attend.h"),
+    ("attention", "warps.h"), ("attention", "steps.h"), ("attention", "attend.h"),
 )  # fmt: skip
 """Folders below ``codegen`` and their headers, each after those it needs."""
 

@@ -54,6 +54,13 @@ FPC_DEVICE float load_number(const float* from) {
     return number;
 }
 
+// Of 8 by 8 numbers of 16 bits, of which each lane has two neighbours in row lane / 4, the columns.
+FPC_DEVICE uint32_t transposed(uint32_t pair) {
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+
 // The larger of two numbers; the other one if one is NaN.
 FPC_DEVICE float larger_number(float a, float b) { return fmaxf(a, b); }
 

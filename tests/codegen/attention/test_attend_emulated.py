@@ -81,11 +81,12 @@ def test_every_size(
     check(library, Call(q, k, v, grouped=True))
 
 
-@pytest.mark.parametrize("sms", [1, 2, 4, 132])
-def test_blocks_that_share_the_keys(library: Library, sms: int) -> None:
-    """One, two, four and eight of them; the kernel is compared on as many."""
-    q, k, v = tensors(PROBLEMS[1], 1, 4, 1, 2, 600)
-    mask = torch.rand(2, 600) < 0.7
+@pytest.mark.parametrize("sms", [1, 2, 4, 8, 132])
+@pytest.mark.parametrize("queries", [2, 3])
+def test_blocks_that_share_the_keys(library: Library, sms: int, queries: int) -> None:
+    """One, two, four, eight and sixteen of them, with one and two instructions for the queries."""
+    q, k, v = tensors(PROBLEMS[1], 1, 4, 1, queries, 1100)
+    mask = torch.rand(queries, 1100, generator=torch.Generator().manual_seed(sms)) < 0.7
     check(library, Call(q, k, v, mask, grouped=True), sms)
 
 

@@ -42,6 +42,13 @@ static void multiply_add_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
     }
 }
 
+static uint32_t transposed(uint32_t pair) {
+    const Shown* lanes = show({{pair}});
+    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    const auto at = [&](int row) { return lanes[4 * row + g / 2].words[0] >> 16 * (g % 2) & 0xFFFF; };
+    return at(2 * t) | at(2 * t + 1) << 16;
+}
+
 static float power_of_two(float x) { return exp2f(x); }
 static float larger_number(float a, float b) { return fmaxf(a, b); }
 
