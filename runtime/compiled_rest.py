@@ -24,20 +24,24 @@ _NEXT: Final = "Without compile_rest() it runs all the same."
 _NO_COMPILER: Final = "InvalidCxxCompiler"
 
 
-def compile_rest(run: Run) -> Run:
+def compile_rest(run: Run, device: torch.device) -> Run:
     """Return the function as one graph of torch.compile's, which the first call compiles.
 
     The first call with other sizes compiles once more, for any size.
 
     Args:
         run: What to compile; its arguments have been checked.
+        device: Where it runs.
 
     Returns:
         A function that raises RunError where torch.compile or what it made fails, with what to do.
     """
-    compiled = torch.compile(
-        own_code(run), fullgraph=True, options={"guard_filter_fn": _guards_of_arguments}
-    )
+    options: dict[str, Any] = {"guard_filter_fn": _guards_of_arguments}
+    if device.type == "cuda":
+        # One launch for what does not depend on each other: between the layers of a decoder's token
+        # there are four kernels of a microsecond each.
+        options["combo_kernels"] = True
+    compiled = torch.compile(own_code(run), fullgraph=True, options=options)
 
     def call(leaves: Sequence[Tensor]) -> list[Any]:
         try:

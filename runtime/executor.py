@@ -144,7 +144,7 @@ class Executor:
 
         Calls that are observed or timed run the steps as before.
         """
-        self._compiled = compile_rest(self._results)
+        self._compiled = compile_rest(self._results, self.device)
 
     def _results(
         self,
