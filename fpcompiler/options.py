@@ -13,8 +13,8 @@ FPC_NATIVE_LIBRARY   A file to load in place of the native library that was buil
 FPC_GRAPHS           ``0`` records no calls as CUDA graphs; by default it is done where kernels of a
                      GPU are used.
 FPC_PROGRESS         ``1`` always shows progress bars, ``0`` never; by default on a terminal only.
-FPC_ATTENTION        ``1`` uses the kernels of attention that artifacts for Hopper have. Their
-                     results were checked on an H200; whether they are faster is not known yet.
+FPC_ATTENTION        ``0`` leaves attention to torch where artifacts for Hopper have kernels of it,
+                     for the few queries of a decoding step.
 CUDA_HOME            The folder of the CUDA toolkit whose nvcc compiles kernels; by default the
                      first nvcc on ``PATH``, then that of ``/usr/local/cuda``.
 ===================  ==============================================================================
@@ -51,7 +51,7 @@ _VARIABLES: Final = (
 _NVCC_FLAGS: Final = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 _PROGRESS: Final = {"": None, "auto": None, "1": True, "0": False}
 _GRAPHS: Final = {"": None, "auto": None, "0": False}
-_ATTENTION: Final = {"": False, "0": False, "1": True}
+_ATTENTION: Final = {"": True, "1": True, "0": False}
 _NATIVE: Final = {"": None, "auto": None, "1": None, "0": False, "require": True}
 
 
@@ -79,7 +79,7 @@ class Options:
     native_library: Path | None = None
     cuda_home: Path | None = None
     graphs: bool | None = None
-    attention: bool = False
+    attention: bool = True
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:

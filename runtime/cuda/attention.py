@@ -1,8 +1,4 @@
-"""Attention of a few queries on a GPU: which kernels there can be, and the step that runs one.
-
-The results of the kernels were checked on a GPU, but not yet whether they are faster. So they are
-used only where a user asks for it.
-"""
+"""Attention of a few queries on a GPU: which kernels there can be, and the step that runs one."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def load_kernels(
     files: Mapping[str, Buffer],
     device: torch.device,
     gatekeeper: Gatekeeper,
-    attention: bool = False,
+    attention: bool = True,
 ) -> CudaKernels | None:
     """Load the kernels of an artifact for a GPU.
 
@@ -266,7 +266,7 @@ def open_target(
     files: Mapping[str, Buffer],
     machine: Machine,
     gatekeeper: Gatekeeper,
-    attention: bool = False,
+    attention: bool = True,
 ) -> CudaKernels:
     """Load the kernels of one target: the operators first, then what its layers use.
 
