@@ -41,10 +41,23 @@ ONNX_WAYS = ("reference", "native", "onnxruntime")
 LAYER_ROWS, LAYER_THREADS = (1, 16, 512), 2
 """What the table of layers shows of the record."""
 
+DECODED = ("llama-3-8b-b1", "llama-3-8b-b16")
+DECODERS = {
+    "fpcompiler-rest": "fpcompiler, `compile_rest()`",
+    "fpcompiler": "fpcompiler",
+    "torch-compile-bf16": "torch.compile, bf16",
+    "hf-eager-bf16": "transformers, bf16",
+}
+DECODE_CELLS = (
+    ("decode_seconds", ".2f", 1e3), ("prompt_seconds", ".1f", 1e3), ("allocated_bytes", ".1f", 1e-9),
+)  # fmt: skip
+"""Records of generating on a GPU, and what the table shows of them."""
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCUMENTS = dict.fromkeys(
-    ("all", "dit", "layers", "bars", "kernels", "builds", "proofs", "hopper"), HERE / "README.md"
+    ("all", "dit", "layers", "bars", "kernels", "builds", "proofs", "hopper", "hopper-newer"),
+    HERE / "README.md",
 )
 """Where tables are that are not in the README of the project."""
 
@@ -89,7 +102,9 @@ def tables() -> dict[str, str]:
         "bars": bars(),
         "kernels": kernels(),
         "builds": builds(),
-        "hopper": hopper(),
+        "hopper": hopper("hopper_layers.json"),
+        "hopper-newer": hopper("hopper_layers-newer.json"),
+        "decode": decode(),
         "proofs": proofs(),
         "onnx": onnx(),
         "aoti": aoti(),
@@ -189,10 +204,9 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
-def hopper() -> str:
+def hopper(record: str) -> str:
     """Return the speeds of layers on a Hopper GPU, relative to cuBLAS in bf16."""
-    rows = _read("hopper_layers.json")["rows"]
-    schemes = [name for name in rows[0]["seconds"] if name != "bf16"]
+    rows, schemes = _read(record)["rows"], [*_read(record)["modes"]]
     lines = [
         "| N x K | M | bf16, us | " + " | ".join(f"`{name}`" for name in schemes) + " |",
         "| --- | ---: | ---: |" + " ---: |" * len(schemes),
@@ -202,6 +216,27 @@ def hopper() -> str:
         cells = [f"{row['n']} x {row['k']}", str(row["m"]), f"{taken['bf16'] * 1e6:.1f}"]
         cells += [f"{taken['bf16'] / taken[name]:.2f}" for name in schemes]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def decode() -> str:
+    """Return the speeds of generating text on a GPU, relative to torch.compile."""
+    lines = [
+        "| texts at once | | ms per token | prompt of 2,048 tokens, ms | GB of the GPU |",
+        "| ---: | --- | ---: | ---: | ---: |",
+    ]
+    for name in DECODED:
+        record = _read(f"gpu_decode-{name}.json")
+        rows, base = record["rows"], record["rows"]["torch-compile-bf16"]
+        for runtime, heading in DECODERS.items():
+            row = rows[runtime]
+            cells = [str(record["batch"]), heading]
+            for key, form, unit in DECODE_CELLS:
+                each = record["tokens"] if key == "decode_seconds" else 1
+                share = row[key] / base[key] if key == "allocated_bytes" else base[key] / row[key]
+                mark = "" if key == "allocated_bytes" else "x"
+                cells.append(f"{row[key] * unit / each:{form}} ({share:.2f}{mark or ' of it'})")
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

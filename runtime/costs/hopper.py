@@ -82,7 +82,8 @@ class Plain:
         read = 2 * (n * k + m * k + m * n) / self.bandwidth
         computed = 2 * m * n * k / self.rate
         # Both at once take longer than the longer one where they are about the same.
-        both = (read**self.sharpness + computed**self.sharpness) ** (1 / self.sharpness)
+        longer, shorter = max(read, computed), min(read, computed)
+        both = longer * (1 + (shorter / longer) ** self.sharpness) ** (1 / self.sharpness)
         return float(self.fixed + both)
 
 
