@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import statistics
@@ -215,6 +216,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "transformers": _version("transformers"),
         "compile_mode": options.mode,
         "compile_prompt": options.compile_prompt,
         "artifact": options.artifact.name,
@@ -231,6 +233,11 @@ def main() -> None:
     file = options.results / f"gpu_decode-{options.artifact.stem}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{file}; {time.perf_counter() - begin:.0f} s in all")
+
+
+def _version(package: str) -> str | None:
+    """Return that of an installed package."""
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
 
 
 def _print(rows: Mapping[str, Mapping[str, Any]], count: int) -> None:

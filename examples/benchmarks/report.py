@@ -48,10 +48,7 @@ DECODERS = {
     "torch-compile-bf16": "torch.compile, bf16",
     "hf-eager-bf16": "transformers, bf16",
 }
-DECODE_CELLS = (
-    ("decode_seconds", ".2f", 1e3), ("prompt_seconds", ".1f", 1e3), ("allocated_bytes", ".1f", 1e-9),
-)  # fmt: skip
-"""Records of generating on a GPU, and what the table shows of them."""
+"""Records of generating on a GPU, and the runtimes that the table shows."""
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -222,20 +219,22 @@ def hopper(record: str) -> str:
 def decode() -> str:
     """Return the speeds of generating text on a GPU, relative to torch.compile."""
     lines = [
-        "| texts at once | | ms per token | prompt of 2,048 tokens, ms | GB of the GPU |",
+        "| texts at once | | ms per token | ms of the prompt | GB of the GPU |",
         "| ---: | --- | ---: | ---: | ---: |",
     ]
     for name in DECODED:
         record = _read(f"gpu_decode-{name}.json")
-        rows, base = record["rows"], record["rows"]["torch-compile-bf16"]
+        base = record["rows"]["torch-compile-bf16"]
         for runtime, heading in DECODERS.items():
-            row = rows[runtime]
-            cells = [str(record["batch"]), heading]
-            for key, form, unit in DECODE_CELLS:
-                each = record["tokens"] if key == "decode_seconds" else 1
-                share = row[key] / base[key] if key == "allocated_bytes" else base[key] / row[key]
-                mark = "" if key == "allocated_bytes" else "x"
-                cells.append(f"{row[key] * unit / each:{form}} ({share:.2f}{mark or ' of it'})")
+            row = record["rows"][runtime]
+            speeds = [base[key] / row[key] for key in ("decode_seconds", "prompt_seconds")]
+            size, token = row["allocated_bytes"], row["decode_seconds"] / record["tokens"]
+            cells = [
+                str(record["batch"]), heading,
+                f"{token * 1e3:.2f} ({speeds[0]:.2f}x)",
+                f"{row['prompt_seconds'] * 1e3:.1f} ({speeds[1]:.2f}x)",
+                f"{size / 1e9:.1f} ({size / base['allocated_bytes']:.2f})",
+            ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
