@@ -1,14 +1,14 @@
-"""A language model of a well-known shape with random weights, compiled: to measure speed with.
+r"""A language model of a well-known shape with random weights, compiled: to measure speed with.
 
 No weights are downloaded; time and memory do not depend on their values. The artifact remembers
 keys and values (``fpcompiler.huggingface.CachedDecoder``), and ``gpu_decode.py`` runs it.
 
-    python examples/benchmarks/random_llama.py llama-3-8b llama-3-8b-b1.fpc --target sm_90a \\
+    python examples/benchmarks/random_llama.py llama-3-8b llama-3-8b-b1.fpc --target sm_90a \
         --scheme "w4a6-row; lm_head: w4a6-row"
     python examples/benchmarks/gpu_decode.py llama-3-8b-b1.fpc --prompt 2048 --compile-prompt
 
-made the record of one text; that of sixteen has ``--batch 16``, and no ``--compile-prompt``. Presets
-leave ``lm_head`` in bf16.
+made the record of one text; that of sixteen has ``--batch 16``, and no ``--compile-prompt``.
+Presets leave ``lm_head`` in bf16.
 
 LLaMA-3-8B takes 16 GB of memory for its weights in bf16 and about as much again meanwhile, and with
 the native library (``fpcompiler doctor``) a minute or two on 16 cores; without it, far longer.
