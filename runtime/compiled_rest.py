@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor import list_options
 
 from fpcompiler.errors import FpcompilerError, RunError, first_line
 from fpcompiler.runtime.instructions import STEP_ERRORS
@@ -37,7 +38,7 @@ def compile_rest(run: Run, device: torch.device) -> Run:
         A function that raises RunError where torch.compile or what it made fails, with what to do.
     """
     options: dict[str, Any] = {"guard_filter_fn": _guards_of_arguments}
-    if device.type == "cuda":
+    if device.type == "cuda" and "combo_kernels" in list_options():
         # One launch for what does not depend on each other: between the layers of a decoder's token
         # there are four kernels of a microsecond each.
         options["combo_kernels"] = True

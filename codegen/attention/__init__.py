@@ -3,7 +3,8 @@
 ===================  ===============================================================
 :mod:`.emit`         the source of a library
 :mod:`.problems`     which kernels a plan can use
-``attend.h``         the kernel, flash decoding on tensor cores
+``steps.h``          what a warp does: flash decoding on tensor cores
+``attend.h``         the kernel: what warps and blocks have is joined
 ``warps.h``          the instructions that it needs beside those of ``codegen/cuda``
 ``attention.h``      the C interface between libraries and operators
 ===================  ===============================================================

@@ -4,7 +4,9 @@
 // A cluster has one head of keys and values and all queries that read it, at most 16 rows. Its warps
 // take steps of 16 keys in turn, and each keeps a softmax of its own (T. Dao et al.,
 // "FlashAttention", 2022); at the end those of a block are joined, then those of the cluster. The
-// order of all sums depends on sizes only.
+// order of all sums depends on sizes and on the GPU only.
+
+#include <atomic>
 
 namespace fpc {
 
@@ -38,8 +40,8 @@ FPC_DEVICE Joined joined(int parts, const Largest& largest, const Total& total, 
     return result;
 }
 
-template <class P, int kEights>
-FPC_DEVICE void store_result(const AttendSteps<P, kEights>& work, int row, int channel,
+template <class P, int kQueryTiles>
+FPC_DEVICE void store_result(const AttendSteps<P, kQueryTiles>& work, int row, int channel,
                              const Joined& found) {
     const FpcAttendArguments& a = work.a;
     const float value = found.total == 0 ? 0 : divide(found.sum, found.total);
@@ -47,10 +49,10 @@ FPC_DEVICE void store_result(const AttendSteps<P, kEights>& work, int row, int c
     ((uint16_t*)a.y)[at * P::kWidth + channel] = (uint16_t)pair_in<P::kType>(value, 0);
 }
 
-template <class P, int kEights>
+template <class P, int kQueryTiles>
 __global__ void __launch_bounds__(kAttendThreads, 2)
 attend(const __grid_constant__ FpcAttendArguments a) {
-    using Steps = AttendSteps<P, kEights>;
+    using Steps = AttendSteps<P, kQueryTiles>;
     constexpr int kWidth = P::kWidth, kOfWarps = kAttendWarps * Steps::kFloats;
     constexpr int kOfBlocks = kMostRows * kWidth, kStatistics = kMostSplit * 2 * kMostRows;
     float* const memory = block_memory<float, kOfWarps + kOfBlocks + kStatistics>();
@@ -58,7 +60,7 @@ attend(const __grid_constant__ FpcAttendArguments a) {
     if (split > 1) cluster_arrive();
     follow();
     const Steps work(a);
-    Partial<kWidth, kEights> own;
+    Partial<kWidth, kQueryTiles> own;
     work.add_steps(own, split, rank);
     work.store(own, memory + work.warp * Steps::kFloats);
     barrier();
@@ -66,7 +68,7 @@ attend(const __grid_constant__ FpcAttendArguments a) {
     // Each block has a share of the numbers, and gets from all others what they have of it.
     const int numbers = work.rows * kWidth, share = numbers / split;
     float* const parts = memory + kOfWarps;          // [split][share]
-    float* const statistics = parts + kOfBlocks;     // [split][2][rows]: largest products, totals
+    float* const statistics = parts + kOfBlocks;     // [split][2][kMostRows]: largest, totals
     if (split > 1) cluster_wait();                   // all blocks run, and may be written to
     for (int i = (int)threadIdx.x; i < numbers; i += kAttendThreads) {
         const int row = i / kWidth, channel = i % kWidth;
@@ -77,7 +79,7 @@ attend(const __grid_constant__ FpcAttendArguments a) {
             joined<kAttendWarps>(kAttendWarps, of_warp(Steps::kLargest + row),
                                  of_warp(Steps::kTotal + row), of_warp(row * Steps::kRow + channel));
         if (split == 1) {
-            store_result<P, kEights>(work, row, channel, found);
+            store_result<P, kQueryTiles>(work, row, channel, found);
             continue;
         }
         const int owner = i / share, within = i % share;
@@ -96,23 +98,34 @@ attend(const __grid_constant__ FpcAttendArguments a) {
             split, [=](int part) { return from[part * 2 * kMostRows]; },
             [=](int part) { return from[part * 2 * kMostRows + kMostRows]; },
             [=](int part) { return parts[part * share + i]; });
-        store_result<P, kEights>(work, row, number % kWidth, found);
+        store_result<P, kQueryTiles>(work, row, number % kWidth, found);
     }
 }
 
 // Clusters of 2, 4, 8 and 16 blocks that run at once. Blocks of one are close to each other, so that
 // not all multiprocessors can have some.
 struct Widest {
-    int clusters[4];
-
-    template <class Kernel>
-    static Widest of(Kernel kernel) {
-        Widest found;
-        for (int i = 0; i < 4; i++)
-            found.clusters[i] = most_clusters(kernel, dim3(kAttendThreads), 2u << i);
-        return found;
-    }
+    uint16_t clusters[4];
 };
+
+// Those of a kernel on the current device. It is asked once for each; what is allowed there stays so.
+template <class Kernel>
+Widest widest_here(Kernel kernel) {
+    constexpr int kDevices = 64;
+    static std::atomic<uint64_t> known[kDevices];  // 0: not yet
+    const int device = current_device();
+    const bool kept = device >= 0 && device < kDevices;
+    uint64_t bits = kept ? known[device].load() : 0;
+    Widest found;
+    static_assert(sizeof found == sizeof bits, "");
+    memcpy(&found, &bits, sizeof bits);
+    if (bits) return found;
+    for (int i = 0; i < 4; i++)
+        found.clusters[i] = (uint16_t)most_clusters(kernel, dim3(kAttendThreads), 2u << i);
+    memcpy(&bits, &found, sizeof bits);
+    if (kept) known[device].store(bits);
+    return found;
+}
 
 // How many blocks share the keys: as many as run at once, two to an SM, if each warp has a step.
 inline int split_of(const FpcAttendArguments& a, const Widest& widest) {
@@ -132,10 +145,10 @@ inline bool in_pieces(const void* address, const int64_t (&strides)[3], int byte
            strides[2] % 8 == 0;
 }
 
-template <class P, int kEights>
+template <class P, int kQueryTiles>
 int32_t launch_attend(const FpcAttendArguments& a, void* stream) {
-    const auto kernel = attend<P, kEights>;
-    static const Widest widest = Widest::of(kernel);
+    const auto kernel = attend<P, kQueryTiles>;
+    const Widest widest = widest_here(kernel);
     const dim3 grid((unsigned)split_of(a, widest), (unsigned)(a.batch * a.groups));
     return launch(kernel, grid, dim3(kAttendThreads), a, stream, true, grid.x);
 }
@@ -152,7 +165,7 @@ int32_t launch_attend(const FpcAttendArguments& a, void* stream) {
         !in_pieces(a.v, a.v_strides, kPiece))
         return FPC_ATTEND_REFUSED;
     if (P::kCodes && !(a.k_scales && a.v_scales)) return FPC_ATTEND_REFUSED;
-    return rows <= kEight ? launch_attend<P, 1>(a, stream) : launch_attend<P, 2>(a, stream);
+    return rows <= kTileQueries ? launch_attend<P, 1>(a, stream) : launch_attend<P, 2>(a, stream);
 }
 
 }  // namespace fpc

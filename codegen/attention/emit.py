@@ -14,7 +14,7 @@ from fpcompiler.runtime.cuda.attention import AttendProblem
 __all__ = ["attend_kernels", "parse", "problem_text", "ARCHS", "HEADERS"]
 
 ARCHS: Final = ("sm_90a",)
-"""Architectures whose blocks of a cluster read each other's shared memory, of those there are."""
+"""Architectures whose blocks of a cluster write to each other's memory, of those there are."""
 
 HEADERS: Final = (
     ("attention", "attention.h"), ("cuda", "instructions.h"), ("cuda", "types.h"),

@@ -1,15 +1,15 @@
 // What a warp does with steps of 16 keys: products with queries, softmax, and sums of values.
 //
 // Keys and values go from global memory to the tensor cores without shared memory between: a sum
-// does not care which of its terms an instruction calls its first, so each lane loads 16 bytes of a
-// row, and queries, weights and results are laid out to match. Keys, and channels of values, are the
+// does not care which of its terms an instruction calls its first, so each lane loads eight numbers of
+// a row, and queries, weights and results are laid out to match. Keys, and channels of values, are the
 // 16 rows of an instruction; queries are its 8 columns, as there are seldom more.
 
 namespace fpc {
 
 constexpr int kAttendWarps = 4, kAttendThreads = 32 * kAttendWarps;
 constexpr int kMostRows = 16;   // queries of a head of keys
-constexpr int kEight = 8;       // of them, in an instruction
+constexpr int kTileQueries = 8;  // of them, in an instruction
 constexpr int kStepKeys = 16;   // of a warp
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr float kLogTwoOfE = 1.4426950408889634f;
@@ -39,27 +39,27 @@ struct StepRows {
     float of_keys[2] = {1, 1}, of_values[2] = {1, 1};  // scales
 };
 
-// What a warp has of the queries 8 e + 2t + j, t = lane % 4: softmax relative to the largest product
-// so far, and sums of values. sums[e][c][i] has the channels 64c + 8g + 2i + row, g = lane / 4, at
+// What a warp has of the queries 8 q + 2t + j, t = lane % 4: softmax relative to the largest product
+// so far, and sums of values. sums[q][c][i] has the channels 64c + 8g + 2i + row, g = lane / 4, at
 // 2 row + j.
-template <int kWidth, int kEights>
+template <int kWidth, int kQueryTiles>
 struct Partial {
-    float largest[kEights][2], total[kEights][2] = {};
-    float sums[kEights][kWidth / 64][4][4] = {};
+    float largest[kQueryTiles][2], total[kQueryTiles][2] = {};
+    float sums[kQueryTiles][kWidth / 64][4][4] = {};
 
     FPC_DEVICE Partial() {
 #pragma unroll
-        for (int e = 0; e < kEights; e++) largest[e][0] = largest[e][1] = kMinusInfinity;
+        for (int q = 0; q < kQueryTiles; q++) largest[q][0] = largest[q][1] = kMinusInfinity;
     }
 };
 
-// kEights: the queries of a head of keys, 8 each.
-template <class P, int kEights>
+// kQueryTiles: tiles of 8 queries that read a head of keys.
+template <class P, int kQueryTiles>
 struct AttendSteps {
     static constexpr int kWidth = P::kWidth, kChunks = kWidth / 32, kTiles = kWidth / 64;
     static constexpr int kBytes = P::kCodes ? 1 : 2;  // of a number of a key
     // Steps of which keys and values are on their way: as many as there are registers for.
-    static constexpr int kAhead = kEights == 1 ? 2 : 1;
+    static constexpr int kAhead = kQueryTiles == 1 ? 2 : 1;
     // In shared memory, for each warp: sums, largest products, totals. Rows begin in different banks.
     static constexpr int kRow = kWidth + 1, kLargest = kMostRows * kRow, kTotal = kLargest + kMostRows;
     static constexpr int kFloats = kTotal + kMostRows;
@@ -70,9 +70,9 @@ struct AttendSteps {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int batch, group, rows;
     const uint8_t *keys, *values;
-    const uint8_t* masks[kEights][2];  // of a lane's queries
-    int last[kEights][2];              // the last keys they may see; -1 where there is no query
-    Quad queries[kEights][kChunks];
+    const uint8_t* masks[kQueryTiles][2];  // of a lane's queries
+    int last[kQueryTiles][2];              // the last keys they may see; -1 where there is no query
+    Quad queries[kQueryTiles][kChunks];
 
     FPC_DEVICE explicit AttendSteps(const FpcAttendArguments& arguments)
         : a(arguments),
@@ -82,21 +82,21 @@ struct AttendSteps {
           keys((const uint8_t*)a.k + place(a.k_strides) * kBytes),
           values((const uint8_t*)a.v + place(a.v_strides) * kBytes) {
 #pragma unroll
-        for (int e = 0; e < kEights; e++) {
-            const int row = kEight * e + g;
+        for (int q = 0; q < kQueryTiles; q++) {
+            const int row = kTileQueries * q + g;
             const uint16_t* from = (const uint16_t*)a.q + batch * a.q_strides[0] +
                                    head_of(row) * a.q_strides[1] + query_of(row) * a.q_strides[2];
 #pragma unroll
             for (int c = 0; c < kChunks; c++)
-                queries[e][c] = row < rows ? load_quad(from + 32 * c + 8 * t) : Quad{};
+                queries[q][c] = row < rows ? load_quad(from + 32 * c + 8 * t) : Quad{};
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const int own = kEight * e + 2 * t + j;
+                const int own = kTileQueries * q + 2 * t + j;
                 const int64_t query = query_of(own);
-                masks[e][j] = a.mask + batch * a.mask_strides[0] +
+                masks[q][j] = a.mask + batch * a.mask_strides[0] +
                               head_of(own) * a.mask_strides[1] + query * a.mask_strides[2];
-                last[e][j] = a.causal && query < a.keys ? (int)query : a.keys - 1;
-                if (own >= rows) last[e][j] = -1;
+                last[q][j] = a.causal && query < a.keys ? (int)query : a.keys - 1;
+                if (own >= rows) last[q][j] = -1;
             }
         }
     }
@@ -109,14 +109,14 @@ struct AttendSteps {
     }
     FPC_DEVICE int64_t query_of(int row) const { return row % a.queries; }
 
-    // Whether a lane's queries see its two keys of a step, by bits: 4 e + 2 tile + j.
+    // Whether a lane's queries see its two keys of a step, by bits: 4 q + 2 tile + j.
     FPC_DEVICE uint32_t seen_of(int step) const {
         uint32_t seen = 0;
 #pragma unroll
-        for (int bit = 0; bit < 4 * kEights; bit++) {
-            const int e = bit / 4, j = bit % 2, key = step * kStepKeys + bit / 2 % 2 * 8 + g;
-            bool sees = key <= last[e][j];
-            if (sees && a.mask) sees = masks[e][j][key * a.mask_strides[3]];
+        for (int bit = 0; bit < 4 * kQueryTiles; bit++) {
+            const int q = bit / 4, j = bit % 2, key = step * kStepKeys + bit / 2 % 2 * 8 + g;
+            bool sees = key <= last[q][j];
+            if (sees && a.mask) sees = masks[q][j][key * a.mask_strides[3]];
             seen |= (uint32_t)sees << bit;
         }
         return seen;
@@ -168,37 +168,37 @@ struct AttendSteps {
     }
 
     // Products of the keys g and g + 8 with the queries 2t and 2t + 1, at 2 tile + j.
-    FPC_DEVICE void multiply_keys(float (&products)[kEights][4], const StepRows<P>& rows) const {
+    FPC_DEVICE void multiply_keys(float (&products)[kQueryTiles][4], const StepRows<P>& held) const {
 #pragma unroll
         for (int c = 0; c < kChunks; c++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 uint32_t k[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) k[i] = pair_of(rows.keys[i % 2][c], 2 * half + i / 2);
+                for (int i = 0; i < 4; i++) k[i] = pair_of(held.keys[i % 2][c], 2 * half + i / 2);
 #pragma unroll
-                for (int e = 0; e < kEights; e++)
-                    multiply_add_16<P::kType>(products[e], k, queries[e][c].words[2 * half],
-                                              queries[e][c].words[2 * half + 1]);
+                for (int q = 0; q < kQueryTiles; q++)
+                    multiply_add_16<P::kType>(products[q], k, queries[q][c].words[2 * half],
+                                              queries[q][c].words[2 * half + 1]);
             }
     }
 
     // The weights of a step's values as right operands; earlier sums are rescaled.
-    FPC_DEVICE void weigh(Partial<kWidth, kEights>& to, const float (&products)[kEights][4],
-                          const StepRows<P>& rows, uint32_t seen,
-                          uint32_t (&weights)[kEights][2]) const {
+    FPC_DEVICE void weigh(Partial<kWidth, kQueryTiles>& to, const float (&products)[kQueryTiles][4],
+                          const StepRows<P>& held, uint32_t seen,
+                          uint32_t (&weights)[kQueryTiles][2]) const {
         const float scale = multiply(a.scale, kLogTwoOfE);
 #pragma unroll
-        for (int e = 0; e < kEights; e++) {
+        for (int q = 0; q < kQueryTiles; q++) {
             float scores[2][2];  // of a key, of a query
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                float largest = to.largest[e][j];
+                float largest = to.largest[q][j];
 #pragma unroll
                 for (int tile = 0; tile < 2; tile++) {
-                    const bool sees = seen >> (4 * e + 2 * tile + j) & 1;
-                    float product = multiply(products[e][2 * tile + j], scale);
-                    if constexpr (P::kCodes) product = multiply(product, rows.of_keys[tile]);
+                    const bool sees = seen >> (4 * q + 2 * tile + j) & 1;
+                    float product = multiply(products[q][2 * tile + j], scale);
+                    if constexpr (P::kCodes) product = multiply(product, held.of_keys[tile]);
                     scores[tile][j] = sees ? product : kMinusInfinity;
                     largest = larger_number(largest, scores[tile][j]);
                 }
@@ -206,20 +206,20 @@ struct AttendSteps {
                 for (int lanes = 4; lanes < 32; lanes *= 2)
                     largest = larger_number(largest, exchange(largest, lanes));
                 const float base = largest == kMinusInfinity ? 0 : largest;
-                const float correction = power_of_two(subtract(to.largest[e][j], base));
+                const float correction = power_of_two(subtract(to.largest[q][j], base));
 #pragma unroll
                 for (int tile = 0; tile < 2; tile++)
                     scores[tile][j] = power_of_two(subtract(scores[tile][j], base));
-                to.largest[e][j] = largest;
-                to.total[e][j] =
-                    fused(to.total[e][j], correction, add(scores[0][j], scores[1][j]));
+                to.largest[q][j] = largest;
+                to.total[q][j] =
+                    fused(to.total[q][j], correction, add(scores[0][j], scores[1][j]));
 #pragma unroll
                 for (int c = 0; c < kTiles; c++)
 #pragma unroll
                     for (int i = 0; i < 4; i++)
 #pragma unroll
                         for (int row = 0; row < 2; row++) {
-                            float& x = to.sums[e][c][i][2 * row + j];
+                            float& x = to.sums[q][c][i][2 * row + j];
                             x = multiply(x, correction);
                         }
             }
@@ -228,35 +228,35 @@ struct AttendSteps {
                 if constexpr (P::kCodes)
 #pragma unroll
                     for (int j = 0; j < 2; j++)
-                        scores[tile][j] = multiply(scores[tile][j], rows.of_values[tile]);
-                weights[e][tile] = transposed(pair_in<P::kType>(scores[tile][0], scores[tile][1]));
+                        scores[tile][j] = multiply(scores[tile][j], held.of_values[tile]);
+                weights[q][tile] = transposed(pair_in<P::kType>(scores[tile][0], scores[tile][1]));
             }
         }
     }
 
-    FPC_DEVICE void add_values(Partial<kWidth, kEights>& to, const uint32_t (&weights)[kEights][2],
-                               const StepRows<P>& rows) const {
+    FPC_DEVICE void add_values(Partial<kWidth, kQueryTiles>& to, const uint32_t (&weights)[kQueryTiles][2],
+                               const StepRows<P>& held) const {
 #pragma unroll
         for (int c = 0; c < kTiles; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 uint32_t of[4];
 #pragma unroll
-                for (int j = 0; j < 4; j++) of[j] = pair_of(rows.values[j][c], i);
+                for (int j = 0; j < 4; j++) of[j] = pair_of(held.values[j][c], i);
                 const uint32_t v[4] = {low_halves(of[0], of[1]), high_halves(of[0], of[1]),
                                        low_halves(of[2], of[3]), high_halves(of[2], of[3])};
 #pragma unroll
-                for (int e = 0; e < kEights; e++)
-                    multiply_add_16<P::kType>(to.sums[e][c][i], v, weights[e][0], weights[e][1]);
+                for (int q = 0; q < kQueryTiles; q++)
+                    multiply_add_16<P::kType>(to.sums[q][c][i], v, weights[q][0], weights[q][1]);
             }
     }
 
     // Add the steps of a warp, of `split` blocks, to what it has. What a later step needs is loaded
     // as soon as its place is free, so there is always something on its way.
-    FPC_DEVICE void add_steps(Partial<kWidth, kEights>& to, int split, int rank) const {
+    FPC_DEVICE void add_steps(Partial<kWidth, kQueryTiles>& to, int split, int rank) const {
         const int steps = (a.keys + kStepKeys - 1) / kStepKeys, stride = split * kAttendWarps;
         int step = rank * kAttendWarps + warp;
-        StepRows<P> rows[kAhead];
+        StepRows<P> held[kAhead];
         uint32_t seen[kAhead], then[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; i++) {
@@ -264,22 +264,22 @@ struct AttendSteps {
             then[i] = seen_of(step + (kAhead + i) * stride);
         }
         // The first ones before it is known whether they are seen.
-        if (step < steps) load(rows[0], step);
+        if (step < steps) load(held[0], step);
 #pragma unroll
         for (int i = 1; i < kAhead; i++)
-            if (any_lane(seen[i])) load(rows[i], step + i * stride);
+            if (any_lane(seen[i])) load(held[i], step + i * stride);
         while (step < steps) {
 #pragma unroll
             for (int i = 0; i < kAhead; i++) {
                 const uint32_t later = seen_of(step + 2 * kAhead * stride);
                 if (any_lane(seen[i])) {
-                    float products[kEights][4] = {};
-                    uint32_t weights[kEights][2];
-                    multiply_keys(products, rows[i]);
-                    weigh(to, products, rows[i], seen[i], weights);
-                    add_values(to, weights, rows[i]);
+                    float products[kQueryTiles][4] = {};
+                    uint32_t weights[kQueryTiles][2];
+                    multiply_keys(products, held[i]);
+                    weigh(to, products, held[i], seen[i], weights);
+                    add_values(to, weights, held[i]);
                 }
-                if (any_lane(then[i])) load(rows[i], step + kAhead * stride);
+                if (any_lane(then[i])) load(held[i], step + kAhead * stride);
                 seen[i] = then[i], then[i] = later;
                 step += stride;
             }
@@ -287,23 +287,23 @@ struct AttendSteps {
     }
 
     // Leave a warp's part in shared memory.
-    FPC_DEVICE void store(const Partial<kWidth, kEights>& from, float* to) const {
+    FPC_DEVICE void store(const Partial<kWidth, kQueryTiles>& from, float* to) const {
 #pragma unroll
-        for (int e = 0; e < kEights; e++)
+        for (int q = 0; q < kQueryTiles; q++)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const int row = kEight * e + 2 * t + j;
-                float total = from.total[e][j];
+                const int row = kTileQueries * q + 2 * t + j;
+                float total = from.total[q][j];
 #pragma unroll
                 for (int lanes = 4; lanes < 32; lanes *= 2)
-                    total = fpc::add(total, exchange(total, lanes));
+                    total = add(total, exchange(total, lanes));
                 if (row >= rows) continue;
-                if (g == 0) to[kLargest + row] = from.largest[e][j], to[kTotal + row] = total;
+                if (g == 0) to[kLargest + row] = from.largest[q][j], to[kTotal + row] = total;
 #pragma unroll
                 for (int c = 0; c < kTiles; c++)
 #pragma unroll
                     for (int i = 0; i < 8; i++)
-                        to[row * kRow + 64 * c + 8 * g + i] = from.sums[e][c][i / 2][i % 2 * 2 + j];
+                        to[row * kRow + 64 * c + 8 * g + i] = from.sums[q][c][i / 2][i % 2 * 2 + j];
             }
     }
 };

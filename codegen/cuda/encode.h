@@ -17,6 +17,8 @@ struct Encoder {
     typedef fpc::Codes<Element, P::kStored, P::kCodeBits> Codes;
     // Quotients are made with it.
     static constexpr float kFactor = Codes::kFactor;
+    static_assert(kFactor == 1 || (P::kBlockScale == kNoBlockScale && P::kOuter == kPerRow),
+                  "other quotients are made without it");
 
     const FpcQuantizeArguments& a;
     const int64_t m;

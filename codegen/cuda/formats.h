@@ -99,6 +99,7 @@ struct Codes {
     static constexpr bool kByE4M3 = kStored == kIntegers && E4M3::kConvert != kSoftware &&
                                     E::kMantissaBits == 3 && E::kMinExponent == 0;
     static constexpr float kFactor = kByE4M3 ? 0x1p-6f : 1.0f;  // of the values that are set
+    static_assert(!kByE4M3 || E::kMax < 8, "eighths_of knows codes below 32");
     uint32_t words[kWords] = {};
 
     FPC_DEVICE void set(int pair, float first, float second) {

@@ -121,13 +121,13 @@ FPC_DEVICE Quad load_quad(const void* from) {
     return q;
 }
 
-// Have memory that no kernel writes in the second cache when it is read.
+// Have memory in the second cache when it is read.
 FPC_DEVICE void prefetch(const void* from) {
     asm volatile("prefetch.global.L2 [%0];" : : "l"(from));
 }
 
 // Wait until earlier kernels are through and what they wrote is there, and let the next one begin:
-// it does the same before it touches memory. Where a kernel is not launched early, and before
+// it does the same before it reads or writes memory. Where a kernel is not launched early, and before
 // Hopper, this is nothing.
 FPC_DEVICE void follow() {
 #if FPC_FOLLOWS
@@ -190,7 +190,7 @@ inline cudaError_t taken(cudaError_t error) {
 }
 
 // Launch a kernel that follows others: its blocks may begin while those of the last one end, unless
-// that was no kernel. `cluster`: blocks along x that can read each other's memory.
+// that was no kernel. `cluster`: blocks along x that can write to each other's memory.
 template <class Arguments>
 int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments& arguments,
                void* stream, bool behind_kernel = true, unsigned cluster = 1) {
@@ -227,6 +227,12 @@ int most_clusters(void (*kernel)(Arguments), dim3 block, unsigned cluster) {
     const auto allowed = cudaFuncAttributeNonPortableClusterSizeAllowed;
     if (taken(cudaFuncSetAttribute(kernel, allowed, 1))) return 0;
     return taken(cudaOccupancyMaxActiveClusters(&count, kernel, &config)) ? 0 : count;
+}
+
+// Its number; -1 if there is none.
+inline int current_device() {
+    int device = -1;
+    return taken(cudaGetDevice(&device)) ? -1 : device;
 }
 
 inline const char* error_text(int32_t error) { return cudaGetErrorString((cudaError_t)error); }

@@ -17,9 +17,9 @@ FPC_DEVICE T all_of(const T* parts, unsigned count, const Join& join) {
 }
 
 // Join a value of each thread of a row, in the same order for each. A row has one warp, all warps
-// of a block, or all blocks of a cluster. kTurn: 0 and 1 take turns, as other blocks may still read
-// what they got last time.
-template <bool kSpread, int kTurn = 0, class T, class Join>
+// of a block, or all blocks of a cluster. kTurn: two calls behind each other with the same T take 0
+// and 1, as other blocks may still read what they got the last time.
+template <bool kSpread, int kTurn, class T, class Join>
 FPC_DEVICE T over_row(T value, const Join& join) {
     constexpr int kWarps = kMostThreads / 32;
 #pragma unroll
@@ -83,7 +83,8 @@ struct Row {
     // no kernel writes it: this may come before earlier ones are through.
     FPC_DEVICE static void fetch_weights(const FpcQuantizeArguments& a) {
         if constexpr (kIsNorm<P::kHead> && P::kWeight != kNoType) {
-            const int begin = (int)(blockIdx.y * blockDim.x + threadIdx.x) * kChunk;
+            const unsigned block = kSpread ? blockIdx.x : blockIdx.y;
+            const int begin = (int)(block * blockDim.x + threadIdx.x) * kChunk;
             if (begin < a.k) prefetch((const uint8_t*)a.weight + begin * kSizeOf<P::kWeight>);
         }
     }

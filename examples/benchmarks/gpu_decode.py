@@ -242,6 +242,8 @@ def _version(package: str) -> str | None:
 
 def _print(rows: Mapping[str, Mapping[str, Any]], count: int) -> None:
     known = {name: row for name, row in rows.items() if "error" not in row}
+    if not known:
+        return
     first = next(iter(known.values()))
     base = known.get("hf-eager-bf16", first)["decode_tokens_per_second"]
     print(f"{'':28} {'tokens/s':>10} {'ms/token':>10} {'relative':>10} {'prompt ms':>10} {'MB':>8}")

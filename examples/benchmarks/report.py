@@ -219,7 +219,7 @@ def hopper(record: str) -> str:
 def decode() -> str:
     """Return the speeds of generating text on a GPU, relative to torch.compile."""
     lines = [
-        "| texts at once | | ms per token | ms of the prompt | GB of the GPU |",
+        "| texts at once | | ms per token | ms of the prompt | GB of weights and cache |",
         "| ---: | --- | ---: | ---: | ---: |",
     ]
     for name in DECODED:

@@ -29,9 +29,12 @@ CACHES: Final = ("f8E4M3FN",)
 leave the range of fp16."""
 
 MOST_ROWS: Final = 16
-"""Queries that read one head of keys; ``kMostRows`` of attend.h."""
+"""Queries that read one head of keys; ``kMostRows`` of steps.h."""
 
 _TYPES: Final = {torch.float16: "f16", torch.bfloat16: "bf16"}
+_MOST_HEADS: Final = 65535
+"""Heads of keys of all texts: blocks of a launch along y."""
+
 _RANK: Final = 4
 _INPUTS: Final = 3
 
@@ -155,7 +158,8 @@ def is_small(call: Call) -> bool:
     """Return whether a kernel takes so many queries, in such groups."""
     (heads, queries), (groups, keys) = call.q.shape[1:3], call.k.shape[1:3]
     shared = groups == heads or (call.grouped and groups > 0 and heads % groups == 0)
-    return bool(shared and keys > 0 and 0 < heads // groups * queries <= MOST_ROWS)
+    some = keys > 0 and 0 < len(call.q) * groups <= _MOST_HEADS
+    return bool(shared and some and 0 < heads // groups * queries <= MOST_ROWS)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ static T exchange(T value, int mask) {
     return value;
 }
 
-static void prefetch(const void*) {}
+[[maybe_unused]] static void prefetch(const void*) {}
 static void follow() {}
 static void barrier() { wait_at_barrier(rank * of_block(), of_block()); }
 
@@ -166,6 +166,8 @@ template <class Arguments>
 static int most_clusters(void (*)(Arguments), dim3, unsigned) {
     return 16;
 }
+
+[[maybe_unused]] static int current_device() { return 0; }
 
 static const char* error_text(int32_t) { return "an error of CUDA"; }
 

@@ -21,9 +21,6 @@ from fpcompiler.runtime.cuda.problem import TYPES
 from fpcompiler.runtime.cuda.stored import BF16, I8, why_not
 from fpcompiler.runtime.fused import HEADS, PRODUCERS, SLOTS, TAILS
 
-LEVELS = "#define FPC_CONVERTS 1\n#define FPC_FOLLOWS 1\n"
-"""What emulated kernels are told: they are on Hopper."""
-
 HERE = Path(__file__).parent
 SOURCES = Path(__file__).parents[3] / "codegen" / "cuda"
 ELEMENTS = tuple(spec for spec in FORMATS.values() if spec.zero and spec.signed)
@@ -155,13 +152,20 @@ def rotated() -> list[QuantizeProblem]:
     return found
 
 
-def emulated(problems: Sequence[QuantizeProblem], folder: Path) -> QuantizeLibrary:
-    """Compile kernels for the CPU, where coroutines are the threads."""
+def emulated(problems: Sequence[QuantizeProblem], folder: Path, level: int = 1) -> QuantizeLibrary:
+    """Compile kernels for the CPU, where coroutines are the threads, as they are on Hopper.
+
+    Args:
+        problems: What they compute.
+        folder: Where source and library go.
+        level: Of instructions that convert; 0 without any.
+    """
     files = [HERE / "emulation.h" if n == "instructions.h" else SOURCES / n for n in HEADERS]
     files += [HERE / name for name in ("values.h", "hard_quotients.h", "exponentials.h")]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     source, library = folder / "emulated.cpp", folder / "emulated.so"
-    source.write_text(f"{LEVELS}{text}\n{problem_text(problems, 1)}{_values(len(problems))}")
+    levels = f"#define FPC_CONVERTS {level}\n#define FPC_FOLLOWS 1\n"
+    source.write_text(f"{levels}{text}\n{problem_text(problems, level)}{_values(len(problems))}")
     command = [
         "g++", "-std=c++17", "-O0", "-ffp-contract=off", "-Wall", "-Werror", "-fPIC", "-shared",
         "-Wno-unknown-pragmas", "-Wno-psabi", str(source), "-o", str(library),

@@ -31,6 +31,7 @@ PRODUCED = [*problems.produced(("bf16",), SOME_PRODUCERS), *problems.mixed()]
 ROTATED = problems.rotated()
 STORED = problems.stored()
 INTEGERS = [problem for problem in STORED if problem.stored == I8]
+EIGHTHS = next(problem for problem in INTEGERS if problem.operand.format.name == "f6E2M3FN")
 STORED_PRODUCED = problems.stored_of_producers(SOME_PRODUCERS)
 ALL = [*FORMATS, *SCALES, *SPECIAL, *PRODUCED, *ROTATED, *STORED, *STORED_PRODUCED]
 RUN = checks.Runner("cpu")
@@ -93,8 +94,27 @@ def test_long_rows(library, k: int) -> None:
 @pytest.mark.parametrize("k", [4097, 8200, 14336, 65536, 65552])
 def test_a_few_long_rows(library, k: int) -> None:
     """Rows that two to eight blocks of a cluster share, up to the longest one."""
-    for index in indices([FORMATS[len(UNSCALED)], SCALES[2], INTEGERS[0]]):
+    for index in indices([FORMATS[len(UNSCALED)], SCALES[2], INTEGERS[0], EIGHTHS]):
         checks.check_rows(RUN, library, index, 3, k)
+
+
+def test_nan_in_a_row_of_several_blocks(library) -> None:
+    index, x = ALL.index(EIGHTHS), gaussian(2, 9000).to(checks.DTYPES[EIGHTHS.input])
+    assert int(RUN.quantize(library, index, x, checks.NONE).status) == 0
+    for place in (0, 4000, 8999):
+        for value in (torch.nan, -torch.inf):
+            other = x.clone()
+            other[1, place] = value
+            assert int(RUN.quantize(library, index, other, checks.NONE).status) == 1
+
+
+def test_without_conversions(tmp_path) -> None:
+    """As kernels are made for comparisons: E4M3, and the integers that come by it on Hopper."""
+    e4m3 = next(p for p in UNSCALED if p.operand.format.name == "f8E4M3FN")
+    library = problems.emulated([e4m3, EIGHTHS, STORED_PRODUCED[0]], tmp_path, level=0)
+    checks.check_numbers(RUN, library, 0)
+    for m, k in ((1, 1), (24, 75), (3, 9000)):
+        checks.check_rows(RUN, library, 1, m, k)
 
 
 @pytest.mark.parametrize(("m", "k"), [(2, 4100), (2, 8200), (1, 14336), (17, 8200), (17, 16400)])
