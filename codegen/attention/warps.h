@@ -1,4 +1,5 @@
-// The instructions of attention that instructions.h does not have; tests have others in their place.
+// The instructions, and questions to CUDA, of attention that instructions.h does not have; tests have
+// others in their place.
 
 namespace fpc {
 
@@ -70,5 +71,30 @@ FPC_DEVICE bool any_lane(bool value) { return __any_sync(~0u, value); }
 // Halves of two words side by side: the low ones, or the high ones.
 FPC_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 FPC_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
+// --- launches, on the CPU ----------------------------------------------------------------------
+
+// How many clusters of so many blocks run at once. More than 8 blocks have to be allowed first, and
+// not every GPU has the room.
+template <class Arguments>
+int most_clusters(void (*kernel)(Arguments), dim3 block, unsigned cluster) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(cluster), config.blockDim = block;
+    config.attrs = &attribute, config.numAttrs = 1;
+    int count = 0;
+    const auto allowed = cudaFuncAttributeNonPortableClusterSizeAllowed;
+    if (taken(cudaFuncSetAttribute(kernel, allowed, 1))) return 0;
+    return taken(cudaOccupancyMaxActiveClusters(&count, kernel, &config)) ? 0 : count;
+}
+
+// The number of the current device; -1 if there is none.
+inline int current_device() {
+    int device = -1;
+    return taken(cudaGetDevice(&device)) ? -1 : device;
+}
 
 }  // namespace fpc

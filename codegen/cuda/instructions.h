@@ -212,29 +212,6 @@ int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments
     return taken(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
-// How many clusters of so many blocks run at once. More than 8 blocks have to be allowed first, and
-// not every GPU has the room.
-template <class Arguments>
-int most_clusters(void (*kernel)(Arguments), dim3 block, unsigned cluster) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(cluster), config.blockDim = block;
-    config.attrs = &attribute, config.numAttrs = 1;
-    int count = 0;
-    const auto allowed = cudaFuncAttributeNonPortableClusterSizeAllowed;
-    if (taken(cudaFuncSetAttribute(kernel, allowed, 1))) return 0;
-    return taken(cudaOccupancyMaxActiveClusters(&count, kernel, &config)) ? 0 : count;
-}
-
-// Its number; -1 if there is none.
-inline int current_device() {
-    int device = -1;
-    return taken(cudaGetDevice(&device)) ? -1 : device;
-}
-
 inline const char* error_text(int32_t error) { return cudaGetErrorString((cudaError_t)error); }
 
 inline int32_t set_zero(void* memory, size_t bytes, void* stream) {

@@ -76,4 +76,11 @@ static uint32_t multiply_bf16(uint32_t a, uint32_t b) {
 static Twin load_twin(const void* from) { return *(const Twin*)from; }
 static float load_number(const float* from) { return *from; }
 
+template <class Arguments>
+static int most_clusters(void (*)(Arguments), dim3, unsigned) {
+    return 16;
+}
+
+static int current_device() { return 0; }
+
 }  // namespace fpc

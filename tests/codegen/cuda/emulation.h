@@ -162,13 +162,6 @@ static int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Ar
     return 0;
 }
 
-template <class Arguments>
-static int most_clusters(void (*)(Arguments), dim3, unsigned) {
-    return 16;
-}
-
-[[maybe_unused]] static int current_device() { return 0; }
-
 static const char* error_text(int32_t) { return "an error of CUDA"; }
 
 static int32_t set_zero(void* memory, size_t bytes, void*) {
