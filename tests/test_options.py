@@ -18,6 +18,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
     options = Options.from_env({})
     assert (options.dump, options.logs, options.progress) == (None, {}, None)
     assert options.cache == Path.home() / ".cache" / "fpcompiler"
+    assert (options.graphs, options.attention) == (None, True)
     assert options == Options()
 
 
@@ -27,6 +28,8 @@ def test_every_variable_is_read(tmp_path) -> None:
         "FPC_LOGS": "warning, passes, runtime=info",
         "FPC_CACHE": str(tmp_path),
         "FPC_PROGRESS": "0",
+        "FPC_GRAPHS": "0",
+        "FPC_ATTENTION": "0",
         "CUDA_HOME": str(tmp_path),
         "HOME": "/nowhere",
     }
@@ -36,6 +39,7 @@ def test_every_variable_is_read(tmp_path) -> None:
     assert options.cache == tmp_path
     assert options.progress is False
     assert options.cuda_home == tmp_path
+    assert (options.graphs, options.attention) == (False, False)
 
 
 def test_the_cache_follows_xdg(tmp_path) -> None:
@@ -64,6 +68,7 @@ def test_progress_follows_the_terminal_unless_set() -> None:
         ({"FPC_CACHE": __file__}, "is a file; it must be a folder"),
         ({"CUDA_HOME": __file__}, "is a file; it must be a folder"),
         ({"FPC_NATIVE_LIBRARY": "/no/such/library.so"}, "is no file; leave it out"),
+        ({"FPC_ATTENTION": "yes"}, "it is 0 or 1"),
         ({"FPC_DUMP_DIR": "x"}, "did you mean FPC_DUMP"),
         ({"FPC_LOG": "x"}, "did you mean FPC_LOGS"),
     ],
