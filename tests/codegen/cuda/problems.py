@@ -152,6 +152,11 @@ def rotated() -> list[QuantizeProblem]:
     return found
 
 
+def levels(level: int = 1) -> str:
+    """Return what emulated kernels are told: they are on Hopper, and how they may convert."""
+    return f"#define FPC_CONVERTS {level}\n#define FPC_FOLLOWS 1\n"
+
+
 def emulated(problems: Sequence[QuantizeProblem], folder: Path, level: int = 1) -> QuantizeLibrary:
     """Compile kernels for the CPU, where coroutines are the threads, as they are on Hopper.
 
@@ -164,8 +169,8 @@ def emulated(problems: Sequence[QuantizeProblem], folder: Path, level: int = 1) 
     files += [HERE / name for name in ("values.h", "hard_quotients.h", "exponentials.h")]
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     source, library = folder / "emulated.cpp", folder / "emulated.so"
-    levels = f"#define FPC_CONVERTS {level}\n#define FPC_FOLLOWS 1\n"
-    source.write_text(f"{levels}{text}\n{problem_text(problems, level)}{_values(len(problems))}")
+    functions = problem_text(problems, level) + _values(len(problems))
+    source.write_text(f"{levels(level)}{text}\n{functions}")
     command = [
         "g++", "-std=c++17", "-O0", "-ffp-contract=off", "-Wall", "-Werror", "-fPIC", "-shared",
         "-Wno-unknown-pragmas", "-Wno-psabi", str(source), "-o", str(library),

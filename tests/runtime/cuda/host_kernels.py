@@ -118,7 +118,7 @@ def host_quantizers(wanted: Sequence[QuantizeProblem], path: Path) -> Path:
     ]
     text = "\n".join(source.read_text("utf-8") for source in sources)
     marker = 'extern "C" __attribute__((visibility("default"))) int fpc_on_host() { return 1; }'
-    return _compile(f"{problems.LEVELS}{text}\n{problem_text(wanted, 0)}\n{marker}\n", path)
+    return _compile(f"{problems.levels()}{text}\n{problem_text(wanted, 1)}\n{marker}\n", path)
 
 
 def instance(name: str, role: str, problem: Mapping[str, Any], library: Path) -> Instance:
