@@ -109,8 +109,9 @@ struct Widest {
 };
 
 // Those of a kernel on the current device. It is asked once for each; what is allowed there stays so.
-template <class Kernel>
-Widest widest_here(Kernel kernel) {
+// A parameter of the template, since kernels that differ have the same type.
+template <auto kKernel>
+Widest widest_here() {
     constexpr int kDevices = 64;
     static std::atomic<uint64_t> known[kDevices];  // 0: not yet
     const int device = current_device();
@@ -121,7 +122,7 @@ Widest widest_here(Kernel kernel) {
     memcpy(&found, &bits, sizeof bits);
     if (bits) return found;
     for (int i = 0; i < 4; i++)
-        found.clusters[i] = (uint16_t)most_clusters(kernel, dim3(kAttendThreads), 2u << i);
+        found.clusters[i] = (uint16_t)most_clusters(kKernel, dim3(kAttendThreads), 2u << i);
     memcpy(&bits, &found, sizeof bits);
     if (kept) known[device].store(bits);
     return found;
@@ -147,10 +148,10 @@ inline bool in_pieces(const void* address, const int64_t (&strides)[3], int byte
 
 template <class P, int kQueryTiles>
 int32_t launch_attend(const FpcAttendArguments& a, void* stream) {
-    const auto kernel = attend<P, kQueryTiles>;
-    const Widest widest = widest_here(kernel);
-    const dim3 grid((unsigned)split_of(a, widest), (unsigned)(a.batch * a.groups));
-    return launch(kernel, grid, dim3(kAttendThreads), a, stream, true, grid.x);
+    constexpr auto kKernel = attend<P, kQueryTiles>;
+    const dim3 grid((unsigned)split_of(a, widest_here<kKernel>()),
+                    (unsigned)(a.batch * a.groups));
+    return launch(kKernel, grid, dim3(kAttendThreads), a, stream, true, grid.x);
 }
 
 template <class P>

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <set>
 #include <vector>
 
 #define FPC_DEVICE inline
@@ -44,6 +45,7 @@ static std::vector<Thread> threads;
 static Thread* current;
 static unsigned cluster = 1;  // blocks along x that run together
 static unsigned rank;         // of the block of this thread
+static std::set<const void*> wide;  // kernels whose clusters may have more than 8 blocks
 static long launched;         // clusters so far
 static void (*body)(const void*);
 static const void* body_arguments;
@@ -147,6 +149,9 @@ static void store_larger(int32_t* to, int32_t value) { *to = value > *to ? value
 template <class Arguments>
 static int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Arguments& arguments,
                       void*, bool = true, unsigned blocks = 1) {
+    constexpr unsigned kPortable = 8;
+    constexpr int32_t kMisconfigured = 912;
+    if (blocks > kPortable && !wide.count((const void*)kernel)) return kMisconfigured;
     static void (*function)(Arguments);
     function = kernel;
     body = [](const void* a) { function(*(const Arguments*)a); };
@@ -162,6 +167,7 @@ static int32_t launch(void (*kernel)(Arguments), dim3 grid, dim3 block, const Ar
     return 0;
 }
 
+static unsigned multiprocessors() { return 1; }
 static const char* error_text(int32_t) { return "an error of CUDA"; }
 
 static int32_t set_zero(void* memory, size_t bytes, void*) {
