@@ -126,13 +126,13 @@ FPC_DEVICE void prefetch(const void* from) {
     asm volatile("prefetch.global.L2 [%0];" : : "l"(from));
 }
 
-// Wait until earlier kernels are through and what they wrote is there, and let the next one begin:
-// it does the same before it reads or writes memory. Where a kernel is not launched early, and before
-// Hopper, this is nothing.
+// Let the next kernel begin, and wait until earlier ones are through and what they wrote is there.
+// The next one waits too before it touches what kernels share: for this one, and so for all before
+// it. Where a kernel is not launched early, and before Hopper, this is nothing.
 FPC_DEVICE void follow() {
 #if FPC_FOLLOWS
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -187,6 +187,13 @@ FPC_DEVICE void store_larger(int32_t* to, int32_t value) { atomicMax(to, value);
 inline cudaError_t taken(cudaError_t error) {
     if (error) cudaGetLastError();
     return error;
+}
+
+// Of the current device; 0 if there is none.
+inline unsigned multiprocessors() {
+    int device = 0, count = 0;
+    if (taken(cudaGetDevice(&device))) return 0;
+    return taken(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)) ? 0 : count;
 }
 
 // Launch a kernel that follows others: its blocks may begin while those of the last one end, unless

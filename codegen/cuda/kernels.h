@@ -23,6 +23,17 @@ constexpr int kMost = kHeld == 2 ? 448 : kMostThreads;
 template <class P>
 constexpr bool kNeedsRow = kIsNorm<P::kHead> || P::kOuter == kPerRow;
 
+// Whether blocks stay for other rows: the next one is on its way while one is quantized. Threads with
+// one chunk are better off with fewer registers, and what makes values leaves none.
+template <class P, int kHeld>
+constexpr bool kStays =
+    kNeedsRow<P> && !P::kSwizzled && kHeld == 2 && Row<P, kHeld>::kPlain;
+
+// With so many rows threads take two chunks where they can: what is done once for each thread,
+// reductions above all, takes as long as the values of a chunk.
+constexpr int64_t kManyRows = 1024;
+constexpr int kShortRow = 128;  // in chunks
+
 // Chunks of a row, with those that are zeros behind its end.
 template <class P>
 __host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
@@ -52,33 +63,17 @@ FPC_DEVICE float amax_of_rows(const FpcQuantizeArguments& a, int chunks) {
     float amax = 0;
 #pragma unroll 1
     for (int64_t m = 0; m < a.m; m++) {
-        Row<P, kHeld> row(a, m, chunks);
+        typedef Row<P, kHeld> Row;
+        Row row(a, m, chunks, Row::fetch(a, m));
         amax = larger_magnitude(amax, amax_of_row(row));
     }
     return amax;
 }
 
-template <class P, int kHeld, bool kSpread = false>
-__global__ void __launch_bounds__(kMost<kHeld>, 2)
-quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
-    if (a.m <= kFewRows) Row<P, kHeld, kSpread>::fetch_weights(a);
-    if constexpr (kSpread) cluster_arrive();
-    follow();
-    if constexpr (kSpread) cluster_wait();  // all blocks run, and may be written to
-    const int64_t m =
-        kSpread ? (int64_t)blockIdx.y : (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    const int chunks = chunks_of<P>(a);
-    if (m >= a.m) {
-        if constexpr (P::kSwizzled) {
-            const Encoder<P> encoder{a, m, 1.0f};
-            const int step = (int)(blockDim.x * gridDim.y);
-            int chunk = (int)(blockIdx.y * blockDim.x + threadIdx.x);
-            for (; chunk < chunks && m < (a.m + 127) / 128 * 128; chunk += step)
-                encoder.clear_scales(chunk);
-        }
-        return;
-    }
-    Row<P, kHeld, kSpread> row(a, m, chunks);
+template <class P, int kHeld, bool kSpread>
+FPC_DEVICE void quantize_row(Row<P, kHeld, kSpread>& row) {
+    const FpcQuantizeArguments& a = row.a;
+    const int64_t m = row.m;
     float outer = 1;
     if constexpr (P::kOuter == kPerRow) {
         const float amax = amax_of_row(row);
@@ -91,7 +86,8 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
         else if (a.amax)
             outer = real_scale<P>(float_of(*a.amax));
         else
-            outer = real_scale<P>(a.m == 1 ? amax_of_row(row) : amax_of_rows<P, kHeld>(a, chunks));
+            outer = real_scale<P>(a.m == 1 ? amax_of_row(row)
+                                           : amax_of_rows<P, kHeld>(a, row.chunks));
         if (!P::kGiven && m == 0 && row.first == 0) *a.outer_scale = outer;
     }
     const Encoder<P> encoder{a, m, outer};
@@ -105,6 +101,38 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
     }
 }
 
+template <class P, int kHeld, bool kSpread = false>
+__global__ void __launch_bounds__(kMost<kHeld>, 2)
+quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
+    typedef Row<P, kHeld, kSpread> Row;
+    if (a.m <= kFewRows) Row::fetch_weights(a);
+    if constexpr (kSpread) cluster_arrive();
+    follow();
+    if constexpr (kSpread) cluster_wait();  // all blocks run, and may be written to
+    int64_t m = kSpread ? (int64_t)blockIdx.y : (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    constexpr bool stays = kStays<P, kHeld> && !kSpread;
+    const int64_t step = (int64_t)gridDim.x * blockDim.y;
+    const int chunks = chunks_of<P>(a);
+    if constexpr (P::kSwizzled) {
+        if (m >= a.m) {
+            const Encoder<P> encoder{a, m, 1.0f};
+            const int stride = (int)(blockDim.x * gridDim.y);
+            int chunk = (int)(blockIdx.y * blockDim.x + threadIdx.x);
+            for (; chunk < chunks && m < (a.m + 127) / 128 * 128; chunk += stride)
+                encoder.clear_scales(chunk);
+        }
+    }
+    if (m >= a.m) return;
+    auto next = Row::fetch(a, m);
+    do {
+        const auto fetched = next;
+        if (stays && m + step < a.m) next = Row::fetch(a, m + step);
+        Row row(a, m, chunks, fetched);
+        quantize_row(row);
+        m += step;
+    } while (stays && m < a.m);
+}
+
 // The largest magnitude of a tensor, as its bits: they compare like the numbers.
 template <class P, int kHeld>
 __global__ void __launch_bounds__(kMost<kHeld>, 2)
@@ -112,7 +140,8 @@ find_amax(const __grid_constant__ FpcQuantizeArguments a) {
     follow();
     const int64_t m = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (m >= a.m) return;
-    Row<P, kHeld> row(a, m, chunks_of<P>(a));
+    typedef Row<P, kHeld> Row;
+    Row row(a, m, chunks_of<P>(a), Row::fetch(a, m));
     const float amax = amax_of_row(row);
     if (threadIdx.x == 0) store_larger(a.amax, bits_of(amax));
 }
@@ -122,12 +151,22 @@ struct Shape {
     dim3 grid, block;
 
     // One warp or one block of threads for a row, each thread with as many chunks.
-    static Shape whole_rows(int64_t rows, int chunks) {
-        const int each = (chunks + kMostThreads - 1) / kMostThreads;
+    static Shape whole_rows(int64_t rows, int chunks, int least = 1) {
+        const int needed = (chunks + kMostThreads - 1) / kMostThreads;
+        const int each = needed < least ? least : needed;
         const int threads = ((chunks + each - 1) / each + 31) / 32 * 32;
         const int together = threads == 32 ? 4 : 1;
         return {dim3((unsigned)((rows + together - 1) / together)),
                 dim3((unsigned)threads, (unsigned)together)};
+    }
+
+    // Launch no more blocks than run at once, two of kMostThreads on each multiprocessor: they take
+    // one row after another.
+    void stay() {
+        const unsigned together = multiprocessors() * (2 * kMostThreads / (block.x * block.y));
+        if (together == 0) return;  // CUDA did not say
+        const unsigned turns = (grid.x + together - 1) / together;
+        grid.x = (grid.x + turns - 1) / turns;
     }
 
     // A cluster of blocks for a row.
@@ -190,14 +229,17 @@ int32_t launch_rows(const FpcQuantizeArguments& a, int64_t rows, int chunks, voi
             return launch(quantize_rows<P, 1, true>, shape.grid, shape.block, a, stream, true,
                           shape.grid.x);
     }
+    if constexpr (kHoldsTwo<P>) {
+        const bool many = rows >= kManyRows && chunks >= kShortRow;
+        if (chunks <= 2 * kMost<2> && (many || chunks > kMost<1>)) {
+            Shape shape = Shape::whole_rows(rows, chunks, 2);
+            if (kStays<P, 2>) shape.stay();
+            return launch(quantize_rows<P, 2>, shape.grid, shape.block, a, stream);
+        }
+    }
     const Shape shape = Shape::whole_rows(rows, chunks);
-    const auto start = [&](auto kernel) {
-        return launch(kernel, shape.grid, shape.block, a, stream);
-    };
-    if (chunks <= kMost<1>) return start(quantize_rows<P, 1>);
-    if constexpr (kHoldsTwo<P>)
-        if (chunks <= 2 * kMost<2>) return start(quantize_rows<P, 2>);
-    return start(quantize_rows<P, 0>);
+    const auto kernel = chunks <= kMost<1> ? quantize_rows<P, 1> : quantize_rows<P, 0>;
+    return launch(kernel, shape.grid, shape.block, a, stream);
 }
 
 template <class P>

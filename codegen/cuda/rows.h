@@ -54,6 +54,11 @@ struct Row {
     typedef Held<Producer<P>::kType, kHeld> Produced;
     static constexpr bool kPlain = P::kHead == kNoHead && P::kTail == kNoTail && !P::kHadamard;
 
+    // A row as it lies in memory, so that the next one can be on its way while one is quantized.
+    struct Fetched {
+        uint32_t words[kHeld ? kHeld : 1][kWordsOf<P::kInput>];
+    };
+
     const FpcQuantizeArguments& a;
     const Producer<P> producer;
     const int64_t m;
@@ -63,20 +68,24 @@ struct Row {
     Read read;
     Produced produced;
 
-    FPC_DEVICE Row(const FpcQuantizeArguments& arguments, int64_t m, int chunks)
-        : a(arguments),
-          producer(arguments, m),
-          m(m),
-          chunks(chunks),
-          first((int)((kSpread ? blockIdx.x : blockIdx.y) * blockDim.x + threadIdx.x)) {
+    FPC_DEVICE Row(const FpcQuantizeArguments& arguments, int64_t m, int chunks,
+                   const Fetched& fetched)
+        : a(arguments), producer(arguments, m), m(m), chunks(chunks), first(first_chunk()) {
 #pragma unroll
-        for (int i = 0; i < kHeld; i++) {
-            float values[kChunk];
-            load(chunk_of(i), values);
-            read.set(i, values);
-        }
+        for (int i = 0; i < kHeld; i++) read.set_words(i, fetched.words[i]);
         if constexpr (kIsNorm<P::kHead>) normalize();
         if constexpr (!kPlain) produce();
+    }
+
+    FPC_DEVICE static Fetched fetch(const FpcQuantizeArguments& a, int64_t m) {
+        Fetched fetched;
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            const int chunk = first_chunk() + i * (int)blockDim.x;
+            load_words<P::kInput>(address(a, m, chunk), (int)a.k - chunk * kChunk,
+                                  fetched.words[i]);
+        }
+        return fetched;
     }
 
     // Have what a norm multiplies with in the second cache. It is read when statistics are known, and
@@ -118,12 +127,19 @@ struct Row {
         }
     }
 
+    FPC_DEVICE static int first_chunk() {
+        return (int)((kSpread ? blockIdx.x : blockIdx.y) * blockDim.x + threadIdx.x);
+    }
+
+    FPC_DEVICE static const uint8_t* address(const FpcQuantizeArguments& a, int64_t m, int chunk) {
+        const int64_t index = m * a.stride + (int64_t)chunk * kChunk;
+        return (const uint8_t*)a.x + index * kSizeOf<P::kInput>;
+    }
+
     FPC_DEVICE int chunk_of(int i) const { return first + i * (int)blockDim.x; }
 
     FPC_DEVICE void load(int chunk, float (&values)[kChunk]) const {
-        const int64_t index = m * a.stride + (int64_t)chunk * kChunk;
-        load_chunk<P::kInput>((const uint8_t*)a.x + index * kSizeOf<P::kInput>,
-                              (int)a.k - chunk * kChunk, values);
+        load_chunk<P::kInput>(address(a, m, chunk), (int)a.k - chunk * kChunk, values);
     }
 
     template <class Work>

@@ -37,30 +37,46 @@ FPC_DEVICE bool is_aligned(const void* address, int bytes) {
     return ((uintptr_t)address & (uintptr_t)(bytes - 1)) == 0;
 }
 
+// A chunk as it lies in memory.
+template <Type kType>
+constexpr int kWordsOf = kChunk * kSizeOf<kType> / 4;
+
 // Read a chunk, of which `count` values are there: the others are 0.
 template <Type kType>
-FPC_DEVICE void load_chunk(const void* from, int count, float (&to)[kChunk]) {
+FPC_DEVICE void load_words(const void* from, int count, uint32_t (&to)[kWordsOf<kType>]) {
     if (count >= kChunk && is_aligned(from, 16)) {
-        constexpr int kWidth = 16 / kSizeOf<kType>;
-        Quad quads[kChunk / kWidth];
 #pragma unroll
-        for (int i = 0; i < kChunk / kWidth; i++)
-            quads[i] = load_quad((const uint8_t*)from + 16 * i);
+        for (int i = 0; i < kWordsOf<kType> / 4; i++) {
+            const Quad quad = load_quad((const uint8_t*)from + 16 * i);
 #pragma unroll
-        for (int i = 0; i < kChunk; i++) {
-            const int j = i % kWidth;
-            const uint32_t word = quads[i / kWidth].words[kType == kF32 ? j : j / 2];
-            to[i] = widened<kType>(kType == kF32 ? word : j % 2 ? word >> 16 : word & 0xFFFF);
+            for (int j = 0; j < 4; j++) to[4 * i + j] = quad.words[j];
         }
         return;
     }
 #pragma unroll
+    for (int i = 0; i < kWordsOf<kType>; i++) to[i] = 0;
+#pragma unroll
     for (int i = 0; i < kChunk; i++) {
-        uint32_t bits = 0;
-        if (i < count)
-            bits = kType == kF32 ? ((const uint32_t*)from)[i] : ((const uint16_t*)from)[i];
-        to[i] = widened<kType>(bits);
+        if (i >= count) continue;
+        if constexpr (kType == kF32) to[i] = ((const uint32_t*)from)[i];
+        else to[i / 2] |= (uint32_t)((const uint16_t*)from)[i] << 16 * (i % 2);
     }
+}
+
+template <Type kType>
+FPC_DEVICE void widen(const uint32_t (&words)[kWordsOf<kType>], float (&to)[kChunk]) {
+#pragma unroll
+    for (int i = 0; i < kChunk; i++) {
+        const uint32_t word = words[kType == kF32 ? i : i / 2];
+        to[i] = widened<kType>(kType == kF32 ? word : i % 2 ? word >> 16 : word & 0xFFFF);
+    }
+}
+
+template <Type kType>
+FPC_DEVICE void load_chunk(const void* from, int count, float (&to)[kChunk]) {
+    uint32_t words[kWordsOf<kType>];
+    load_words<kType>(from, count, words);
+    widen<kType>(words, to);
 }
 
 // Write the first `count` bytes of words.
@@ -95,6 +111,17 @@ struct Held {
             const int even = 2 * i % kChunk;
             words[at][i] = kPacked ? pair_in<kType>(values[even], values[even + 1])
                                    : (uint32_t)bits_of(values[i]);
+        }
+    }
+
+    FPC_DEVICE void set_words(int at, const uint32_t (&of)[kWordsOf<kType>]) {
+        if constexpr (kPacked) {
+#pragma unroll
+            for (int i = 0; i < kWords; i++) words[at][i] = of[i];
+        } else {
+            float values[kChunk];
+            widen<kType>(of, values);
+            set(at, values);
         }
     }
 

@@ -82,7 +82,7 @@ def test_codes_and_scales_are_those_of_numerics(built, index: int) -> None:
         checks.check_rows(RUN, *built[index], m, k)
 
 
-@pytest.mark.parametrize("m", [1, 6, 17])
+@pytest.mark.parametrize("m", [1, 6, 17, 1030])
 @pytest.mark.parametrize("k", [4096, 4100, 8192, 8200, 14336, 20000, 53248, 65536, 65552])
 def test_long_rows(built, m: int, k: int) -> None:
     """Up to sixteen rows have a cluster each, where they are longer than 4,096 and not 65,536."""

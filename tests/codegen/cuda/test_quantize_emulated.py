@@ -91,6 +91,14 @@ def test_long_rows(library, k: int) -> None:
         checks.check_rows(RUN, library, index, 17, k)
 
 
+def test_many_rows(library) -> None:
+    """A thread takes two chunks of short ones, and a block one row after another."""
+    for problem in (INTEGERS[0], EIGHTHS):
+        checks.check_rows(RUN, library, ALL.index(problem), 1030, 2050)
+    silu = next(problem for problem in STORED_PRODUCED if problem.producer == "silu_mul")
+    checks.check_produced(RUN, library, ALL.index(silu), 1024, 2048)
+
+
 @pytest.mark.parametrize("k", [4097, 8200, 14336, 65536, 65552])
 def test_a_few_long_rows(library, k: int) -> None:
     """Rows that two to eight blocks of a cluster share, up to the longest one."""

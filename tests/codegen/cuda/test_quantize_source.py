@@ -55,7 +55,7 @@ def test_kernels_compile_without_spills_and_convert_by_ptx(arch: str, tmp_path) 
         first = re.search(r"\b(ld|st|red|atom)\.(?!param)", kernel)
         wait, start = (kernel.index(f"griddepcontrol.{s};") for s in ("wait", "launch_dependents"))
         assert first
-        assert wait < start < first.start(), "an earlier kernel may not be through"
+        assert start < wait < first.start(), "an earlier kernel may not be through"
     assert ".nc." not in ptx, "the cache for constants would not see what an earlier kernel writes"
     assert _machine_code_is_for(arch, file.with_suffix(".so"))
 

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kMostThreads)
 write_values(const __grid_constant__ ValuesArguments v) {
     follow();
     const int64_t m = blockIdx.x;
-    Row<P, 0> row(v.of, m, (int)((v.of.k + kChunk - 1) / kChunk));
+    Row<P, 0> row(v.of, m, (int)((v.of.k + kChunk - 1) / kChunk), {});
     row.each_chunk([&](int chunk, float (&values)[kChunk]) {
         for (int i = 0; i < kChunk; i++)
             if (chunk * kChunk + i < v.of.k) v.to[m * v.of.k + chunk * kChunk + i] = values[i];
