@@ -335,9 +335,8 @@ __global__ void __launch_bounds__(kFewThreads, 1) gemm_few(const __grid_constant
         for (int j = 0; j < 4; j++) {
             Sum sum = found.rows[j];
             if constexpr (T::kIntegers) sum -= (int32_t)Decoder<P>::kOffset * x_sums[m];
-            const float scale = multiply(token_scales[m], scales.rows[j]);
-            const float value = fused((float)sum, scale, added.rows[j]);
-            results.rows[j] = activated<P::kActivation>(value);
+            results.rows[j] =
+                result_of<P>((float)sum, token_scales[m], scales.rows[j], added.rows[j]);
         }
         store_results<P>(p, m, n, results);
     }

@@ -64,13 +64,8 @@ struct Scales {
     }
 };
 
-FPC_DEVICE float scaled(int32_t value, int32_t excess, float scale, float bias) {
-    return fused((float)(value - excess), scale, bias);
-}
-
-FPC_DEVICE float scaled(float value, int32_t, float scale, float bias) {
-    return fused(value, scale, bias);
-}
+FPC_DEVICE float without(int32_t excess, int32_t sum) { return (float)(sum - excess); }
+FPC_DEVICE float without(int32_t, float sum) { return sum; }
 
 // Tokens of D that leave together: a box of [tokens][64 rows], 128 bytes a line, or for fp32 two
 // boxes of 32 rows each. Lines are swizzled, so that the 32 lanes write to different banks.
@@ -230,9 +225,9 @@ FPC_DEVICE void store_sums(const ManyParameters& p, Staging<P, T>& staging, uint
             const Quad q = load_shared_quad(of_tokens + column * 8);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float scale = multiply(float_of(q.words[j % 2 * 2]), row_scale[j / 2]);
-                results[i][j] = activated<P::kActivation>(scaled(values[(first + i) * 4 + j],
-                                                    q.words[j % 2 * 2 + 1], scale, bias[j / 2]));
+                const float sum = without(q.words[j % 2 * 2 + 1], values[(first + i) * 4 + j]);
+                results[i][j] = result_of<P>(sum, float_of(q.words[j % 2 * 2]), row_scale[j / 2],
+                                             bias[j / 2]);
             }
         }
         staging.begin();

@@ -44,4 +44,13 @@ FPC_DEVICE float activated(float x) {
     return x;
 }
 
+// The result of a sum, each step rounded as the definition rounds it (fpcompiler/runtime/reference.py),
+// so that exact sums give the bits of the CPU.
+template <class P>
+FPC_DEVICE float result_of(float sum, float of_token, float of_row, float bias) {
+    const float value = add(multiply(multiply(sum, of_token), of_row), bias);
+    if constexpr (P::kActivation == kIdentity) return value;
+    return activated<P::kActivation>(rounded<P::kOutput>(value));
+}
+
 }  // namespace fpc
