@@ -14,6 +14,7 @@ from fpcompiler.plan import Plan, Step
 from fpcompiler.runtime import native_steps
 from fpcompiler.runtime.operators import resolve
 from fpcompiler.runtime.program.attention import NativeAttention
+from fpcompiler.runtime.reproducible import reproducible
 
 _ATTENTION: Final = "aten.scaled_dot_product_attention.default"
 
@@ -84,7 +85,10 @@ def bind(step: Step, constants: Mapping[str, Tensor]) -> Callable[..., Any]:
 
 
 def bind_plan(
-    plan: Plan, constants: Mapping[str, Tensor], release: Callable[[], None] | None = None
+    plan: Plan,
+    constants: Mapping[str, Tensor],
+    release: Callable[[], None] | None = None,
+    same_everywhere: bool = False,
 ) -> list[Callable[..., Any]]:
     """Return what runs each step of a plan; steps that know each other agree on what they pass.
 
@@ -92,6 +96,8 @@ def bind_plan(
         plan: The plan.
         constants: Its constants by value name.
         release: Called after a backend has prepared a step: it may have copied its constants.
+        same_everywhere: Whether operators of torch are those of
+            :func:`~fpcompiler.runtime.reproducible.reproducible`.
 
     Raises:
         ArtifactError: If an operator or a backend is unknown or refused.
@@ -102,6 +108,8 @@ def bind_plan(
         if release is not None and step.kernel:
             release()
     functions = native_steps.share_inputs(plan, bound)
+    if same_everywhere:
+        return [reproducible(step, f) for f, step in zip(functions, plan.steps, strict=True)]
     if any(step.kernel == CpuBackend.name for step in plan.steps):
         return [_native_attention(f, step) for f, step in zip(functions, plan.steps, strict=True)]
     return functions

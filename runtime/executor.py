@@ -42,6 +42,7 @@ class Executor:
         release: Gives back the memory of tensors that have been copied, if they can be read again.
         kernels: The compiled kernels for the device, if there are any.
         graphs: Records calls on a GPU and replays them; None runs all step by step.
+        same_everywhere: Whether operators of torch have the same result on every machine.
 
     Raises:
         ArtifactError: If the plan uses an operator or a kernel that is unknown or refused, or a
@@ -56,8 +57,10 @@ class Executor:
         release: Callable[[], None] | None = None,
         kernels: CudaKernels | None = None,
         graphs: GraphCache | None = None,
+        same_everywhere: bool = False,
     ) -> None:
         self.plan = plan
+        self._same_everywhere = same_everywhere
         self.device = parse_device(device)
         stay = kernels.own_constants(plan) if kernels else frozenset()
         self._constants = {
@@ -69,7 +72,7 @@ class Executor:
         }
         self._state = {name: initial.new() for name, initial in self._initial.items()}
         here = {name: t for name, t in self._constants.items() if name not in stay}
-        functions = single = backends.bind_plan(plan, here, release)
+        functions = single = backends.bind_plan(plan, here, release, same_everywhere)
         self._kernels = kernels.bind(plan, functions, self._constants) if kernels else None
         if self._kernels:
             functions, single = self._kernels.functions, self._kernels.single
@@ -218,6 +221,7 @@ class Executor:
         if (
             native is None
             or self._kernels
+            or self._same_everywhere
             or not any(step.kernel == "cpu" for step in self.plan.steps)
         ):
             return None

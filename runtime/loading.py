@@ -31,6 +31,7 @@ def load(
     trust: bool = False,
     kernels: bool = True,
     graphs: bool | GraphOptions | None = None,
+    reproducible: bool = False,
     backend: None = None,
 ) -> CompiledModel: ...
 
@@ -52,6 +53,7 @@ def load(
     trust: bool = False,
     kernels: bool = True,
     graphs: bool | GraphOptions | None = None,
+    reproducible: bool = False,
     backend: str | None = None,
 ) -> CompiledModel | OnnxModel:
     """Load a compiled model from a file that :meth:`CompiledModel.save` wrote.
@@ -75,6 +77,11 @@ def load(
             which later ones replay; by default where kernels are used (``FPC_GRAPHS=0``: not even
             there). :class:`~fpcompiler.runtime.cuda.graphs.GraphOptions` says how many are kept.
             ``model.graphs`` tells which calls are replayed, and why others are not.
+        reproducible: Whether operators of torch whose last bits differ between machines, sums and
+            functions like a cosine, are computed in fp64 and rounded once. Where layers are
+            multiplied as integers (schemes of rows and tokens with up to six bits, such as
+            ``w4a6-row``), results on a CPU, with the native library, and on a Hopper GPU then are
+            the same bits. It is slower, attention above all.
         backend: ``onnxruntime`` for an ONNX file that ``export`` wrote. What comes back is called
             alike and has ``reset``, ``verify`` and ``plan``.
 
@@ -89,10 +96,10 @@ def load(
         DependencyError: If the backend is not installed.
     """
     if backend == ONNXRUNTIME:
-        if strict or trust or not kernels or graphs is not None:
+        if strict or trust or not kernels or graphs is not None or reproducible:
             raise OptionError(
-                "strict, trust, kernels and graphs are for kernels of an artifact, of which an "
-                "ONNX file has none. Leave them out."
+                "strict, trust, kernels, graphs and reproducible are for artifacts, and this is an "
+                "ONNX file. Leave them out."
             )
         from fpcompiler.runtime.onnx_model import load_onnx
 
@@ -105,5 +112,5 @@ def load(
     artifact, source = read(path), Path(path).absolute()
     return CompiledModel(
         artifact, device=device, source=source, strict=strict, trust=trust, kernels=kernels,
-        graphs=graphs,
+        graphs=graphs, reproducible=reproducible,
     )  # fmt: skip

@@ -54,6 +54,8 @@ class CompiledModel:
             :func:`fpcompiler.load`.
         kernels: Whether they are used at all.
         graphs: Whether calls are recorded as CUDA graphs; see :func:`fpcompiler.load`.
+        reproducible: Whether operators of torch have the same result on every machine; see
+            :func:`fpcompiler.load`.
 
     Raises:
         OptionError: If graphs are asked for on a device that has none.
@@ -72,6 +74,7 @@ class CompiledModel:
         trust: bool = False,
         kernels: bool = True,
         graphs: bool | GraphOptions | None = None,
+        reproducible: bool = False,
     ) -> None:
         self._artifact: Artifact | None = artifact
         self._executor: Executor | None = None
@@ -81,7 +84,7 @@ class CompiledModel:
         self._source = source
         self._strict, self._trust, self._use_kernels = strict, trust, kernels
         self._use_graphs = _checked_graphs(graphs, self._device)
-        self._compiles_rest = False
+        self._compiles_rest, self._reproducible = False, reproducible
         self.dumps = dumps
         self._ready()
 
@@ -109,7 +112,7 @@ class CompiledModel:
         model._scheme, model._device, model._source = scheme, parse_device(device), None
         model._strict, model._trust, model._use_kernels = strict, False, True
         model._use_graphs = None
-        model._compiles_rest, model.dumps = False, dumps
+        model._compiles_rest, model._reproducible, model.dumps = False, False, dumps
         return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -294,8 +297,15 @@ class CompiledModel:
         program as it was.
 
         Raises:
+            OptionError: If the model was loaded with ``reproducible=True``: what is compiled rounds
+                less often.
             RunError: At the next call, if torch.compile fails; the message says what to do.
         """
+        if self._reproducible:
+            raise OptionError(
+                "compile_rest() joins operators that reproducible=True keeps apart. Load the model "
+                "without one of them."
+            )
         self._compiles_rest = True
         if self._executor is not None:
             self._executor.compile_rest()
@@ -335,8 +345,9 @@ class CompiledModel:
             release = artifact.pages.release
             graphs = self._new_graphs(kernels)
             self._executor = Executor(
-                artifact.plan, artifact.tensors, self._device, release, kernels, graphs
-            )
+                artifact.plan, artifact.tensors, self._device, release, kernels, graphs,
+                self._reproducible,
+            )  # fmt: skip
             if self._compiles_rest:
                 self._executor.compile_rest()
         return self._executor
@@ -346,7 +357,8 @@ class CompiledModel:
             return None
         options = Options.from_env()
         gatekeeper = Gatekeeper(options, self._trust)
-        return load_kernels(artifact.kernels, self._device, gatekeeper, options.attention)
+        attention = options.attention and not self._reproducible
+        return load_kernels(artifact.kernels, self._device, gatekeeper, attention)
 
     def _new_graphs(self, kernels: CudaKernels | None) -> GraphCache | None:
         chosen = self._use_graphs

@@ -20,7 +20,11 @@ FILE_HELP = "an artifact, or an ONNX file of `fpcompiler export`"
 
 
 def load_file(
-    file: str, device: str = "cpu", strict: bool = False, trust: bool = False
+    file: str,
+    device: str = "cpu",
+    strict: bool = False,
+    trust: bool = False,
+    reproducible: bool = False,
 ) -> CompiledModel | OnnxModel:
     """Return the model of a file: an artifact, or an ONNX file on onnxruntime.
 
@@ -29,6 +33,7 @@ def load_file(
         device: Where to run.
         strict: As for an artifact.
         trust: As for an artifact.
+        reproducible: As for an artifact.
 
     Raises:
         OptionError: If one of these is asked of an ONNX file.
@@ -37,8 +42,8 @@ def load_file(
     from fpcompiler.runtime.loading import load
 
     if not file.endswith(ONNX):
-        return load(file, device, strict=strict, trust=trust)
-    if strict or trust:
-        flag = "--strict" if strict else "--trust"
-        raise OptionError(f"{flag} is about kernels of an artifact; {file} is an ONNX file.")
+        return load(file, device, strict=strict, trust=trust, reproducible=reproducible)
+    flags = {"--strict": strict, "--trust": trust, "--reproducible": reproducible}
+    for flag in (name for name, given in flags.items() if given):
+        raise OptionError(f"{flag} is for artifacts; {file} is an ONNX file.")
     return load(file, device, backend="onnxruntime")

@@ -33,6 +33,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="by default cpu")
     parser.add_argument("--strict", action="store_true", help=STRICT_HELP)
     parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
+    parser.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="the same bits on a CPU and on a GPU, for schemes like w4a6-row; slower",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -40,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.output:
         file_kind(args.output)  # Before the work, not after it.
     with progress("running"):
-        compiled = load_file(args.file, args.device, args.strict, args.trust)
+        compiled = load_file(args.file, args.device, args.strict, args.trust, args.reproducible)
         inputs = read_inputs(args.inputs) if args.inputs else _made_up_call(compiled)
         inputs = inputs.to(compiled.device)
         result = compiled(*inputs.args, **inputs.kwargs)

@@ -131,4 +131,4 @@ def test_the_command_says_what_is_wrong(tiny, tmp_path, capsys) -> None:
     assert main(["run", str(tmp_path / "none.onnx"), "--random"]) == 1
     assert "there is no file" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "none.onnx"), "--random", "--strict"]) == 1
-    assert "--strict is about kernels of an artifact" in capsys.readouterr().err
+    assert "--strict is for artifacts" in capsys.readouterr().err

@@ -205,7 +205,7 @@ def test_files_of_others_are_refused(tmp_path, portable) -> None:
         fpcompiler.load(tmp_path / "none.onnx", backend="onnxruntime")
     with pytest.raises(OptionError, match="there is no backend 'tensorrt'"):
         fpcompiler.load(portable, backend="tensorrt")
-    with pytest.raises(OptionError, match="strict, trust, kernels and graphs are for kernels"):
+    with pytest.raises(OptionError, match="graphs and reproducible are for artifacts"):
         fpcompiler.load(portable, backend="onnxruntime", strict=True)
     file.write_bytes(b"PK no protobuf")
     with pytest.raises(ArtifactError, match="is no whole ONNX file"):

@@ -17,6 +17,7 @@ from fpcompiler.errors import NumericsError
 from fpcompiler.numerics import dequantize, pack, quantize, sqnr_db
 from fpcompiler.operand import Operand
 from fpcompiler.options import Options
+from fpcompiler.runtime import reference
 from fpcompiler.runtime.cuda.fragments import Mode
 from fpcompiler.runtime.cuda.kernels import CudaKernels, load_kernels
 from fpcompiler.runtime.cuda.layers import CudaLinear
@@ -32,6 +33,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_cache")]
 ROWS = (1, 2, 8, 9, 16, 17, 31, 64, 77, 130, 300, 4096)
 SHAPES = ((16, 128), (77, 200), (1000, 1000), (520, 16384), (4096, 4096))
 MOST_PRODUCTS = 1 << 32
+INTEGERS = ("i8", "i8-e2m1")
 
 
 def operands(name: str) -> tuple[Operand, Operand | None]:
@@ -121,7 +123,7 @@ def test_a_residual_is_added_to_rounded_results(
             assert torch.equal(found, linear.multiply(x) + residual), m
 
 
-@pytest.mark.parametrize("name", ["i8", "i8-e2m1"])
+@pytest.mark.parametrize("name", INTEGERS)
 def test_sums_of_integers_do_not_depend_on_the_batch(folder: Path, name: str) -> None:
     _, activation = operands(name)
     assert activation is not None
@@ -133,6 +135,24 @@ def test_sums_of_integers_do_not_depend_on_the_batch(folder: Path, name: str) ->
         for rows in (slice(0, 1), slice(3, 20), slice(5, 13), slice(100, 400), slice(0, 17)):
             part = linear.multiply(linear.prepare_codes([piece[rows] for piece in x]))
             assert torch.equal(part, whole[rows]), (n, k, rows)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_layers_of_integers_are_the_bits_of_the_cpu(folder: Path, biased: bool, name: str) -> None:
+    operand, activation = operands(name)
+    for n, k in ((77, 200), (1000, 1000), (520, 16384), (4096, 4096)):
+        weight, bias = normal(n, k), normal(n, 1)[:, 0] if biased else None
+        linear = linear_of(folder, name, weight, bias)
+        codes, scales = quantize(weight, operand)
+        w = [pack(codes, 4), *scales]
+        for m in (1, 8, 13, 17, 64, 300):
+            codes, scales = quantize(normal(m, k), activation)
+            expected = reference.linear(
+                [codes, *scales], w, bias, activation, operand, k, torch.bfloat16
+            )
+            found = linear.multiply(linear.prepare_codes([x.to(CUDA) for x in (codes, *scales)]))
+            assert torch.equal(found.cpu(), expected), (m, n, k)
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -172,6 +192,18 @@ def test_models_are_those_of_the_cpu(folder: Path, name: str) -> None:
             assert sqnr_db(e, f.cpu()) > 20, sqnr_db(e, f.cpu())
     report = fast.verify()
     assert report.ok, report
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_reproducible_models_are_the_bits_of_the_cpu(folder: Path, name: str) -> None:
+    path = folder / f"packed-{name}.fpc"
+    cpu = load(path, reproducible=True)
+    gpu = load(path, device="cuda", trust=True, strict=True, reproducible=True)
+    spec = cpu.artifact.plan.signature.outputs
+    for rows in (1, 12, 60, 12, 12):  # the last ones are replayed
+        ids = torch.randint(0, 90, (2, rows), generator=torch.Generator().manual_seed(rows))
+        expected, found = flatten(spec, cpu(ids), "cpu"), flatten(spec, gpu(ids.to(CUDA)), "gpu")
+        assert all(torch.equal(e, f.cpu()) for e, f in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("name", PACKED)
