@@ -4,8 +4,10 @@
     python examples/benchmarks/gpu_text.py smollm2.fpc                 # on a machine with the GPU
 
 One artifact has the plan for the CPU and the kernels for the GPU. Parts of an article are its
-prompts, and the most likely token is taken each time. Where texts differ, the record has the place,
-and how far apart the two tokens were for the CPU. It writes ``results/gpu_text.json``.
+prompts, and the most likely token is taken each time. It is loaded with ``reproducible=True``, and
+once more as usual. Where texts differ, the record has the place, and how far apart the two tokens
+were for the CPU: ``sensitivity.py`` shows what the last bit of a number does to such a model. It
+writes ``results/gpu_text.json``.
 """
 
 from __future__ import annotations
@@ -73,11 +75,31 @@ def compare(cpu: CompiledModel, gpu: CompiledModel, prompt: Tensor, count: int) 
     # Up to here both have read the same tokens.
     upto = min(same + 1, count)
     row["largest_difference"] = float((scores[:upto] - others[:upto]).abs().max())
+    row["same_bits"] = torch.equal(scores, others)
     if same < count:
         row["cpu_prefers_its_token_by"] = float(
             scores[same, expected[same]] - scores[same, found[same]]
         )
     return row
+
+
+def compared(
+    options: argparse.Namespace, prompts: list[Tensor], same: bool
+) -> list[dict[str, Any]]:
+    """Return a row for each prompt, as models run usually or with the same bits everywhere."""
+    cpu = fpcompiler.load(options.artifact, reproducible=same)
+    gpu = fpcompiler.load(
+        options.artifact, device="cuda", trust=True, strict=True, reproducible=same
+    )
+    rows = [compare(cpu, gpu, prompt, options.tokens) for prompt in prompts]
+    for row in rows:
+        print(row, flush=True)
+    texts = sum(row["same_tokens"] == options.tokens for row in rows)
+    how = "reproducible" if same else "as usual"
+    print(
+        f"{how}: {texts} of {len(rows)} texts of {options.tokens} tokens are the same", flush=True
+    )
+    return rows
 
 
 def main() -> None:
@@ -97,23 +119,17 @@ def main() -> None:
         build(options)
     if options.compile_only:
         return
-    cpu = fpcompiler.load(options.artifact)
-    gpu = fpcompiler.load(options.artifact, device="cuda", trust=True, strict=True)
-    prompts = json.loads(prompts_of(options.artifact).read_text())
-    rows = [compare(cpu, gpu, torch.tensor(prompt), options.tokens) for prompt in prompts]
-    for row in rows:
-        print(row)
-    same = sum(row["same_tokens"] == options.tokens for row in rows)
-    print(f"{same} of {len(rows)} texts of {options.tokens} tokens are the same")
+    prompts = [torch.tensor(x) for x in json.loads(prompts_of(options.artifact).read_text())]
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "scheme": cpu.scheme,
-        "artifact": options.artifact.name,
+        "scheme": fpcompiler.load(options.artifact).scheme,
+        "dtype": options.dtype,
         "prompt": PROMPT,
         "tokens": options.tokens,
-        "texts": rows,
+        "reproducible": compared(options, prompts, True),
+        "as_usual": compared(options, prompts, False),
     }
     options.results.mkdir(parents=True, exist_ok=True)
     file = options.results / "gpu_text.json"
