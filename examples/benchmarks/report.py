@@ -53,7 +53,7 @@ DECODERS = {
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCUMENTS = dict.fromkeys(
-    ("all", "dit", "layers", "bars", "kernels", "builds", "proofs", "hopper", "hopper-newer"),
+    ("all", "dit", "layers", "bars", "kernels", "builds", "proofs", "hopper"),
     HERE / "README.md",
 )
 """Where tables are that are not in the README of the project."""
@@ -99,8 +99,7 @@ def tables() -> dict[str, str]:
         "bars": bars(),
         "kernels": kernels(),
         "builds": builds(),
-        "hopper": hopper("hopper_layers.json"),
-        "hopper-newer": hopper("hopper_layers-newer.json"),
+        "hopper": hopper(),
         "decode": decode(),
         "proofs": proofs(),
         "onnx": onnx(),
@@ -201,9 +200,10 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
-def hopper(record: str) -> str:
+def hopper() -> str:
     """Return the speeds of layers on a Hopper GPU, relative to cuBLAS in bf16."""
-    rows, schemes = _read(record)["rows"], [*_read(record)["modes"]]
+    record = _read("hopper_layers.json")
+    rows, schemes = record["rows"], [*record["modes"]]
     lines = [
         "| N x K | M | bf16, us | " + " | ".join(f"`{name}`" for name in schemes) + " |",
         "| --- | ---: | ---: |" + " ---: |" * len(schemes),
