@@ -23,11 +23,15 @@ constexpr int kMost = kHeld == 2 ? 448 : kMostThreads;
 template <class P>
 constexpr bool kNeedsRow = kIsNorm<P::kHead> || P::kOuter == kPerRow;
 
+// Whether activations of many rows are looked up.
+template <class P>
+constexpr bool kLooksUp = kNeedsRow<P> && !P::kSwizzled && ActivationTable<P>::kPossible;
+
 // Whether blocks stay for other rows: the next one is on its way while one is quantized. Threads with
-// one chunk are better off with fewer registers, and what makes values leaves none.
-template <class P, int kHeld>
+// one chunk are better off with fewer registers, and what computes values has none for it.
+template <class P, int kHeld, bool kTable = false>
 constexpr bool kStays =
-    kNeedsRow<P> && !P::kSwizzled && kHeld == 2 && Row<P, kHeld>::kPlain;
+    kTable || (kNeedsRow<P> && !P::kSwizzled && kHeld == 2 && Row<P, kHeld>::kPlain);
 
 // With so many rows threads take two chunks where they can: what is done once for each thread,
 // reductions above all, takes as long as the values of a chunk.
@@ -48,13 +52,14 @@ __host__ __device__ inline int chunks_of(const FpcQuantizeArguments& a) {
 }
 
 // The largest magnitude of a row, in all of its threads.
-template <class P, int kHeld, bool kSpread>
-FPC_DEVICE float amax_of_row(Row<P, kHeld, kSpread>& row) {
+template <class Row>
+FPC_DEVICE float amax_of_row(Row& row) {
     float amax = 0;
     row.each_chunk([&](int, float (&values)[kChunk]) {
         amax = larger_magnitude(amax, largest_of(values));
     });
-    return over_row<kSpread, 0>(amax, [](float x, float y) { return larger_magnitude(x, y); });
+    return over_row<Row::kSpread, 0>(amax,
+                                     [](float x, float y) { return larger_magnitude(x, y); });
 }
 
 // That of a tensor of a few rows, which every block finds for itself.
@@ -70,8 +75,8 @@ FPC_DEVICE float amax_of_rows(const FpcQuantizeArguments& a, int chunks) {
     return amax;
 }
 
-template <class P, int kHeld, bool kSpread>
-FPC_DEVICE void quantize_row(Row<P, kHeld, kSpread>& row) {
+template <class P, int kHeld, class Row>
+FPC_DEVICE void quantize_row(Row& row) {
     const FpcQuantizeArguments& a = row.a;
     const int64_t m = row.m;
     float outer = 1;
@@ -96,22 +101,25 @@ FPC_DEVICE void quantize_row(Row<P, kHeld, kSpread>& row) {
         sum += encoder.encode(chunk, values);
     });
     if constexpr (P::kStored == kIntegers) {
-        sum = over_row<kSpread, 0>(sum, [](int32_t x, int32_t y) { return x + y; });
+        sum = over_row<Row::kSpread, 0>(sum, [](int32_t x, int32_t y) { return x + y; });
         if (row.first == 0) ((int32_t*)a.outer_scale)[a.m + m] = sum;
     }
 }
 
-template <class P, int kHeld, bool kSpread = false>
+template <class P, int kHeld, bool kSpread = false, bool kTable = false>
 __global__ void __launch_bounds__(kMost<kHeld>, 2)
 quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
-    typedef Row<P, kHeld, kSpread> Row;
+    typedef Row<P, kHeld, kSpread, kTable> Row;
+    ActivationTable<P> table{};
+    if constexpr (kTable) table = table.made();
     if (a.m <= kFewRows) Row::fetch_weights(a);
     if constexpr (kSpread) cluster_arrive();
     follow();
     if constexpr (kSpread) cluster_wait();  // all blocks run, and may be written to
-    int64_t m = kSpread ? (int64_t)blockIdx.y : (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    constexpr bool stays = kStays<P, kHeld> && !kSpread;
-    const int64_t step = (int64_t)gridDim.x * blockDim.y;
+    // Rows are counted in 32 bits.
+    int m = (int)(kSpread ? blockIdx.y : blockIdx.x * blockDim.y + threadIdx.y);
+    constexpr bool stays = kStays<P, kHeld, kTable> && !kSpread;
+    const int step = (int)(gridDim.x * blockDim.y);
     const int chunks = chunks_of<P>(a);
     if constexpr (P::kSwizzled) {
         if (m >= a.m) {
@@ -123,14 +131,22 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
         }
     }
     if (m >= a.m) return;
+    if constexpr (kTable) {
+        for (; m < a.m; m += step) {
+            // Where values are made, no registers are left for those of the next row.
+            if (m + step < a.m) Row::fetch_to_cache(a, m + step);
+            Row row(a, m, chunks, Row::fetch(a, m), table);
+            quantize_row<P, kHeld>(row);
+        }
+        return;
+    }
     auto next = Row::fetch(a, m);
     do {
         const auto fetched = next;
         if (stays && m + step < a.m) next = Row::fetch(a, m + step);
         Row row(a, m, chunks, fetched);
-        quantize_row(row);
-        m += step;
-    } while (stays && m < a.m);
+        quantize_row<P, kHeld>(row);
+    } while (stays && (m += step) < a.m);
 }
 
 // The largest magnitude of a tensor, as its bits: they compare like the numbers.
@@ -228,6 +244,14 @@ int32_t launch_rows(const FpcQuantizeArguments& a, int64_t rows, int chunks, voi
         if (is_spread(rows, chunks))
             return launch(quantize_rows<P, 1, true>, shape.grid, shape.block, a, stream, true,
                           shape.grid.x);
+    }
+    if constexpr (kLooksUp<P>) {
+        if (chunks <= 2 * kMost<2> && rows >= kManyRows) {
+            Shape shape = Shape::whole_rows(rows, chunks, 2);
+            shape.stay();
+            const auto kernel = quantize_rows<P, 2, false, true>;
+            return launch(kernel, shape.grid, shape.block, a, stream);
+        }
     }
     if constexpr (kHoldsTwo<P>) {
         const bool many = rows >= kManyRows && chunks >= kShortRow;

@@ -72,7 +72,56 @@ FPC_DEVICE void hadamard(float (&values)[kChunk]) {
     each(values, [](float value, int) { return multiply(value, kFactor); });
 }
 
+// The results of an activation of bf16 values: of zero and of those between 2**-16 and 16, of either
+// sign. What a block looks up it has computed by the same operations as others do.
 template <class P>
+struct ActivationTable {
+    static constexpr bool kPossible =
+        P::kInput == kBf16 && (P::kHead == kSilu || P::kHead == kGelu || P::kHead == kGeluTanh);
+    static constexpr int kFirst = (127 - 16) << 7, kCount = 20 << 7;  // magnitudes, as bits
+    static constexpr int kOfSign = kCount + 1;
+    uint16_t* results;
+
+    // All threads of a block take part.
+    FPC_DEVICE static ActivationTable made() {
+        const ActivationTable table{block_memory<uint16_t, 2 * kOfSign>()};
+        const int threads = (int)(blockDim.x * blockDim.y);
+        for (int i = (int)(threadIdx.y * blockDim.x + threadIdx.x); i < 2 * kOfSign; i += threads) {
+            const uint32_t place = i % kOfSign, size = place ? kFirst + place - 1 : 0;
+            const uint32_t bits = size | (uint32_t)(i / kOfSign) << 15;
+            table.results[i] = (uint16_t)(bits_of(computed(float_of((int32_t)(bits << 16)))) >> 16);
+        }
+        barrier();
+        return table;
+    }
+
+    FPC_DEVICE static float computed(float x) {
+        return rounded<P::kInput>(activation_of<P::kHead>(x));
+    }
+
+    FPC_DEVICE void apply(float (&values)[kChunk]) const {
+        bool known = true;
+#pragma unroll
+        for (int i = 0; i < kChunk; i++) {
+            const uint32_t size = size_of(values[i]);
+            known = known && (size == 0 || size - kFirst < kCount);
+        }
+        if (known) each(values, [&](float x, int) { return look_up(x); });
+        else each(values, [](float x, int) { return computed(x); });
+    }
+
+   private:
+    FPC_DEVICE static uint32_t size_of(float x) { return (uint32_t)bits_of(x) >> 16 & 0x7FFF; }
+
+    FPC_DEVICE float look_up(float x) const {
+        const int32_t place = larger((int32_t)size_of(x) - kFirst + 1, 0);
+        const uint16_t found = results[place + (bits_of(x) < 0 ? kOfSign : 0)];
+        return float_of((int32_t)((uint32_t)found << 16));
+    }
+};
+
+// kTable: activations are looked up.
+template <class P, bool kTable = false>
 struct Producer {
     static constexpr bool kWeighted = P::kHead == kRmsNorm && P::kWeight != kNoType;
     static constexpr Type kHeadType = kWeighted ? kWider<P::kInput, P::kWeight> : P::kInput;
@@ -84,9 +133,10 @@ struct Producer {
     const FpcQuantizeArguments& a;
     const uint8_t* scale;
     const uint8_t* shift;
+    ActivationTable<P> table;
 
-    FPC_DEVICE Producer(const FpcQuantizeArguments& arguments, int64_t m)
-        : a(arguments), scale(row_of(a.scale, m)), shift(row_of(a.shift, m)) {}
+    FPC_DEVICE Producer(const FpcQuantizeArguments& arguments, int64_t m, ActivationTable<P> table)
+        : a(arguments), scale(row_of(a.scale, m)), shift(row_of(a.shift, m)), table(table) {}
 
     // Make the values of a chunk, which begins at `at`, those that are quantized. Behind the last
     // one of the row they are 0.
@@ -132,9 +182,8 @@ struct Producer {
                                         [](float x, float b) { return add(x, b); });
             each(values, [](float value, int) { return rounded<P::kInput>(value); });
         } else if constexpr (P::kHead != kNoHead) {
-            each(values, [](float x, int) {
-                return rounded<P::kInput>(activation_of<P::kHead>(x));
-            });
+            if constexpr (kTable) table.apply(values);
+            else each(values, [](float x, int) { return ActivationTable<P>::computed(x); });
         }
     }
 

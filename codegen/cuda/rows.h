@@ -47,9 +47,10 @@ FPC_DEVICE double sum_over_row(double value) {
 
 // A thread holds kHeld chunks in its registers, or none: the row is too long for that, and chunks
 // are read and computed again each time. Two of them are packed, if their type has 16 bits.
-// kSpread: the row's threads are those of the blocks along x.
-template <class P, int kHeld, bool kSpread = false>
+// kSpread: the row's threads are those of the blocks along x. kTable: activations are looked up.
+template <class P, int kHeld, bool kSpread_ = false, bool kTable = false>
 struct Row {
+    static constexpr bool kSpread = kSpread_;
     typedef Held<P::kInput, kHeld> Read;
     typedef Held<Producer<P>::kType, kHeld> Produced;
     static constexpr bool kPlain = P::kHead == kNoHead && P::kTail == kNoTail && !P::kHadamard;
@@ -60,7 +61,7 @@ struct Row {
     };
 
     const FpcQuantizeArguments& a;
-    const Producer<P> producer;
+    const Producer<P, kTable> producer;
     const int64_t m;
     const int chunks;  // of a row, with those behind its end
     const int first;
@@ -69,8 +70,12 @@ struct Row {
     Produced produced;
 
     FPC_DEVICE Row(const FpcQuantizeArguments& arguments, int64_t m, int chunks,
-                   const Fetched& fetched)
-        : a(arguments), producer(arguments, m), m(m), chunks(chunks), first(first_chunk()) {
+                   const Fetched& fetched, ActivationTable<P> table = {})
+        : a(arguments),
+          producer(arguments, m, table),
+          m(m),
+          chunks(chunks),
+          first(first_chunk()) {
 #pragma unroll
         for (int i = 0; i < kHeld; i++) read.set_words(i, fetched.words[i]);
         if constexpr (kIsNorm<P::kHead>) normalize();
@@ -86,6 +91,14 @@ struct Row {
                                   fetched.words[i]);
         }
         return fetched;
+    }
+
+    FPC_DEVICE static void fetch_to_cache(const FpcQuantizeArguments& a, int64_t m) {
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            const int chunk = first_chunk() + i * (int)blockDim.x;
+            if (chunk * kChunk < a.k) prefetch(address(a, m, chunk));
+        }
     }
 
     // Have what a norm multiplies with in the second cache. It is read when statistics are known, and

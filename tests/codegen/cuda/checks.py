@@ -256,6 +256,25 @@ def check_quotients(run: Runner, library: QuantizeLibrary) -> None:
     assert torch.equal(found.view(torch.int32), (x / totals[:, None]).view(torch.int32))
 
 
+def check_activations(run: Runner, library: QuantizeLibrary, index: int) -> None:
+    """Check that many rows, whose activations are looked up, are quantized like few."""
+    problem, k = library.problems[index], 60
+    assert DTYPES[problem.input] == torch.bfloat16
+    # Numbers of one size share a row, so that none is too small for its scale.
+    bits = torch.arange(0x7F80, dtype=torch.int32).repeat_interleave(2)
+    bits = bits + torch.tensor([0, 0x8000]).repeat(len(bits) // 2)
+    x = bits.to(torch.int16).view(torch.bfloat16).reshape(-1, k)
+    assert len(x) > 1024
+    factors = gaussian(len(x), k).bfloat16() if problem.beside[2] else None
+    whole = run.quantize(library, index, x, (None, None, factors, None))
+    for part in (slice(0, 600), slice(600, len(x))):
+        own = None if factors is None else factors[part]
+        found = run.quantize(library, index, x[part], (None, None, own, None))
+        assert torch.equal(found.codes, whole.codes[part])
+        scales = whole.outer_scale.view(torch.int32).view(-1, len(x))[:, part]
+        assert torch.equal(found.outer_scale.view(torch.int32), scales.reshape(-1))
+
+
 def check_status(run: Runner, library: QuantizeLibrary, index: int) -> None:
     problem = library.problems[index]
     for value in (torch.nan, torch.inf, -torch.inf):

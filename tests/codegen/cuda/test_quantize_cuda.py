@@ -109,6 +109,12 @@ def test_produced_values_are_stored_as_integers_and_products(built, index: int) 
         checks.check_produced(RUN, *built[index], m, k)
 
 
+@pytest.mark.parametrize("producer", ["silu", "gelu", "gelu_tanh", "silu_mul"])
+def test_activations_that_are_looked_up(built, producer: str) -> None:
+    problem = next(p for p in STORED_PRODUCED if p.producer == producer and p.stored == "i8")
+    checks.check_activations(RUN, *built[ALL.index(problem)])
+
+
 @pytest.mark.parametrize("index", indices(ROTATED), ids=name)
 def test_transformed_values_are_within_roundings_of_fp64(built, index: int) -> None:
     checks.check_rotated(RUN, *built[index], 33, 1152)

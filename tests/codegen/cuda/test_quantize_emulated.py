@@ -99,6 +99,12 @@ def test_many_rows(library) -> None:
     checks.check_produced(RUN, library, ALL.index(silu), 1024, 2048)
 
 
+@pytest.mark.parametrize("producer", ["silu", "gelu", "gelu_tanh", "silu_mul"])
+def test_activations_that_are_looked_up(library, producer: str) -> None:
+    problem = next(p for p in STORED_PRODUCED if p.producer == producer and p.stored == I8)
+    checks.check_activations(RUN, library, ALL.index(problem))
+
+
 @pytest.mark.parametrize("k", [4097, 8200, 14336, 65536, 65552])
 def test_a_few_long_rows(library, k: int) -> None:
     """Rows that two to eight blocks of a cluster share, up to the longest one."""

@@ -41,8 +41,8 @@ def test_kernels_compile_without_spills_and_convert_by_ptx(arch: str, tmp_path) 
     report = build_library(file, (*source.flags, "--keep", f"--keep-dir={tmp_path}"), arch)
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
     # One kernel for each problem, and where rows are reduced others for long rows: one for norms. A
-    # few long rows have clusters, where scales are not swizzled.
-    assert len(stacks) == 2 + 2 * 2 + 2 * 3 + 3
+    # few long rows have clusters, where scales are not swizzled, and many look up activations.
+    assert len(stacks) == 2 + 2 * 2 + 2 * 3 + 3 + 2
     assert set(stacks) == {("0", "0")}
     ptx = next(tmp_path.glob("*.ptx")).read_text()
     number = int(re.findall(r"\d+", arch)[0])
@@ -52,7 +52,7 @@ def test_kernels_compile_without_spills_and_convert_by_ptx(arch: str, tmp_path) 
     kernels = ptx.split(".entry ")[1:]
     assert len(kernels) == len(stacks)
     for kernel in kernels:
-        first = re.search(r"\b(ld|st|red|atom)\.(?!param)", kernel)
+        first = re.search(r"\b(ld|st|red|atom)\.(?!param|shared)", kernel)
         wait, start = (kernel.index(f"griddepcontrol.{s};") for s in ("wait", "launch_dependents"))
         assert first
         assert start < wait < first.start(), "an earlier kernel may not be through"
