@@ -19,12 +19,16 @@ _ASSERTIONS: Final = (
     "torch.bind_symbolic_shape",
 )
 
+_FACTORS: Final = ("torch.aten.mul.Scalar", "torch.aten.div.Scalar")
+
+_NUMBERS: Final = ("torch.constant.float", "torch.constant.int")
+
 _COPIES: Final = ("torch.aten.alias", "torch.aten.detach", "torch.aten.lift_fresh_copy")
 
 
 @dataclass(frozen=True)
 class Normalize(Pass):
-    """Remove assertions, dropout of an evaluated model, and copies that no one writes to.
+    """Remove assertions, dropout of an evaluated model, factors of 1, and copies no one writes to.
 
     Sizes are checked by the runtime when the model is called, so the assertions of the exported
     graph say nothing new. What remains computes the same bits.
@@ -39,12 +43,20 @@ class Normalize(Pass):
         context.count("assertions removed", rewrite(program, _ASSERTIONS, lambda op: ()))
         context.count("copies removed", rewrite(program, _COPIES, _forward))
         context.count("dropouts removed", rewrite(program, ("torch.aten.dropout",), _dropout))
+        context.count("factors of 1 removed", rewrite(program, _FACTORS, _factor))
 
 
 def _forward(op: ir.Operation) -> Sequence[ir.Value] | None:
     """Use the input instead, if it has the very type of the result."""
     same = tensor_type(op.operands[0]) == tensor_type(op.results[0])
     return (op.operands[0],) if same else None
+
+
+def _factor(op: ir.Operation) -> Sequence[ir.Value] | None:
+    """Use the input of a product with 1, or of a quotient by it: models have settings like that."""
+    factor = op.operands[1].owner
+    constant = not isinstance(factor, ir.Block) and factor.name in _NUMBERS
+    return _forward(op) if constant and constant_value(factor.operation) == 1 else None
 
 
 def _dropout(op: ir.Operation) -> Sequence[ir.Value] | None:

@@ -61,6 +61,21 @@ def test_normalize_removes_assertions_copies_and_dropout_of_eval() -> None:
     assert program.stage is ir.Stage.NORMALIZED
 
 
+def scaled_by_one(self: Function, x: Tensor) -> Tensor:
+    y = (x / 1.0 + self.g) * 1
+    return y * 2 + torch.arange(8) / 1  # whose result is no integer
+
+
+def test_normalize_removes_factors_of_one() -> None:
+    program, x = program_of(Function(scaled_by_one, g=normal(8)), normal(3, 8)), normal(3, 8)
+    (before,) = evaluate(program, x)
+    (result,) = run_passes(program, "normalize")
+    assert result.statistics["factors of 1 removed"] == 2
+    assert count(program, "torch.aten.mul.Scalar", "torch.aten.div.Scalar") == 2
+    (after,) = evaluate(program, x)
+    assert torch.equal(before, after)
+
+
 NARROWED = """
 func.func @main(%x: !torch.vtensor<[?,4],f32>) -> !torch.vtensor<[2,4],f32> {
   %y = torch.aten.detach %x : !torch.vtensor<[?,4],f32> -> !torch.vtensor<[2,4],f32>
