@@ -80,8 +80,8 @@ def load(
         reproducible: Whether operators of torch whose last bits differ between machines, sums and
             functions like a cosine, are computed in fp64 and rounded once. Where layers are
             multiplied as integers (schemes of rows and tokens with up to six bits, such as
-            ``w4a6-row``), results on a CPU, with the native library, and on a Hopper GPU then are
-            the same bits. It is slower, attention above all.
+            ``w4a6-row``), machines with the native library, and Hopper GPUs, then compute the same
+            bits; a warning names the first other layer. It is slower, attention above all.
         backend: ``onnxruntime`` for an ONNX file that ``export`` wrote. What comes back is called
             alike and has ``reset``, ``verify`` and ``plan``.
 
@@ -91,8 +91,8 @@ def load(
         TargetError: If the file has kernels, but none for this GPU; the message lists them. Or if
             strict, and layers would run without the kernels of their target.
         OptionError: If others can write to the folder of compiled kernels (``FPC_CACHE``), graphs
-            are asked for on a device that has none, there is no such backend, or it has no such
-            option.
+            are asked for on a device that has none, there is no such backend, it has no such
+            option, or a reproducible model has an operator that torch has not in fp64.
         DependencyError: If the backend is not installed.
     """
     if backend == ONNXRUNTIME:

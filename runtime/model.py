@@ -25,6 +25,7 @@ from fpcompiler.runtime.explain import TOKENS, ExplainTable, explain
 from fpcompiler.runtime.inputs import bind
 from fpcompiler.runtime.profile import profile
 from fpcompiler.runtime.profile_report import Profile
+from fpcompiler.runtime.reproducible import warn_of_inexact_layers
 from fpcompiler.runtime.strict import require_kernels
 from fpcompiler.runtime.tables import CompareTable, PlanTable, VerifyReport
 from fpcompiler.runtime.trust import Gatekeeper
@@ -304,7 +305,7 @@ class CompiledModel:
         if self._reproducible:
             raise OptionError(
                 "compile_rest() joins operators that reproducible=True keeps apart. Load the model "
-                "without one of them."
+                "without reproducible=True, or do not call compile_rest()."
             )
         self._compiles_rest = True
         if self._executor is not None:
@@ -341,6 +342,8 @@ class CompiledModel:
             if self._strict:
                 target = kernels.target if kernels else None
                 require_kernels(artifact.plan, artifact.tensors, self._device, target)
+            if self._reproducible:
+                warn_of_inexact_layers(artifact.plan)
             # Kernels have weights in an order of their own: those of the file are read once.
             release = artifact.pages.release
             graphs = self._new_graphs(kernels)

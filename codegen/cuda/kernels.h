@@ -176,10 +176,12 @@ struct Shape {
                 dim3((unsigned)threads, (unsigned)together)};
     }
 
-    // Launch no more blocks than run at once, two of kMostThreads on each multiprocessor: they take
-    // one row after another.
+    // Launch no more blocks than run at once, with the registers of kernels that hold two chunks and
+    // memory for a few tables: they take one row after another.
     void stay() {
-        const unsigned together = multiprocessors() * (2 * kMostThreads / (block.x * block.y));
+        constexpr unsigned kTables = 8;
+        const unsigned of_one = 2 * kMost<2> / (block.x * block.y);
+        const unsigned together = multiprocessors() * (of_one < kTables ? of_one : kTables);
         if (together == 0) return;  // CUDA did not say
         const unsigned turns = (grid.x + together - 1) / together;
         grid.x = (grid.x + turns - 1) / turns;
@@ -246,9 +248,11 @@ int32_t launch_rows(const FpcQuantizeArguments& a, int64_t rows, int chunks, voi
                           shape.grid.x);
     }
     if constexpr (kLooksUp<P>) {
-        if (chunks <= 2 * kMost<2> && rows >= kManyRows) {
-            Shape shape = Shape::whole_rows(rows, chunks, 2);
-            shape.stay();
+        Shape shape = Shape::whole_rows(rows, chunks, 2);
+        shape.stay();
+        // Each block computes its table.
+        const int64_t least = (int64_t)shape.grid.x * 2 * ActivationTable<P>::kSize;
+        if (chunks <= 2 * kMost<2> && rows * chunks * kChunk >= least) {
             const auto kernel = quantize_rows<P, 2, false, true>;
             return launch(kernel, shape.grid, shape.block, a, stream);
         }

@@ -79,14 +79,14 @@ struct ActivationTable {
     static constexpr bool kPossible =
         P::kInput == kBf16 && (P::kHead == kSilu || P::kHead == kGelu || P::kHead == kGeluTanh);
     static constexpr int kFirst = (127 - 16) << 7, kCount = 20 << 7;  // magnitudes, as bits
-    static constexpr int kOfSign = kCount + 1;
+    static constexpr int kOfSign = kCount + 1, kSize = 2 * kOfSign;
     uint16_t* results;
 
     // All threads of a block take part.
     FPC_DEVICE static ActivationTable made() {
-        const ActivationTable table{block_memory<uint16_t, 2 * kOfSign>()};
+        const ActivationTable table{block_memory<uint16_t, kSize>()};
         const int threads = (int)(blockDim.x * blockDim.y);
-        for (int i = (int)(threadIdx.y * blockDim.x + threadIdx.x); i < 2 * kOfSign; i += threads) {
+        for (int i = (int)(threadIdx.y * blockDim.x + threadIdx.x); i < kSize; i += threads) {
             const uint32_t place = i % kOfSign, size = place ? kFirst + place - 1 : 0;
             const uint32_t bits = size | (uint32_t)(i / kOfSign) << 15;
             table.results[i] = (uint16_t)(bits_of(computed(float_of((int32_t)(bits << 16)))) >> 16);

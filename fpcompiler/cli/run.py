@@ -36,7 +36,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reproducible",
         action="store_true",
-        help="the same bits on a CPU and on a GPU, for schemes like w4a6-row; slower",
+        help="compute in fp64 what torch adds: the same bits on other machines, for w4a6-row; slower",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -256,18 +256,19 @@ def check_quotients(run: Runner, library: QuantizeLibrary) -> None:
     assert torch.equal(found.view(torch.int32), (x / totals[:, None]).view(torch.int32))
 
 
-def check_activations(run: Runner, library: QuantizeLibrary, index: int) -> None:
-    """Check that many rows, whose activations are looked up, are quantized like few."""
+def check_activations(
+    run: Runner, library: QuantizeLibrary, index: int, repeats: int, few: int
+) -> None:
+    """Check that many rows, whose activations are looked up, are quantized like a few of them."""
     problem, k = library.problems[index], 60
     assert DTYPES[problem.input] == torch.bfloat16
     # Numbers of one size share a row, so that none is too small for its scale.
     bits = torch.arange(0x7F80, dtype=torch.int32).repeat_interleave(2)
     bits = bits + torch.tensor([0, 0x8000]).repeat(len(bits) // 2)
-    x = bits.to(torch.int16).view(torch.bfloat16).reshape(-1, k)
-    assert len(x) > 1024
+    x = bits.to(torch.int16).view(torch.bfloat16).reshape(-1, k).repeat(repeats, 1)
     factors = gaussian(len(x), k).bfloat16() if problem.beside[2] else None
     whole = run.quantize(library, index, x, (None, None, factors, None))
-    for part in (slice(0, 600), slice(600, len(x))):
+    for part in (slice(begin, begin + few) for begin in range(0, len(x) // repeats, few)):
         own = None if factors is None else factors[part]
         found = run.quantize(library, index, x[part], (None, None, own, None))
         assert torch.equal(found.codes, whole.codes[part])

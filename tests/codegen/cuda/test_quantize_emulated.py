@@ -102,7 +102,7 @@ def test_many_rows(library) -> None:
 @pytest.mark.parametrize("producer", ["silu", "gelu", "gelu_tanh", "silu_mul"])
 def test_activations_that_are_looked_up(library, producer: str) -> None:
     problem = next(p for p in STORED_PRODUCED if p.producer == producer and p.stored == I8)
-    checks.check_activations(RUN, library, ALL.index(problem))
+    checks.check_activations(RUN, library, ALL.index(problem), 2, 600)
 
 
 @pytest.mark.parametrize("k", [4097, 8200, 14336, 65536, 65552])

@@ -14,6 +14,7 @@ from torch import Tensor
 from fpcompiler.artifact import read
 from fpcompiler.artifact.kernels import KernelIndex
 from fpcompiler.errors import NumericsError
+from fpcompiler.native import library
 from fpcompiler.numerics import dequantize, pack, quantize, sqnr_db
 from fpcompiler.operand import Operand
 from fpcompiler.options import Options
@@ -194,6 +195,7 @@ def test_models_are_those_of_the_cpu(folder: Path, name: str) -> None:
     assert report.ok, report
 
 
+@pytest.mark.skipif(library() is None, reason="the native library is not built")
 @pytest.mark.parametrize("name", INTEGERS)
 def test_reproducible_models_are_the_bits_of_the_cpu(folder: Path, name: str) -> None:
     path = folder / f"packed-{name}.fpc"
