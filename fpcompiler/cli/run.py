@@ -36,7 +36,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reproducible",
         action="store_true",
-        help="compute in fp64 what torch adds: the same bits on other machines, for w4a6-row; slower",
+        help="add in fp64 what torch adds: for w4a6-row, the same bits on other machines; slower",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
