@@ -27,11 +27,12 @@ constexpr bool kNeedsRow = kIsNorm<P::kHead> || P::kOuter == kPerRow;
 template <class P>
 constexpr bool kLooksUp = kNeedsRow<P> && !P::kSwizzled && ActivationTable<P>::kPossible;
 
-// Whether blocks stay for other rows: the next one is on its way while one is quantized. Threads with
-// one chunk are better off with fewer registers, and what computes values has none for it.
-template <class P, int kHeld, bool kTable = false>
+// Whether blocks stay for other rows without a table: the next one is on its way while one is
+// quantized. Threads with one chunk are better off with fewer registers, and what computes values has
+// none for it.
+template <class P, int kHeld>
 constexpr bool kStays =
-    kTable || (kNeedsRow<P> && !P::kSwizzled && kHeld == 2 && Row<P, kHeld>::kPlain);
+    kNeedsRow<P> && !P::kSwizzled && kHeld == 2 && Row<P, kHeld>::kPlain;
 
 // With so many rows threads take two chunks where they can: what is done once for each thread,
 // reductions above all, takes as long as the values of a chunk.
@@ -118,7 +119,7 @@ quantize_rows(const __grid_constant__ FpcQuantizeArguments a) {
     if constexpr (kSpread) cluster_wait();  // all blocks run, and may be written to
     // Rows are counted in 32 bits.
     int m = (int)(kSpread ? blockIdx.y : blockIdx.x * blockDim.y + threadIdx.y);
-    constexpr bool stays = kStays<P, kHeld, kTable> && !kSpread;
+    constexpr bool stays = kStays<P, kHeld> && !kSpread;
     const int step = (int)(gridDim.x * blockDim.y);
     const int chunks = chunks_of<P>(a);
     if constexpr (P::kSwizzled) {
